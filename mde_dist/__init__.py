@@ -1,0 +1,3 @@
+"""Distributed training of monocular depth estimation on NYU Depth v2."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,117 @@
+"""What all commands share: dataclass -> command line and TOML -> dataclass, and one-line errors with exit code 2."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from .errors import RankError, UserError
+
+T = TypeVar("T")
+
+
+def _size_from(text: list[str]) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text[0])
+    if not match or not (1 <= int(match[1]) <= 8192 and 1 <= int(match[2]) <= 8192):
+        raise ValueError(f"{text[0]!r} is not a size; write HEIGHTxWIDTH in pixels, for example 240x320")
+    return int(match[1]), int(match[2])
+
+
+Size = Annotated[
+    tuple[int, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="HxW",
+        instance_from_str=_size_from,
+        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
+        str_from_instance=lambda size: [f"{size[0]}x{size[1]}"],
+    ),
+]
+"""Height and width in pixels; written `240x320` on the command line and in TOML."""
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Run a command's `main(argv)` and turn a UserError into one line on stderr and exit code 2.
+
+    Every rank meets the same mistakes in config and data, so only rank 0 speaks; a RankError names its rank.
+    With `--debug` the traceback is shown as well.
+    """
+    argv = sys.argv[1:]
+    try:
+        main(argv)
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, RankError):
+            where = f" (rank {rank})" if "RANK" in os.environ and isinstance(error, RankError) else ""
+            print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
+    """Dataclass defaults <- the TOML file of `--config FILE` <- `--section.field value`. Raises UserError.
+
+    The dataclass's docstrings are the help text. A file's keys go the way of the command line, so that both accept the
+    same names and values.
+    """
+    rest, file = _take_config(list(argv))
+    default: Any = tyro.MISSING_NONPROP
+    if file is not None:
+        default = _call(kind, toml_arguments(file), prog, f"{file}: ", default)
+    return _call(kind, rest, prog, "", default)
+
+
+def toml_arguments(path: Path) -> list[str]:
+    """A TOML file as command-line arguments. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            return list(_flatten(tomllib.load(file), ""))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not TOML: {error}") from None
+
+
+def _flatten(table: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in table.items():
+        name = key.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            yield f"--{prefix}{'' if value else 'no-'}{name}"
+        else:
+            yield from (f"--{prefix}{name}", *map(str, value if isinstance(value, list) else [value]))
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
+    for place, argument in enumerate(argv):
+        if argument == "--config" and place + 1 < len(argv):
+            return argv[:place] + argv[place + 2 :], Path(argv[place + 1])
+        if argument.startswith("--config="):
+            return argv[:place] + argv[place + 1 :], Path(argument.removeprefix("--config="))
+    return argv, None
+
+
+def _call(kind: type[T], arguments: list[str], prog: str, where: str, default: Any) -> T:
+    """tyro, with its boxed message folded into one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=arguments, prog=prog, default=default)
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help was printed
+            raise
+    lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()]
+    words = [line for line in lines if line.strip("─ ") and not re.search(r"─{3}|full helptext|helptext:", line)]
+    raise UserError(where + re.sub(r"\s+", " ", " ".join(words)) + f" (all options: {prog} --help)")

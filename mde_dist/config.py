@@ -1,0 +1,180 @@
+"""What a run is told: dataclass defaults <- TOML file <- command line. Each wing owns the config of its part."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .command import Size, parse
+from .data.augment import AugmentConfig
+from .errors import UserError
+from .learning.model import ModelConfig
+from .learning.optim import OptimConfig
+from .run.distributed import Precision
+
+SAMPLE_SHARDS = Path("shards/rooms")
+"""Where the embedded sample is packed when nothing else is named."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which shards, and how they are streamed."""
+
+    shards: Path = SAMPLE_SHARDS
+    """Directory made by `python -m mde_dist.shard`; the default one is rendered and packed if it is not there."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "test"
+    """Split to evaluate on."""
+    eval_shards: Path | None = None
+    """Directory of that split, where it is another one; None = the same."""
+    size: Size | None = (120, 160)
+    """Training size, pixels; None = that of the shards. Images are resized on the device."""
+    threads: int = 2
+    """Decoding threads per rank; 0 = decode in the loop itself."""
+    ahead: int = 3
+    """Batches decoded ahead of the loop, at least 1."""
+    window: int = 4
+    """Shards whose samples are shuffled into one another: larger mixes better, smaller reads more in sequence."""
+    max_bad_fraction: float = 0.01
+    """Damaged samples are replaced and counted; past this share of the split the run stops. 0..1."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
+
+    samples: int = 3600
+    """Samples to train on, over all ranks; training ends with the batch that reaches it."""
+    batch_size: int = 24
+    """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Parts of a rank's share of the batch that go through the model one after another, to save memory."""
+    precision: Precision = "auto"
+    """auto = bf16 on GPUs that have it, else fp32."""
+    sync_bn: bool = True
+    """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    evaluate_every: int = 1200
+    """Samples between evaluations; there is one at the end in any case, and a checkpoint after each."""
+    checkpoint_every: int = 1200
+    """Samples between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that stay; the best one stays as well."""
+    log_every: int = 240
+    """Samples between lines of metrics.jsonl."""
+    cpu_threads: int = 0
+    """Threads of a rank on a CPU; 0 = cores of the machine / ranks on it."""
+    timeout: float = 600
+    """Seconds after which a rank that waits in vain for another gives up."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation while training."""
+
+    protocol: Literal["eigen", "full", "blog"] = "eigen"
+    """What abs_rel and delta1 mean: eigen = the field's crop, full = no crop, blog = predictions as they are."""
+    batch_size: int = 8
+    """Images per forward pass."""
+    limit: int | None = None
+    """Score the first N images of the split only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a depth model on shards. Without arguments: on rendered rooms, in a few minutes on a CPU."""
+
+    run: Path = Path("runs/rooms")
+    """Run directory. One with checkpoints of the same config is resumed; of another config it is refused."""
+    debug: bool = False
+    """Single process, no threads, deterministic, anomaly detection, a handful of steps, first batch described, full
+    tracebacks; works under a debugger. Writes to a temporary directory."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+FREE = {
+    *("run", "debug", "data.shards", "data.eval_shards", "data.threads", "data.ahead"),
+    *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
+}
+"""Fields that may change on resume: they do not change what is learned (instead of the path of the shards, their
+manifest is compared)."""
+
+_AT_LEAST: dict[str, float] = {
+    **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},
+    **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
+    **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
+    **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
+    **{"augment.flip": 0, "augment.color": 0},
+}
+_AT_MOST: dict[str, float] = {"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1}
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """Defaults <- `--config FILE.toml` <- flags, checked. Raises UserError."""
+    config = parse(Config, argv, "python -m mde_dist.train")
+    for name, value in flat(config):
+        if value is None or not isinstance(value, int | float):
+            continue
+        low, high = _AT_LEAST.get(name, float("-inf")), _AT_MOST.get(name, float("inf"))
+        if not low <= value <= high:  # false for nan, too
+            limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+            raise UserError(f"{name} = {value}: must be {limits}")
+    if config.debug:
+        config = _debug(config)
+    return config
+
+
+def _debug(config: Config) -> Config:
+    """A handful of steps that go through everything: train, log, evaluate, checkpoint."""
+    batch = config.train.batch_size
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, threads=0),
+        train=dataclasses.replace(
+            config.train, samples=4 * batch, evaluate_every=2 * batch, checkpoint_every=2 * batch, log_every=batch
+        ),
+        evaluate=dataclasses.replace(config.evaluate, limit=8),
+    )
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`section.field`, value) of every field."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """`section.field` -> plain value, as stored in checkpoints."""
+    return json.loads(json.dumps(dict(flat(config)), default=str))
+
+
+def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
+    """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
+    values = {name: value for name, value in as_json(config).items() if name not in FREE}
+    return values | {"manifest": manifest, "eval_manifest": eval_manifest}
+
+
+def as_toml(config: Config) -> str:
+    """The resolved config as a file that `--config` reads back; what is None is left out."""
+    sections: dict[str, list[str]] = {}
+    for name, value in flat(config):
+        if value is None:
+            continue
+        section, _, key = name.rpartition(".")
+        shown = f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
+        text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)
+        sections.setdefault(section, []).append(f"{key} = {text}\n")
+    return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())

@@ -1,0 +1,1 @@
+"""Dataset folder -> shards -> batches. Imports nothing of `learning` or `run`."""

@@ -1,0 +1,81 @@
+"""Stored batch -> one view of each image and its depth, as floats, on the device.
+
+A view's parameters are hashed from (seed, epoch, sample), so they do not depend on ranks, threads or batch size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .depth import resize_depth
+from .loader import Batch
+from .order import uniform
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views of the training images."""
+
+    flip: float = 0.5
+    """Probability of mirroring left and right, 0..1."""
+    color: float = 0.5
+    """Probability of a change of gamma (0.9..1.1), brightness (0.75..1.25) and colour channels (0.9..1.1), 0..1; the
+    ranges are those of BTS (Lee et al., 2019)."""
+
+
+def prepare_images(batch: Batch, size: tuple[int, int]) -> torch.Tensor:
+    """-> RGB float32 (batch, 3, *size), 0..1."""
+    return resize_image(batch.image.permute(0, 3, 1, 2).float() / 255, size)
+
+
+def prepare_depth(batch: Batch) -> torch.Tensor:
+    """-> float32 (batch, height, width) metres as stored, 0 = hole."""
+    return batch.depth.float() / 1000
+
+
+def prepare(
+    batch: Batch, size: tuple[int, int], augment: AugmentConfig, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training view of each sample for (seed, epoch, sample).
+
+    -> (image float32 (batch, 3, *size) normalised as for ImageNet, depth float32 (batch, *size) metres, 0 = hole).
+    """
+    image, depth = prepare_images(batch, size), prepare_depth(batch)
+    if depth.shape[-2:] != size:
+        depth = resize_depth(depth, size)
+    draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(7))
+    view = torch.from_numpy(draw.astype(np.float32)).to(image.device)
+    image, depth = _flip(image, depth, view[:, 0] < augment.flip)
+    return normalise(_recolor(image, view[:, 1] < augment.color, view[:, 2:])), depth
+
+
+def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """float (batch, 3, height, width) -> (batch, 3, *size), bilinear, without aliasing."""
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def normalise(image: torch.Tensor) -> torch.Tensor:
+    """RGB 0..1 (batch, 3, height, width) -> zero mean and unit variance over ImageNet."""
+    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1)
+    return (image - mean) / std
+
+
+def _flip(image: torch.Tensor, depth: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    flipped = torch.where(chosen.view(-1, 1, 1, 1), image.flip(-1), image)
+    return flipped, torch.where(chosen.view(-1, 1, 1), depth.flip(-1), depth)
+
+
+def _recolor(image: torch.Tensor, chosen: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """`draw` (batch, 5) in [0, 1): gamma, brightness, three channels."""
+    gamma, brightness = 0.9 + 0.2 * draw[:, :1], 0.75 + 0.5 * draw[:, 1:2]
+    gain = brightness * (0.9 + 0.2 * draw[:, 2:5])
+    changed = (image.pow(gamma.view(-1, 1, 1, 1)) * gain.view(-1, 3, 1, 1)).clamp(0, 1)
+    return torch.where(chosen.view(-1, 1, 1, 1), changed, image)

@@ -1,0 +1,122 @@
+"""Which sample comes when, and to whom: pure integer arithmetic, no I/O, no torch, no table of samples.
+
+Samples 0..n-1 are cut into blocks of about one shard. Per epoch the blocks are permuted, and the samples are shuffled
+inside windows of a few permuted blocks: reading stays near-sequential, and both the sample at a position and the way
+back to any position cost the same wherever it lies. Blocks are equal but for the last, whatever the sizes of shards:
+that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_U64 = np.uint64
+_ROUNDS = 6
+
+
+def mix(*words: int | np.ndarray) -> np.ndarray:
+    """Hash integers (or arrays of them, broadcast) into uint64: each word is stirred in by a splitmix64 step.
+
+    Source of the constants: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    state = np.zeros((), dtype=_U64)
+    for word in words:
+        if isinstance(word, int):
+            word = word & 0xFFFF_FFFF_FFFF_FFFF  # numpy refuses a Python int outside uint64
+        with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+            state = (state ^ np.asarray(word).astype(_U64)) + _U64(0x9E37_79B9_7F4A_7C15)
+            state = (state ^ (state >> _U64(30))) * _U64(0xBF58_476D_1CE4_E5B9)
+            state = (state ^ (state >> _U64(27))) * _U64(0x94D0_49BB_1331_11EB)
+            state = state ^ (state >> _U64(31))
+    return state
+
+
+def uniform(*words: int | np.ndarray) -> np.ndarray:
+    """Hash integers into float64 numbers in [0, 1)."""
+    return (mix(*words) >> _U64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: np.ndarray, n: int, key: int, inverse: bool = False) -> np.ndarray:
+    """The images of `index` (int64, each in 0..n-1) under the key's permutation of 0..n-1, or its inverse: O(1) memory.
+
+    A Feistel network over the smallest even number of bits that holds n; what falls outside 0..n-1 walks on along its
+    cycle until it is inside (at most four steps on average).
+    """
+    if n <= 1:
+        return np.zeros_like(index)
+    half = _U64(((n - 1).bit_length() + 1) // 2)
+    mask = (_U64(1) << half) - _U64(1)
+    value = index.astype(_U64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> half, value[outside] & mask
+        for round_ in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):
+            if inverse:
+                left, right = right ^ (mix(key, round_, left) & mask), left
+            else:
+                left, right = right, left ^ (mix(key, round_, right) & mask)
+        value[outside] = (left << half) | right
+        outside[outside] = value[outside] >= _U64(n)
+    return value.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless stream of training samples: position -> (epoch, sample)."""
+
+    samples: int
+    """Samples in the split."""
+    block: int
+    """Samples that stay together when blocks are permuted; best the size of a shard."""
+    window: int
+    """Permuted blocks that are shuffled into one another."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.block < 1 or self.window < 1:
+            raise ValueError(f"samples, block and window must be positive: {self}")
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 stream positions (any shape, >= 0) -> (epoch, sample index), both int64 of the same shape."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, places = np.divmod(positions, self.samples)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._in_epoch(places[here], int(epoch))
+        return epochs, samples
+
+    def _in_epoch(self, place: np.ndarray, epoch: int) -> np.ndarray:
+        block, last = self.block, (self.samples - 1) // self.block  # the last block may be short
+        blocks = last + 1
+        missing = blocks * block - self.samples
+        key = int(mix(self.seed, epoch))
+        short = int(permute(np.array([last]), blocks, key ^ 1)[0]) if missing else blocks
+
+        def slot_start(slot: np.ndarray) -> np.ndarray:  # place of the first sample of a slot
+            return slot * block - np.where(slot > short, missing, 0)
+
+        def slot_of(place: np.ndarray) -> np.ndarray:
+            return np.where(place < (short + 1) * block - missing, place, place + missing) // block
+
+        window = slot_of(place) // self.window
+        result = np.empty_like(place)
+        for w in np.unique(window):
+            here = window == w
+            first, end = slot_start(np.minimum(np.array([w, w + 1]) * self.window, blocks))
+            shuffled = first + permute(place[here] - first, int(end - first), int(mix(key, int(w), 2)))
+            slot = slot_of(shuffled)
+            result[here] = permute(slot, blocks, key ^ 1, inverse=True) * block + shuffled - slot_start(slot)
+        return result
+
+
+def share(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:
+    """Stream positions that `rank` sees in accumulation `step` of the global batch that starts at position `first`.
+
+    Over all ranks and steps these are first .. first+batch-1, each once; batch must divide by accumulate * world.
+    """
+    size, rest = divmod(batch, accumulate * world)
+    if rest or not size:
+        raise ValueError(f"a batch of {batch} does not divide by {accumulate} x {world}")
+    start = first + (step * world + rank) * size
+    return np.arange(start, start + size, dtype=np.int64)

@@ -1,0 +1,9 @@
+"""What a user can cause, as opposed to what only a programmer can cause."""
+
+
+class UserError(Exception):
+    """A mistake that a user can mend. The message is one line: what, where, and what to do."""
+
+
+class RankError(UserError):
+    """A UserError that may strike one rank alone (a damaged file, a full disk), so that rank itself must say it."""

@@ -1,0 +1,1 @@
+"""Model, losses, optimizer, metrics. Knows nothing of files, devices or ranks."""

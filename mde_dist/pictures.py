@@ -1,0 +1,96 @@
+"""Depth as colours: curves, panels and single maps as image files, drawn with matplotlib."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .files import atomic_file
+
+DEPTH_COLORS = "magma_r"  # even steps in brightness, also for colour-blind eyes and in grey; near is bright
+ERROR_COLORS = "cividis"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One row of the panels: image uint8 (height, width, 3); truth and prediction float metres (height, width)."""
+
+    title: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+def colorize(depth: np.ndarray, low: float, high: float) -> np.ndarray:
+    """float metres (height, width) -> RGB uint8 (height, width, 3) over low..high metres; holes (0) are grey."""
+    scaled = (depth - low) / max(high - low, 1e-6)
+    colors = (mpl.colormaps[DEPTH_COLORS](np.clip(scaled, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+    colors[depth <= 0] = 128
+    return colors
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """RGB uint8 (height, width, 3) -> a PNG file."""
+    with atomic_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Image, truth, prediction and absolute error per row; one depth scale and one error scale, in metres, for all."""
+    valid = np.concatenate([panel.truth[panel.truth > 0] for panel in panels])
+    low, high = (float(edge) for edge in np.percentile(valid, (1, 99)))
+    errors = [np.where(p.truth > 0, np.abs(p.prediction - p.truth), np.nan) for p in panels]
+    worst = max(float(np.nanpercentile(np.concatenate([e.reshape(-1) for e in errors]), 98)), 1e-3)
+    figure = Figure(figsize=(11, 2.05 * len(panels) + 1.1), dpi=80, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(panels), 4, squeeze=False)
+    depth_style: dict[str, Any] = {"cmap": DEPTH_COLORS, "vmin": low, "vmax": high}
+    error_style: dict[str, Any] = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": worst}
+    for row, panel, error in zip(axes, panels, errors, strict=True):
+        row[0].imshow(panel.image)
+        row[0].set_ylabel(panel.title, fontsize=7)
+        row[1].imshow(np.where(panel.truth > 0, panel.truth, np.nan), **depth_style)
+        shown = row[2].imshow(panel.prediction, **depth_style)
+        wrong = row[3].imshow(error, **error_style)
+        for axis in row:
+            axis.set(xticks=[], yticks=[], facecolor="0.5")  # holes show as grey
+    for axis, name in zip(axes[0], ("image", "truth", "prediction", "absolute error"), strict=True):
+        axis.set_title(name, fontsize=10)
+    figure.colorbar(shown, ax=axes[:, 1:3], location="bottom", shrink=0.8, aspect=40, pad=0.01, label="depth, metres")
+    figure.colorbar(wrong, ax=axes[:, 3:], location="bottom", shrink=0.9, aspect=20, pad=0.01, label="error, metres")
+    save_figure(path, figure)
+
+
+def draw_curves(
+    path: Path,
+    evaluations: Sequence[dict[str, Any]],
+    baselines: Sequence[dict[str, Any]],
+    steps: Sequence[dict[str, Any]],
+    title: str,
+) -> None:
+    """abs_rel and delta1 of the held-out split, and the training loss, over samples seen."""
+    figure = Figure(figsize=(12, 3.6), dpi=90, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(1, 3)
+    for axis, metric, better in ((axes[0], "abs_rel", "lower is better"), (axes[1], "delta1", "higher is better")):
+        xs = [record["samples"] for record in evaluations]
+        axis.plot(xs, [record[metric] for record in evaluations], "o-", color="C0", label="model")
+        for number, record in enumerate(baselines):
+            axis.axhline(record[metric], color="0.45", linestyle=("--", ":")[number % 2], label=record["baseline"])
+        axis.set(title=f"{metric} ({better})", xlabel="samples seen")
+    axes[2].plot([record["samples"] for record in steps], [record["loss"] for record in steps], color="C1")
+    axes[2].set(title="training loss, m²", xlabel="samples seen", yscale="log")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save_figure(path, figure)

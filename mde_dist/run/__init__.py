@@ -1,0 +1,1 @@
+"""What keeps a run alive: processes, checkpoints, signals, records."""

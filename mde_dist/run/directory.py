@@ -1,0 +1,107 @@
+"""The run directory: who may write it, what is in it, where to go on.
+
+RUN/config.toml      the resolved config, which --config reads back
+RUN/metrics.jsonl    a line per log interval and per evaluation
+RUN/checkpoints/     see checkpoint.py
+RUN/model.safetensors  the last weights, once training has ended
+RUN/PREEMPTED        there while a run that a signal stopped waits to be continued
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from ..errors import UserError
+from ..files import write_atomic
+from .checkpoint import MODEL, Checkpoint, load_newest, save_checkpoint
+
+PREEMPTED = "PREEMPTED"
+
+
+class RunDirectory:
+    """Use it in a `with`: it is locked meanwhile. Only the process with `writes` (rank 0) locks and writes."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], toml: str, writes: bool):
+        """`identity`: what makes this run this run, by name; a checkpoint of another one is refused."""
+        self.path, self._identity, self._toml, self._writes = path, dict(identity), toml, writes
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> "RunDirectory":
+        if self._writes:
+            try:
+                self._claim()
+            except OSError as error:
+                raise UserError(f"--run {self.path}: cannot be written ({error.strerror})") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()  # which unlocks it; so does the death of the process
+
+    def resume(self, say: Any = print) -> Checkpoint | None:
+        """The newest whole checkpoint. Raises UserError where it is of another run."""
+        found = None
+        for item in load_newest(self.path / "checkpoints"):
+            if isinstance(item, Checkpoint):
+                found = item
+            elif self._writes:
+                say(item)
+        if found is None:
+            return None
+        changed = differences(found.state["identity"], self._identity)
+        if changed:
+            raise UserError(
+                f"--run {self.path} holds a run of another config: {'; '.join(changed)}; choose another --run for this "
+                "one, or give the options of that run to continue it"
+            )
+        return found
+
+    def start(self) -> None:
+        """Note the config; a run that goes on is not preempted any more."""
+        if self._writes:
+            write_atomic(self.path / "config.toml", self._toml)
+            (self.path / PREEMPTED).unlink(missing_ok=True)
+
+    def save(
+        self, step: int, files: Mapping[str, bytes], state: Mapping[str, Any], keep: int, best: int | None
+    ) -> None:
+        """Write a checkpoint; see `save_checkpoint`."""
+        save_checkpoint(self.path / "checkpoints", step, files, {**state, "identity": self._identity}, keep, best)
+
+    def mark_preempted(self, text: str) -> None:
+        """For job scripts: this run wants to be continued."""
+        if self._writes:
+            write_atomic(self.path / PREEMPTED, text + "\n")
+
+    def publish_model(self, data: bytes) -> Path:
+        """Put the final weights where predict expects them."""
+        write_atomic(self.path / MODEL, data)
+        return self.path / MODEL
+
+    def _claim(self) -> None:
+        known = {"config.toml", "metrics.jsonl", "checkpoints", ".lock"}
+        if self.path.is_dir():
+            names = {path.name for path in self.path.iterdir()}
+            if names and not names & known:
+                raise UserError(f"--run {self.path}: is not empty and not a run directory; choose another")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            raise UserError(f"--run {self.path}: another training is at work in it ({holder})") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two identities disagree on, in words."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]

@@ -1,0 +1,93 @@
+"""Processes and devices: the one file besides train.py and evaluate.py that knows accelerate and torch.distributed."""
+
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import distributed
+
+from ..errors import UserError
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+# how launchers other than torchrun and accelerate tell a process that it has siblings
+_SIBLINGS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+
+
+@contextmanager
+def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: float = 600.0) -> Iterator[Accelerator]:
+    """Join the process group that the launcher promised, on whatever devices there are; leave it in good order.
+
+    `timeout`: seconds after which a collective that waits for a lost rank ends the run. Raises UserError where the
+    processes would train independently of one another.
+    """
+    promised = promised_processes()
+    cpu = not torch.cuda.is_available() and not _other_accelerator()
+    # the CPU's 1x1 convolutions give channels-last gradients, which DDP copies: right, and too small to matter
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    accelerator = Accelerator(
+        # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
+        cpu=cpu,
+        mixed_precision=_mixed_precision(precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+    )
+    check_world(accelerator.num_processes, promised)
+    if cpu:
+        # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        yield accelerator
+    finally:
+        # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
+        accelerator.free_memory()
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def promised_processes() -> int:
+    """How many processes the launcher says this training has. Raises UserError where it says so to a lone process."""
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    for name in _SIBLINGS:
+        siblings = int(os.environ.get(name, "1"))
+        if "WORLD_SIZE" not in os.environ and siblings > 1:
+            raise UserError(
+                f"{name}={siblings}, but no launcher gave these processes a rank: they would be {siblings} independent "
+                "trainings; start one `accelerate launch` per node instead of one process per task"
+            )
+    return promised
+
+
+def check_world(joined: int, promised: int) -> None:
+    """Refuse to go on alone where siblings were promised. Raises UserError."""
+    if joined != promised:
+        raise UserError(
+            f"the launcher promised {promised} processes, but this one joined a group of {joined}: they would be "
+            f"{promised} independent trainings; on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"--num_machines 1 --num_processes {promised} -m mde_dist.train"
+        )
+
+
+def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks, in place; exact where all but one rank hold zeros."""
+    if accelerator.num_processes > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def _mixed_precision(precision: Precision) -> str:
+    if precision == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return "bf16" if precision == "bf16" else "no"
+
+
+def _other_accelerator() -> bool:
+    return torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
