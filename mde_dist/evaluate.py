@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
                 command.threads,
                 progress=lambda done, images: bar.update(task, completed=done),
             )
+            bar.update(task, completed=len(shards))
         baselines: dict[str, list[torch.Tensor]] = {}
         trained_on = Path(config["data.shards"])
         if (trained_on / "manifest.json").is_file():  # a checkpoint may be far from where it was trained
@@ -204,11 +205,10 @@ def show(summaries: dict[str, list[Summary]], title: str) -> None:
     for column in zip(*summaries.values(), strict=True):
         protocol = PROTOCOLS[column[0].protocol]
         table = Table(title=f"{title}: protocol {protocol.name}, {column[0].images} images", title_justify="left")
-        table.add_column("")
+        for name in ("", *summaries):
+            table.add_column(name, justify="right" if name else "left")
         for metric in protocol.metrics:
-            table.add_column(metric, justify="right")
-        for name, summary in zip(summaries, column, strict=True):
-            table.add_row(name, *(f"{summary.metrics[metric]:.4f}" for metric in protocol.metrics))
+            table.add_row(metric, *(f"{summary.metrics[metric]:.4f}" for summary in column))
         Console().print(table)
 
 

@@ -39,7 +39,7 @@ from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .run.checkpoint import MODEL, OPTIMIZER, model_bytes, versions
 from .run.directory import RunDirectory
-from .run.distributed import all_sum, processes
+from .run.distributed import all_sum, processes, share_buffers
 from .run.monitor import Account, Monitor
 from .run.preemption import StopFlag, stop_flag
 
@@ -270,6 +270,7 @@ def evaluate(
     """Score the held-out split, note it, and remember it if it is the best so far."""
     protocol = PROTOCOLS[config.evaluate.protocol]
     options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
+    share_buffers(accelerator, model)
     model.eval()
     (rows,) = score_split(accelerator, model, held_out, [protocol], size, *options, stop=lambda: bool(stop))
     model.train()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import distributed
+from torch import distributed, nn
 
 from ..errors import UserError
+
+SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
+"""The way to start several processes that works with and without GPUs."""
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -56,6 +60,9 @@ def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: floa
 def promised_processes() -> int:
     """How many processes the launcher says this training has. Raises UserError where it says so to a lone process."""
     promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # what `accelerate launch --cpu --num_processes N` leaves behind: it starts one process whatever N is
+        print(f"note: accelerate started one process; for several: {SEVERAL.format(n='N')}", file=sys.stderr)
     for name in _SIBLINGS:
         siblings = int(os.environ.get(name, "1"))
         if "WORLD_SIZE" not in os.environ and siblings > 1:
@@ -71,8 +78,7 @@ def check_world(joined: int, promised: int) -> None:
     if joined != promised:
         raise UserError(
             f"the launcher promised {promised} processes, but this one joined a group of {joined}: they would be "
-            f"{promised} independent trainings; on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            f"--num_machines 1 --num_processes {promised} -m mde_dist.train"
+            f"{promised} independent trainings; on a CPU: {SEVERAL.format(n=promised)}"
         )
 
 
@@ -81,6 +87,17 @@ def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0.
+
+    DDP does so before each forward pass only, so after a step the running statistics of batch norm differ over the
+    ranks, and with them what each rank would score.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, src=0)
 
 
 def _mixed_precision(precision: Precision) -> str:

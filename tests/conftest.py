@@ -1,0 +1,27 @@
+"""Fixtures that several test files share: a few rendered rooms as shards, and the real pairs where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mde_dist.data.pack import PackOptions, pack
+from mde_dist.data.sources import rooms
+
+
+@pytest.fixture(scope="session")
+def room_shards(tmp_path_factory) -> Path:
+    """30 training and 8 test rooms at 48x64, 8 in a shard (the last one of training is short)."""
+    output = tmp_path_factory.mktemp("shards") / "rooms"
+    options = PackOptions(size=(48, 64), samples_per_shard=8)
+    pack(rooms({"train": 30, "test": 8}), output, options, workers=2, progress=lambda done, total: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def nyuv2() -> Path:
+    """The folder of real NYU Depth v2 pairs (densedepth/ and bts/), named by MDE_DIST_NYUV2."""
+    folder = os.environ.get("MDE_DIST_NYUV2")
+    if not folder:
+        pytest.skip("MDE_DIST_NYUV2 names no folder of real pairs")
+    return Path(folder)

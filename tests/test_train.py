@@ -1,0 +1,205 @@
+"""Training as a user starts it: real processes, killed and resumed, and every mistake in one line."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import files_below, learned, records, run, small, start, wait_for
+from safetensors.torch import load_file
+
+from mde_dist import train
+from mde_dist.errors import UserError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(room_shards, tmp_path_factory) -> Path:
+    """A small run that nothing happens to."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run("train", run=directory, **small(data_shards=room_shards))
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def checkpoints(directory: Path) -> list[str]:
+    found = directory / "checkpoints"
+    return sorted(path.name for path in found.glob("step-*")) if found.is_dir() else []
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_run_makes_what_the_readme_says(undisturbed):
+    files = files_below(undisturbed)
+    assert {"config.toml", "metrics.jsonl", "model.safetensors", "curves.png", "panels.png"} <= files
+    assert checkpoints(undisturbed) == ["step-00000004", "step-00000005"]  # the newest two; the best is one of them
+    assert not any(".tmp" in name for name in files)
+    assert not (undisturbed / "PREEMPTED").exists()
+
+
+def test_metrics_have_every_interval_once(undisturbed):
+    lines = records(undisturbed)
+    assert [r["samples"] for r in lines if "loss" in r] == [12, 24, 36, 48, 60]
+    assert [r["samples"] for r in lines if "evaluation" in r and "baseline" not in r] == [24, 48, 60]
+    assert {r["baseline"] for r in lines if "baseline" in r} == {"training mean everywhere", "mean map of training"}
+    assert all(r["images"] == 8 for r in lines if "evaluation" in r)
+
+
+def test_the_same_command_gives_the_same_bits(undisturbed, room_shards, tmp_path):
+    done = run("train", run=tmp_path / "again", **small(data_shards=room_shards, data_threads=0))
+    assert done.returncode == 0, done.stderr
+    assert learned(tmp_path / "again") == learned(undisturbed)
+    assert same_weights(tmp_path / "again", undisturbed)
+
+
+@pytest.mark.parametrize("after", ["step-00000001", "step-00000003"])
+def test_sigkill_and_the_same_command_end_bit_for_bit_as_undisturbed(undisturbed, room_shards, tmp_path, after):
+    directory = tmp_path / "run"
+    options = small(data_shards=room_shards)
+    process = start("train", run=directory, **options)
+    wait_for(lambda: (directory / "checkpoints" / after).is_dir(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (directory / "model.safetensors").exists()
+    done = run("train", run=directory, **options)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at sample" in done.stdout
+    assert learned(directory) == learned(undisturbed)
+    assert same_weights(directory, undisturbed)
+    assert files_below(directory) == files_below(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(undisturbed, room_shards, tmp_path, number):
+    directory = tmp_path / "run"
+    options = small(data_shards=room_shards)
+    process = start("train", run=directory, **options)
+    wait_for(lambda: checkpoints(directory), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    assert (directory / "PREEMPTED").is_file()
+    done = run("train", run=directory, **options)
+    assert done.returncode == 0, done.stderr
+    assert not (directory / "PREEMPTED").exists()
+    assert learned(directory) == learned(undisturbed)
+    assert same_weights(directory, undisturbed)
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_taken(undisturbed, room_shards, tmp_path):
+    directory = tmp_path / "run"
+    options = small(data_shards=room_shards)
+    subprocess.run(["cp", "-r", undisturbed, directory], check=True)
+    (directory / "model.safetensors").unlink()
+    newest = directory / "checkpoints/step-00000005/model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    done = run("train", run=directory, **options)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000005 is not whole" in done.stdout
+    assert "resumed at sample 48" in done.stdout
+    assert learned(directory) == learned(undisturbed)
+    assert same_weights(directory, undisturbed)
+
+
+def test_a_finished_run_is_shown_again_and_not_changed(undisturbed, room_shards):
+    before = (undisturbed / "metrics.jsonl").read_bytes(), checkpoints(undisturbed)
+    done = run("train", run=undisturbed, **small(data_shards=room_shards))
+    assert done.returncode == 0, done.stderr
+    assert "abs_rel" in done.stdout
+    assert ((undisturbed / "metrics.jsonl").read_bytes(), checkpoints(undisturbed)) == before
+
+
+def test_the_resolved_config_is_saved_and_starts_the_same_run(undisturbed, tmp_path):
+    done = run("train", config=undisturbed / "config.toml", run=tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert learned(tmp_path / "run") == learned(undisturbed)
+
+
+def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
+    """The contract of a mistake that a user can mend."""
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_run_of_another_config_is_refused_and_named(undisturbed, room_shards):
+    before = files_below(undisturbed)
+    done = run("train", run=undisturbed, **small(data_shards=room_shards, optim_lr=0.5))
+    one_line(done, "optim.lr was 0.0003, is 0.5", str(undisturbed))
+    assert files_below(undisturbed) == before
+
+
+def test_two_trainings_in_one_directory_are_refused(room_shards, tmp_path):
+    directory = tmp_path / "run"
+    options = small(data_shards=room_shards, train_samples=100_000)
+    process = start("train", run=directory, **options)
+    try:
+        wait_for(lambda: checkpoints(directory), process)
+        one_line(run("train", run=directory, **options), "another training is at work", str(process.pid))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_debug_describes_the_first_batch_and_leaves_no_run(room_shards, tmp_path):
+    done = run("train", "--debug", cwd=tmp_path, **small(data_shards=room_shards, train_batch_size=2))
+    assert done.returncode == 0, done.stderr
+    for words in ("stored image: (2, 48, 64, 3) uint8 on cpu", "depth: (2, 32, 32) float32 on cpu", "abs_rel"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
+    done = run("train", "--debug", **{"data.shards": tmp_path / "nowhere"})
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "nowhere holds no shards" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data.shards": "/nowhere"}, ("/nowhere", "mde_dist.shard")),
+        ({"train.batch_sizes": 8}, ("train.batch", "--help")),
+        ({"train.accumulate": 5}, ("train.batch_size = 12", "does not divide", "--train.batch-size 10")),
+        ({"train.batch-size": 0}, ("train.batch_size = 0", "at least 1")),
+        ({"data.max-bad-fraction": 2}, ("data.max_bad_fraction", "0 to 1")),
+        ({"optim.lr": "nan"}, ("optim.lr", "at least 0")),
+        ({"optim.lr": "fast"}, ("optim.lr", "fast")),
+        ({"data.size": "240"}, ("HEIGHTxWIDTH",)),
+        ({"data.train-split": "trian"}, ("trian", "train, test")),
+        ({"config": "/nowhere.toml"}, ("/nowhere.toml",)),
+        ({"model.weights": "/nowhere.safetensors"}, ("/nowhere.safetensors",)),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(room_shards, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    given = small(data_shards=room_shards) | {"run": tmp_path / "run"} | options
+    with pytest.raises(UserError) as error:
+        train.main([text for name, value in given.items() for text in (f"--{name}", str(value))])
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_ends_the_command_with_exit_code_2(room_shards, tmp_path):
+    given = small(data_shards=room_shards) | {"run": tmp_path / "run", "train.batch_sizes": 8}
+    one_line(run("train", cwd=tmp_path, **given), "train.batch_sizes")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run_is_not_taken_for_one(room_shards, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    one_line(run("train", run=tmp_path, **small(data_shards=room_shards)), "not a run directory")
+    assert files_below(tmp_path) == {"thesis.tex"}
