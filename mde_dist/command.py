@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -66,6 +67,8 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     same names and values.
     """
     rest, file = _take_config(list(argv))
+    if not any(item.name == "debug" for item in fields(kind)):  # type: ignore[arg-type]
+        rest = [argument for argument in rest if argument != "--debug"]  # `run_command` answers to it
     default: Any = tyro.MISSING_NONPROP
     if file is not None:
         default = _call(kind, toml_arguments(file), prog, f"{file}: ", default)

@@ -168,11 +168,9 @@ def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any
 
 
 def as_toml(config: Config) -> str:
-    """The resolved config as a file that `--config` reads back; what is None is left out."""
+    """The resolved config as a file that `--config` reads back."""
     sections: dict[str, list[str]] = {}
     for name, value in flat(config):
-        if value is None:
-            continue
         section, _, key = name.rpartition(".")
         shown = f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
         text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)

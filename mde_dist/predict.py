@@ -17,7 +17,7 @@ from rich.progress import track
 from .command import parse, run_command
 from .data.augment import normalise, resize_image
 from .data.depth import metres_to_millimetres, png_bytes
-from .data.sources import IMAGE_SUFFIXES
+from .data.sources import IMAGE_SUFFIXES, reason
 from .errors import UserError
 from .files import write_atomic
 from .learning.model import DepthModel, restore
@@ -61,7 +61,7 @@ class Predictor:
         height, width = image.shape[:2]
         scale = (self._area / (height * width)) ** 0.5
         size = max(SMALLEST, round(height * scale)), max(SMALLEST, round(width * scale))
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(self._device).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1)[None].float() / 255
         depth = self._model(normalise(resize_image(pixels, size)))[:, None]
         return resize_image(depth, (height, width))[0, 0].float().cpu().numpy()
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
             with Image.open(path) as picture:
                 image = np.asarray(picture.convert("RGB"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            skipped.append(f"skipped {path}: not a readable image ({error})")
+            skipped.append(f"skipped {path}: not a readable image ({reason(error)})")
             continue
         write_prediction(command.output / name, predictor(image))
     print("\n".join([*skipped, f"made: {len(files) - len(skipped)} depth maps in {command.output}"]))

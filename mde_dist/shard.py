@@ -19,7 +19,8 @@ from rich.table import Table
 
 from .command import Size, parse, run_command
 from .data.depth import DepthScale
-from .data.pack import PackOptions, check_units, pack, probe
+from .data.pack import PackOptions, pack
+from .data.probe import check_units, probe
 from .data.sources import Source, open_source
 from .errors import UserError
 

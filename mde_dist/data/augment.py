@@ -49,9 +49,11 @@ def prepare(
     if depth.shape[-2:] != size:
         depth = resize_depth(depth, size)
     draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(7))
-    view = torch.from_numpy(draw.astype(np.float32)).to(image.device)
-    image, depth = _flip(image, depth, view[:, 0] < augment.flip)
-    return normalise(_recolor(image, view[:, 1] < augment.color, view[:, 2:])), depth
+    # chosen in float64: rounded to float32 a draw can reach 1, which is below no probability
+    chosen = torch.from_numpy(draw[:, :2] < (augment.flip, augment.color)).to(image.device)
+    strength = torch.from_numpy(draw[:, 2:].astype(np.float32)).to(image.device)
+    image, depth = _flip(image, depth, chosen[:, 0])
+    return normalise(_recolor(image, chosen[:, 1], strength)), depth
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import zstandard
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CODECS = ("zst", "png")
 _ZSTD_LEVEL = 3  # levels 1 to 9 decode at the same speed; 3 packs fast and is 18 % larger than PNG
@@ -88,11 +88,17 @@ def decode(data: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     if codec == "zst":
         _decode_zstd(data, out)
         return
-    with Image.open(io.BytesIO(data)) as picture:
-        stored = np.asarray(picture)
-    if stored.shape != out.shape or picture.mode not in ("I;16", "I"):
-        raise ValueError(f"depth is {picture.mode} {stored.shape}, expected 16-bit {out.shape}")
-    out[...] = stored
+    if codec != "png":
+        raise ValueError(f"unknown depth codec {codec!r}; known: {', '.join(CODECS)}")
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if picture.size != out.shape[::-1] or not picture.mode.startswith("I"):
+                raise ValueError(f"depth is {picture.mode} {picture.size[::-1]}, expected 16-bit {out.shape}")
+            out[...] = np.asarray(picture)
+    except UnidentifiedImageError:
+        raise ValueError("depth is not a PNG") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"depth does not decode: {error}") from None
 
 
 def png_bytes(millimetres: np.ndarray) -> bytes:
@@ -111,11 +117,13 @@ def _decode_zstd(data: bytes | memoryview, out: np.ndarray) -> None:
     except AttributeError:
         context = _local.context = zstandard.ZstdDecompressor()
     try:
+        # what the frame claims is checked before memory is given to it
+        size = zstandard.get_frame_parameters(data).content_size
+        if size not in (out.nbytes, zstandard.CONTENTSIZE_UNKNOWN):
+            raise ValueError(f"depth holds {size} bytes, expected {out.nbytes} for {out.shape}")
         plain = context.decompress(data, max_output_size=out.nbytes)
     except zstandard.ZstdError as error:
         raise ValueError(f"depth does not decompress: {error}") from None
-    if len(plain) != out.nbytes:
-        raise ValueError(f"depth holds {len(plain)} bytes, expected {out.nbytes} for {out.shape}")
     out.reshape(-1)[...] = np.frombuffer(plain, dtype="<u2")
 
 
@@ -125,21 +133,26 @@ def resize_depth(depth: Any, size: tuple[int, int]) -> Any:
     Averaging would invent depths between a chair and the wall behind it. A target is a hole (0) only where its whole
     footprint is. Works alike on NumPy arrays and torch tensors, in any unit.
     """
-    rows, row_steps = _nearest(depth.shape[-2], size[0])
-    columns, column_steps = _nearest(depth.shape[-1], size[1])
-    steps = sorted((abs(y) + abs(x), y, x) for y in row_steps for x in column_steps)
+    rows, columns = _Footprints(depth.shape[-2], size[0]), _Footprints(depth.shape[-1], size[1])
+    steps = sorted((y * y + x * x, y, x) for y in rows.steps for x in columns.steps)
     result = None
     for _, y, x in steps:
-        row = np.clip(rows + y, 0, depth.shape[-2] - 1)
-        column = np.clip(columns + x, 0, depth.shape[-1] - 1)
-        candidate = depth[..., row[:, None], column[None, :]]
+        candidate = depth[..., rows.at(y)[:, None], columns.at(x)[None, :]]
         result = candidate if result is None else result + (result == 0) * candidate
     return result
 
 
-def _nearest(source: int, target: int) -> tuple[np.ndarray, range]:
-    """For each target cell the source cell under its centre, and the steps to its neighbours inside the footprint."""
-    ratio = source / target
-    centre = np.minimum(((np.arange(target) + 0.5) * ratio).astype(np.int64), source - 1)
-    reach = max(int(np.ceil(ratio)), 1)
-    return centre, range(-(reach // 2), (reach + 1) // 2)
+class _Footprints:
+    """Which source cells lie under each target cell, along one side; in integers, so rounding loses no edge."""
+
+    def __init__(self, source: int, target: int):
+        index = np.arange(target)
+        self._first = index * source // target
+        self._last = -(-(index + 1) * source // target) - 1
+        self._centre = (2 * index + 1) * source // (2 * target)
+        reach = -(-source // (2 * target))
+        self.steps = range(-reach, reach + 1)
+
+    def at(self, step: int) -> np.ndarray:
+        """For each target cell the source cell `step` from its centre, held within its footprint."""
+        return np.clip(self._centre + step, self._first, self._last)

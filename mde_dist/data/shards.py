@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,41 @@ def read_manifest(directory: Path) -> Manifest:
         raw = json.loads(data)
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise UserError(f"{path}: format {raw['format']} {raw['version']}, this version reads {FORMAT} {VERSION}")
-        height, width = (int(side) for side in raw["image_size"])
-        splits = {}
-        for name, split in raw["splits"].items():
-            files = [*(shard["name"] for shard in split["shards"]), split["index"]["name"], split["mean_map"]]
-            if any(Path(file).name != file for file in files):
-                raise UserError(f"{path}: split {name} names a file outside {directory}")
-            known = {item.name: split[item.name] for item in fields(SplitInfo) if item.name != "name"}
-            splits[name] = SplitInfo(name, **known)
+        height, width = (_count(side) for side in raw["image_size"])
+        splits = {name: _split_info(name, split) for name, split in raw["splits"].items()}
         if raw["codec"] not in depth.CODECS:
             raise UserError(f"{path}: depth codec {raw['codec']!r}, this version reads {', '.join(depth.CODECS)}")
-        layout, codec = raw["source"]["layout"], raw["codec"]
+        layout, codec = str(raw["source"]["layout"]), raw["codec"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); pack the shards again") from None
     return Manifest(directory, hashlib.sha256(data).hexdigest(), codec, (height, width), layout, splits)
+
+
+def _split_info(name: str, raw: Mapping[str, Any]) -> SplitInfo:
+    """A split of the manifest, every value checked. Raises ValueError, KeyError, TypeError or AttributeError."""
+    shards = [
+        {"name": _plain(s["name"]), "samples": _count(s["samples"]), "bytes": _count(s["bytes"]), "sha256": s["sha256"]}
+        for s in raw["shards"]
+    ]
+    samples = _count(raw["samples"])
+    if sum(shard["samples"] for shard in shards) != samples:
+        raise ValueError(f"split {name} has {samples} samples, its shards have another number")
+    index = {"name": _plain(raw["index"]["name"]), "sha256": raw["index"]["sha256"]}
+    statistics = {what: float(raw["depth"][what]) for what in ("min", "median", "mean", "max", "holes")}
+    return SplitInfo(name, samples, shards, index, _plain(raw["mean_map"]), statistics)
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _plain(name: str) -> str:
+    """A file's name that cannot lead out of the directory."""
+    if Path(name).name != name or name in ("", "..", "."):
+        raise ValueError(f"{name!r} is not the name of a file in it")
+    return name
 
 
 class ShardSet:
@@ -123,6 +144,7 @@ class ShardSet:
         self.close()
 
     def close(self) -> None:
+        self._index = np.empty(0, INDEX)  # which unmaps the file
         while self._files:
             os.close(self._files.pop())
 
@@ -138,8 +160,11 @@ class ShardSet:
         return header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
 
     def meta(self, sample: int) -> dict[str, str]:
-        """The sample's own record: scene, source, split."""
-        return json.loads(self._payload(sample, "meta"))
+        """The sample's own record: scene, source, split. Raises DamagedSample."""
+        try:
+            return json.loads(self._payload(sample, "meta"))
+        except (ValueError, OSError) as error:
+            raise self._damaged(sample, error) from None
 
     def read_into(self, sample: int, image: np.ndarray, target: np.ndarray) -> None:
         """Read a sample into `image`, uint8 (height, width, 3), and `target`, uint16 millimetres (height, width).
@@ -153,10 +178,14 @@ class ShardSet:
                 raise ValueError("image is not of the size that the manifest states")
             simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=image)
         except (ValueError, OSError) as error:
-            raise DamagedSample(f"{self.shard_of(sample)}, key {self.key(sample)}: {error}") from None
+            raise self._damaged(sample, error) from None
 
     def shard_of(self, sample: int) -> str:
+        """Path of the tar that holds the sample."""
         return str(self.manifest.path / self.info.shards[self._index[sample]["shard"]]["name"])
+
+    def _damaged(self, sample: int, error: Exception) -> DamagedSample:
+        return DamagedSample(f"{self.shard_of(sample)}, key {self.key(sample)}: {error}")
 
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, float32 metres (height, width)."""

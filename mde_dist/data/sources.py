@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from . import depth
@@ -212,7 +212,7 @@ def _pairs(table: Path, rows: Iterable[Iterable[str]], folder: str, drop: str) -
     pairs: dict[str, Pair] = {}
     for number, row in enumerate(rows, 1):
         columns = [column.strip() for column in row]
-        if len(columns) < 2:
+        if len(columns) < 2 or not all(columns[:2]):
             raise UserError(f"{table}, row {number}: expected an image and a depth path, found {' '.join(columns)!r}")
         image, target = (PurePosixPath(folder, column.lstrip("/")) for column in columns[:2])
         for path in (image, target):
@@ -242,7 +242,7 @@ def _read_image(path: Path) -> tuple[np.ndarray, bytes | None]:
         with Image.open(io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB")), None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadPair(f"{path} is not a readable image ({error})") from None
+        raise BadPair(f"{path} is not a readable image ({reason(error)})") from None
 
 
 def _is_baseline_rgb_jpeg(data: bytes) -> bool:
@@ -250,7 +250,7 @@ def _is_baseline_rgb_jpeg(data: bytes) -> bool:
     if data[:2] != b"\xff\xd8":
         return False
     place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    while place + 10 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker == 0xC0:
             return data[place + 9] == 3 and simplejpeg.decode_jpeg_header(data)[2] == "YCbCr"
@@ -266,13 +266,18 @@ def _read_depth(path: Path, scale: DepthScale) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as picture:
             mode, stored = picture.mode, np.asarray(picture)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadPair(f"{path} is not a readable depth map ({error})") from None
+        raise BadPair(f"{path} is not a readable depth map ({reason(error)})") from None
     if mode not in ("L", "I;16", "I"):
         raise BadPair(f"{path} is a {mode} picture; a depth map has one channel of 8 or 16 bits")
     bits = 8 if mode == "L" else 16
     if scale.bits and bits != scale.bits:
         raise BadPair(f"{path} is {bits}-bit, but the layout declares {scale.bits}-bit depth ({scale.reason})")
     return depth.to_millimetres(stored, scale)
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be read, in words that are the same in every run (PIL's own name an address in memory)."""
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _bytes(path: Path) -> bytes:

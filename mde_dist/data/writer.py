@@ -1,8 +1,10 @@
 """Samples -> one WebDataset tar and its index rows."""
 
+import contextlib
 import json
 import zlib
 from collections.abc import Mapping
+from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -12,7 +14,7 @@ from .shards import INDEX, MEMBERS, TAR_BLOCK
 
 
 class ShardWriter:
-    """Writes samples into one tar and keeps their index rows. The tar has fixed times, owners and order of members."""
+    """Writes samples into one tar, with fixed times, owners and order. Use it in a `with`, then take `rows`."""
 
     def __init__(self, file: BinaryIO, codec: str):
         self._tar = webdataset.TarWriter(
@@ -32,7 +34,16 @@ class ShardWriter:
             self._offset += TAR_BLOCK + -(-len(data) // TAR_BLOCK) * TAR_BLOCK
         self._rows.append(tuple(row))
 
-    def close(self) -> np.ndarray:
-        """Finish the tar and return its INDEX rows (shard number 0)."""
-        self._tar.close()
+    def rows(self) -> np.ndarray:
+        """The INDEX rows of what was written (shard number 0)."""
         return np.array(self._rows, dtype=INDEX)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self._tar.close()
+        else:  # the tar comes to nothing; closed all the same, or tarfile complains when it is collected
+            with contextlib.suppress(OSError):
+                self._tar.close()

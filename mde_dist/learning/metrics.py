@@ -48,13 +48,14 @@ def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> 
     prediction: (batch, h, w) metres, brought bilinearly to the ground truth's size; depth: (batch, height, width)
     metres, 0 = hole. An image without a valid pixel has count 0 and metrics 0, never nan.
     """
+    # compared in the depth's own precision: 1 mm as float32 is a hair above 1e-3 as float64
+    valid = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
     prediction, depth = prediction.double(), depth.double()
     if prediction.shape[-2:] != depth.shape[-2:]:
         prediction = F.interpolate(prediction[:, None], depth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     if protocol.crop is not None:
         rows, columns = crop_slices(protocol.crop, depth.shape[-2], depth.shape[-1])
-        prediction, depth = prediction[:, rows, columns], depth[:, rows, columns]
-    valid = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
+        prediction, depth, valid = (x[:, rows, columns] for x in (prediction, depth, valid))
     truth = torch.where(valid, depth, 1.0)
     if protocol.clamp is not None:
         low, high = protocol.clamp

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +88,12 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
 def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
     """The model that the metadata and tensors of a model.safetensors describe. Raises UserError."""
     try:
-        model = DepthModel(metadata["config"]["model.backbone"])
+        backbone = metadata["config"]["model.backbone"]
+        if backbone not in get_args(Backbone):
+            raise ValueError(f"unknown backbone {backbone!r}")
+        model = DepthModel(backbone)
         model.load_state_dict(tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights do not fit the model they name: {str(error).splitlines()[-1]}") from None
     return model
 
@@ -100,10 +103,14 @@ def _imagenet(backbone: Backbone) -> dict[str, torch.Tensor]:
     weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
     try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        if not (isinstance(state, Mapping) and all(isinstance(x, torch.Tensor) for x in state.values())):
+            raise ValueError("it holds something else than named tensors")
+        return {str(name): tensor for name, tensor in state.items()}
     except Exception as error:
+        why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.weights imagenet: {target.name} cannot be had ({type(error).__name__}: {error}); without a "
+            f"model.weights imagenet: {target.name} cannot be had ({type(error).__name__}: {why}); without a "
             f"network, download {weights.url} elsewhere and put it at {target}, or start from "
             "scratch: --model.weights none"
         ) from None

@@ -57,6 +57,8 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` gave. Raises KeyError or ValueError where the tensors are of another model."""
     parameters = dict(model.named_parameters())
+    if tensors and {name.split("|")[0] for name in tensors} != parameters.keys():
+        raise ValueError("the optimizer's state is not of these parameters")
     for name, value in tensors.items():
         owner, key = name.split("|")
         parameter = parameters[owner]

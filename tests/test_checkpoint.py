@@ -1,0 +1,180 @@
+"""Checkpoints are whole or not there, whatever happens while they are written."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from mde_dist.errors import UserError
+from mde_dist.run import checkpoint
+from mde_dist.run.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    find_model,
+    load_checkpoint,
+    load_newest,
+    model_bytes,
+    read_model,
+    save_checkpoint,
+)
+
+
+def write(directory: Path, step: int, keep: int = 2, best: int | None = None) -> Path:
+    tensors = {"w": torch.full((3,), float(step))}
+    files = {MODEL: save(tensors, {"mde_dist": "{}"}), OPTIMIZER: save(tensors)}
+    return save_checkpoint(directory, step, files, {"samples_seen": step * 10}, keep, best)
+
+
+def newest(directory: Path) -> tuple[int | None, list[str]]:
+    """Step of the newest whole checkpoint, and what is said about broken ones."""
+    said: list[str] = []
+    for item in load_newest(directory):
+        if isinstance(item, Checkpoint):
+            assert item.model["w"].eq(item.state["step"]).all()
+            assert item.state["samples_seen"] == item.state["step"] * 10
+            return item.state["step"], said
+        said.append(item)
+    return None, said
+
+
+def steps(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_newest_is_found_again(tmp_path):
+    assert newest(tmp_path) == (None, [])
+    for step in (1, 2, 10):
+        write(tmp_path, step)
+    assert newest(tmp_path) == (10, [])
+
+
+def test_the_newest_k_and_the_best_stay(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path, step, keep=2, best=2 if step >= 2 else None)
+    assert steps(tmp_path) == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def test_a_second_checkpoint_of_a_step_takes_the_place_of_the_first_only_once_it_stands(tmp_path):
+    write(tmp_path, 3)
+    first = load_checkpoint(tmp_path / "step-00000003")
+    write(tmp_path, 3)
+    assert newest(tmp_path) == (3, [])
+    assert steps(tmp_path) == ["step-00000003.1"]
+    assert first.state["step"] == 3
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
+def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path, name, damage):
+    write(tmp_path, 1)
+    victim = write(tmp_path, 2) / name
+    data = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "empty":
+        victim.write_bytes(b"")
+    elif damage == "cut":
+        victim.write_bytes(data[: len(data) // 2])
+    else:  # in state.json a digit of a checksum
+        place = data.index(b'sha256": "') + 10 if name == STATE else len(data) - 1
+        victim.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    step, said = newest(tmp_path)
+    assert step == 1
+    assert len(said) == 1
+    assert "step-00000002 is not whole" in said[0]
+
+
+class Crash(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+CALLS = ("open", "fsync", "replace", "rename", "rmtree")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("number", range(12))
+def test_dying_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call, number):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    owner, name = {
+        "open": (Path, "open"),
+        "fsync": (os, "fsync"),
+        "replace": (Path, "replace"),
+        "rename": (Path, "rename"),
+        "rmtree": (shutil, "rmtree"),
+    }[call]
+    real, count = getattr(owner, name), 0
+
+    def dying(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == number + 1:
+            raise Crash
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        try:
+            write(tmp_path, 3)
+        except Crash:
+            finished = False
+        else:
+            finished = True
+    step, said = newest(tmp_path)
+    assert said == []
+    assert step in ((3,) if finished else (2, 3))
+    write(tmp_path, 4)  # and the next one cleans up
+    assert newest(tmp_path) == (4, [])
+    assert len([name for name in steps(tmp_path) if name.startswith("step-")]) == 2
+
+
+def test_a_disk_that_takes_nothing_is_one_line_and_the_old_ones_stay(tmp_path):
+    write(tmp_path, 1)
+    files = {MODEL: b"x" * 10, OPTIMIZER: b""}
+    blocked = tmp_path / ".step-00000002.tmp"
+    blocked.write_text("a file where the temporary directory has to go")
+    with pytest.raises(UserError, match="cannot write the checkpoint"):
+        save_checkpoint(tmp_path, 2, files, {}, 2, None)
+    assert newest(tmp_path) == (1, [])
+
+
+def test_nothing_but_safetensors_and_json_is_written(tmp_path):
+    target = write(tmp_path, 1)
+    assert {path.name for path in target.iterdir()} == {MODEL, OPTIMIZER, STATE}
+    assert json.loads((target / STATE).read_text())["format"] == checkpoint.FORMAT
+
+
+def test_a_model_file_carries_what_rebuilds_it(tmp_path):
+    model = nn.BatchNorm2d(3)
+    path = tmp_path / MODEL
+    path.write_bytes(model_bytes(model, {"config": {"model.backbone": "resnet18"}}))
+    metadata, tensors = read_model(path)
+    assert metadata["config"] == {"model.backbone": "resnet18"}
+    assert tensors.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 64, save({"w": torch.zeros(1)})])
+def test_what_is_no_model_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        read_model(path)
+
+
+def test_find_model_takes_a_file_or_the_newest_of_a_run(tmp_path):
+    write(tmp_path / "checkpoints", 1)
+    write(tmp_path / "checkpoints", 2)
+    assert find_model(tmp_path, None) == tmp_path / "checkpoints/step-00000002" / MODEL
+    assert find_model(None, Path("x")) == Path("x")
+    for run, file in ((None, None), (tmp_path, Path("x"))):
+        with pytest.raises(UserError, match="either"):
+            find_model(run, file)
+    with pytest.raises(UserError, match="no checkpoint"):
+        find_model(tmp_path / "nowhere", None)

@@ -1,0 +1,100 @@
+"""Defaults <- TOML <- flags; impossible values named; the resolved config reads back as itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mde_dist.command import toml_arguments
+from mde_dist.config import FREE, Config, TrainConfig, as_json, as_toml, flat, identity, read_config
+from mde_dist.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def test_flags_overrule_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('[train]\nbatch_size = 16\nseed = 7\n[data]\nsize = "96x128"\n')
+    config = read_config(["--config", str(file), "--train.batch-size", "32"])
+    assert config.train == replace(TrainConfig(), batch_size=32, seed=7)
+    assert config.data.size == (96, 128)
+    assert config.model == Config().model
+
+
+def test_underscores_and_hyphens_mean_the_same():
+    assert read_config(["--train.batch_size", "6"]) == read_config(["--train.batch-size", "6"])
+
+
+@pytest.mark.parametrize("argument", [["--config=FILE"], ["--config", "FILE"]])
+def test_both_ways_to_name_the_file(tmp_path, argument):
+    file = tmp_path / "mine.toml"
+    file.write_text("[optim]\nlr = 0.5\n")
+    assert read_config([text.replace("FILE", str(file)) for text in argument]).optim.lr == 0.5
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_that_come_along_are_read(path):
+    assert len(CONFIGS) >= 2
+    config = read_config(["--config", str(path)])
+    assert config != Config()
+    assert toml_arguments(path)
+
+
+def test_the_seed_config_is_the_recipe():
+    config = read_config(["--config", str(next(path for path in CONFIGS if path.stem == "seed"))])
+    assert (config.model.backbone, config.model.weights) == ("resnet18", "imagenet")
+    assert (config.optim.lr, config.optim.schedule, config.train.batch_size) == (1e-4, "constant", 8)
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    given = ["--data.size", "None", "--evaluate.limit", "3", "--run", 'runs/a "quoted" näme', "--train.no-sync-bn"]
+    config = read_config(given)
+    file = tmp_path / "config.toml"
+    file.write_text(as_toml(config))
+    assert read_config(["--config", str(file)]) == config
+
+
+def test_every_field_has_a_docstring_and_stands_in_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_config(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, _ in flat(Config()):
+        assert f"--{name.replace('_', '-')}" in text, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.samples", "0"], ["train.samples = 0", "at least 1"]),
+        (["--augment.flip", "1.5"], ["augment.flip = 1.5", "0 to 1"]),
+        (["--optim.weight-decay", "-1"], ["optim.weight_decay = -1", "at least 0"]),
+        (["--optim.schedule", "linear"], ["linear", "constant", "cosine"]),
+        (["--model.backbone", "vgg"], ["vgg", "resnet18"]),
+        (["--data.thread", "3"], ["data.thread", "data.threads"]),
+        (["--data.threads", "many"], ["data.threads", "many"]),
+        (["sometimes"], ["sometimes"]),
+    ],
+)
+def test_impossible_values_are_one_line_that_names_them(arguments, words):
+    with pytest.raises(UserError) as error:
+        read_config(arguments)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("text", ["[train\n", "train = \xff", "[train]\nsamples = 'x'\n", "[trains]\nsamples = 3\n"])
+def test_a_bad_file_is_named(tmp_path, text):
+    file = tmp_path / "mine.toml"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"mine\.toml"):
+        read_config(["--config", str(file)])
+
+
+def test_identity_ignores_what_does_not_change_the_run_and_nothing_else():
+    config = read_config([])
+    moved = read_config(["--run", "elsewhere", "--data.threads", "9", "--data.shards", "there", "--train.keep", "5"])
+    assert identity(config, "a", "b") == identity(moved, "a", "b")
+    assert identity(config, "a", "b") != identity(config, "other", "b")
+    assert identity(config, "a", "b") != identity(read_config(["--train.seed", "1"]), "a", "b")
+    assert set(as_json(config)) >= FREE

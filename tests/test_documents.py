@@ -1,0 +1,46 @@
+"""What the documents show is run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mde_dist.data.pack import PackOptions, pack
+from mde_dist.data.rooms import render_room
+from mde_dist.data.sources import rooms
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("document", ["README.md", "shards/README.md"])
+def test_the_lines_that_read_shards_with_plain_webdataset_work(document, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "webdataset" in block]
+    options = PackOptions(samples_per_shard=1)
+    pack(rooms({"train": 1, "test": 2}), tmp_path / "shards/rooms", options, 1, lambda done, total: None)
+    monkeypatch.chdir(tmp_path)
+    seen: dict = {}
+    exec(code, seen)  # the block loops over the shards and leaves the last pair behind
+    image, metres = render_room(1_000_001)
+    assert seen["image"].size == (320, 240)
+    assert np.abs(np.asarray(seen["image"]).astype(float) - image).mean() < 3
+    assert np.abs(seen["depth"] - metres).max() <= 0.00051
+
+
+def test_every_option_that_the_documents_name_exists(capsys):
+    from mde_dist import evaluate, predict, report, shard, train
+
+    known = set()
+    for command in (evaluate, predict, report, shard, train):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
+    known |= {"--config", "--multi_gpu", "--num_machines", "--num_processes", "--main_process_port", "--same_network"}
+    known = {name.replace("_", "-") for name in known | {"--section.field", "--mixed_precision", "--dynamo_backend", "--help", "--section.field"}}
+    for document in ("README.md", "launch/README.md", "shards/README.md"):
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", (ROOT / document).read_text()):
+            assert option.rstrip(".").replace("_", "-") in {name.replace("_", "-") for name in known}, (
+                document,
+                option,
+            )

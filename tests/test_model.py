@@ -1,0 +1,355 @@
+"""The seed model: its size, its shapes, its starting weights and what is said where they cannot be had."""
+
+import os
+import pickle
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from mde_dist.errors import UserError
+from mde_dist.learning.model import DepthModel, ModelConfig, build, restore
+
+BACKBONES = ("resnet18", "resnet34", "resnet50")
+URL = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+
+
+def image(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_resnet(backbone="resnet18", seed=5):
+    """torchvision's own model with random weights, batch statistics included."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(backbone, weights=None)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_one_line(error, *parts):
+    message = str(error.value)
+    assert len(message.splitlines()) == 1, message
+    for part in parts:
+        assert str(part) in message
+
+
+def encoder_is(model, state):
+    """True where every tensor of a torchvision state (less the classifier) is the encoder's."""
+    ours = model.encoder.state_dict()
+    return set(ours) == {name for name in state if not name.startswith("fc.")} and all(
+        torch.equal(ours[name], state[name]) for name in ours
+    )
+
+
+# --- architecture ---
+
+
+def test_number_of_parameters():
+    model = build(ModelConfig(), seed=0)
+    # the original has 12,762,753; the 64 * 64 * 9 + 64 = 36,928 of its unused residual_convs[0] are not created
+    assert sum(p.numel() for p in model.parameters()) == 12_725_825
+    assert [tuple(conv.weight.shape) for conv in model.residual_convs] == [
+        (64, 128, 3, 3),
+        (128, 256, 3, 3),
+        (256, 512, 3, 3),
+    ]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_parameter_gets_a_gradient(backbone):
+    model = build(ModelConfig(backbone), seed=0).train()
+    model(image(2, 3, 64, 64)).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize("size", [(45, 61), (240, 320), (32, 32), (33, 64), (64, 65)])
+def test_depth_has_the_size_of_the_image_and_is_positive(size):
+    model = build(ModelConfig(), seed=0).eval()
+    with torch.inference_mode():
+        depth = model(image(2, 3, *size))
+    assert depth.shape == (2, *size)
+    assert depth.dtype == torch.float32
+    assert (depth > 0).all()
+    assert torch.isfinite(depth).all()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES[1:])
+def test_shapes_of_the_other_backbones(backbone):
+    model = build(ModelConfig(backbone), seed=0).eval()
+    with torch.inference_mode():
+        assert model(image(1, 3, 45, 61)).shape == (1, 45, 61)
+
+
+def test_depth_is_positive_where_the_head_says_negative():
+    model = build(ModelConfig(), seed=0).eval()
+    with torch.inference_mode():
+        model.head.weight.zero_()
+        model.head.bias.fill_(-3.0)
+        # softplus(-3) = ln(1 + e^-3)
+        assert torch.allclose(model(image(1, 3, 64, 64)), torch.tensor(0.0485874), atol=1e-6)
+
+
+def reference(model, x):
+    """The forward pass as FACTS describes it, step by step, for sides that are multiples of 32."""
+    e = model.encoder
+    features = [e.maxpool(torch.relu(e.bn1(e.conv1(x))))]
+    for stage in (e.layer1, e.layer2, e.layer3, e.layer4):
+        features.append(stage(features[-1]))
+    y = features[4]
+    for i in (3, 2, 1):
+        y = torch.nn.functional.interpolate(model.residual_convs[i - 1](y), scale_factor=2) + features[i]
+    quarter = torch.log1p(torch.exp(model.head(y + features[0])))
+    return torch.nn.functional.interpolate(quarter, scale_factor=4, mode="bilinear")[:, 0]
+
+
+def test_forward_is_that_of_the_seed():
+    model = build(ModelConfig(), seed=3).eval()
+    x = image(2, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), reference(model, x), atol=1e-5)
+
+
+def test_every_feature_matters():
+    model = build(ModelConfig(), seed=3).eval()
+    x = image(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = model(x)
+        for layer in (model.encoder.conv1, *(block[-1].bn2 for block in list(model.encoder.children())[4:8])):
+            kept = layer.weight.clone()
+            layer.weight.mul_(-1)
+            assert (model(x) - before).abs().max() > 1e-4
+            layer.weight.copy_(kept)
+        assert torch.equal(model(x), before)
+
+
+def test_depth_stays_float32_under_autocast():
+    model = build(ModelConfig(), seed=0).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        depth = model(image(1, 3, 64, 64))
+    assert depth.dtype == torch.float32
+    # bfloat16 would leave few distinct values: 256 in an octave
+    assert len(depth.unique()) > 1500
+
+
+# --- random weights ---
+
+
+def test_same_seed_same_weights():
+    one, two, other = (build(ModelConfig(), seed).state_dict() for seed in (7, 7, 8))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("encoder.conv1.weight", "residual_convs.0.weight", "head.weight"):
+        assert not torch.equal(one[name], other[name])
+
+
+def test_global_random_state_neither_matters_nor_moves():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one = build(ModelConfig(), 7).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    two = build(ModelConfig(), 7).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- weights from a file ---
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_file_with_torchvision_names(tmp_path, backbone):
+    state = plain_resnet(backbone).state_dict()
+    path = tmp_path / "resnet.safetensors"
+    save_file(state, path)
+    model = build(ModelConfig(backbone, str(path)), seed=0)
+    assert encoder_is(model, state)
+    scratch = build(ModelConfig(backbone), seed=0)
+    assert torch.equal(model.head.weight, scratch.head.weight)  # what is not in the file is as without it
+
+
+def test_file_without_classifier(tmp_path):
+    state = {name: value for name, value in plain_resnet().state_dict().items() if not name.startswith("fc.")}
+    save_file(state, tmp_path / "encoder.safetensors")
+    assert encoder_is(build(ModelConfig(weights=str(tmp_path / "encoder.safetensors")), seed=0), state)
+
+
+def test_file_of_a_model_of_ours(tmp_path):
+    trained = build(ModelConfig(), seed=9)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    model = build(ModelConfig(weights=str(tmp_path / "model.safetensors")), seed=0)
+    assert encoder_is(model, trained.encoder.state_dict())
+
+
+def test_file_of_another_backbone_is_refused(tmp_path):
+    for backbone, other in (("resnet18", "resnet50"), ("resnet34", "resnet18"), ("resnet18", "resnet34")):
+        path = tmp_path / f"{other}.safetensors"
+        save_file(plain_resnet(other).state_dict(), path)
+        with pytest.raises(UserError) as error:
+            build(ModelConfig(backbone, str(path)), seed=0)
+        assert_one_line(error, path, "do not fit")
+
+
+def test_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights=str(path)), seed=0)
+    assert_one_line(error, path, "do not fit")
+
+
+class Touch:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("content", ["missing", "directory", "empty", "garbage", "truncated", "pickle"])
+def test_file_that_is_no_safetensors_is_refused(tmp_path, content):
+    path, marker = tmp_path / "weights.safetensors", tmp_path / "marker"
+    if content == "directory":
+        path.mkdir()
+    elif content == "truncated":
+        save_file(plain_resnet().state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "pickle":
+        torch.save({"conv1.weight": Touch(marker)}, path)
+    elif content != "missing":
+        path.write_bytes(b"" if content == "empty" else b"garbage" * 100)
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights=str(path)), seed=0)
+    assert_one_line(error, path, "safetensors")
+    assert not marker.exists()
+
+
+# --- torchvision's ImageNet weights ---
+
+
+@pytest.fixture
+def imagenet_file(tmp_path, monkeypatch):
+    """Where torchvision looks for its weights; whatever it tries to download is refused at once."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "hub" / "checkpoints" / URL.rsplit("/", 1)[-1]
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_imagenet_weights_are_loaded_from_torchs_cache(imagenet_file):
+    state = plain_resnet(seed=11).state_dict()
+    torch.save(state, imagenet_file)
+    model = build(ModelConfig(weights="imagenet"), seed=0)
+    assert encoder_is(model, state)
+    assert torch.equal(model.head.weight, build(ModelConfig(), seed=0).head.weight)
+
+
+def test_imagenet_weights_that_cannot_be_had(imagenet_file):
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights="imagenet"), seed=0)
+    assert_one_line(error, imagenet_file, URL, "--model.weights none")
+    assert list(imagenet_file.parent.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "extra object"])
+def test_a_pickled_object_in_the_cache_is_not_run(imagenet_file, form):
+    marker = imagenet_file.parent / "marker"
+    state = {**plain_resnet().state_dict(), "conv1.weight": Touch(marker)}
+    if form == "plain pickle":
+        imagenet_file.write_bytes(pickle.dumps(Touch(marker)))
+    elif form == "extra object":
+        torch.save({"state_dict": plain_resnet().state_dict(), "hook": Touch(marker)}, imagenet_file)
+    else:
+        torch.save(state, imagenet_file, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights="imagenet"), seed=0)
+    assert not marker.exists()
+    assert_one_line(error, imagenet_file)
+
+
+def test_the_pickled_object_would_have_run(imagenet_file):
+    # else the test above would hold for any reader
+    marker = imagenet_file.parent / "marker"
+    torch.save({"conv1.weight": Touch(marker)}, imagenet_file)
+    torch.load(imagenet_file, weights_only=False)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"conv1.weight": 3},
+        {3: torch.zeros(2)},
+        [torch.zeros(2)],
+        torch.zeros(2),
+        {"conv1.weight": torch.zeros(2)},
+        None,
+    ],
+)
+def test_cached_file_with_something_else_is_refused(imagenet_file, content):
+    torch.save(content, imagenet_file)
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights="imagenet"), seed=0)
+    assert_one_line(error, "model.weights")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50])
+def test_damaged_cached_file_is_refused(imagenet_file, content):
+    imagenet_file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        build(ModelConfig(weights="imagenet"), seed=0)
+    assert_one_line(error, imagenet_file)
+
+
+# --- restoring ---
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_restore_gives_the_model_back(backbone):
+    model = build(ModelConfig(backbone), seed=4).train()
+    model(image(2, 3, 64, 64))  # moves the batch statistics
+    metadata = {"config": {"model.backbone": backbone}}
+    restored = restore(metadata, model.state_dict())
+    assert type(restored) is DepthModel
+    x = image(1, 3, 45, 61, seed=1)
+    with torch.inference_mode():
+        assert torch.equal(restored.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"config": {}},
+        {"config": None},
+        {"config": {"model.backbone": "resnet7"}},
+        {"config": {"model.backbone": "vgg11"}},
+        {"config": {"model.backbone": 18}},
+        {"config": {"model.backbone": "resnet34"}},
+    ],
+)
+def test_restore_refuses_metadata_that_do_not_fit(metadata):
+    with pytest.raises(UserError) as error:
+        restore(metadata, build(ModelConfig(), seed=0).state_dict())
+    assert_one_line(error, "do not fit")
+
+
+def test_restore_refuses_missing_extra_and_wrong_tensors():
+    state = build(ModelConfig(), seed=0).state_dict()
+    metadata = {"config": {"model.backbone": "resnet18"}}
+    without = {name: value for name, value in state.items() if name != "head.bias"}
+    for wrong in (without, state | {"extra": torch.zeros(1)}, state | {"head.bias": torch.zeros(2)}, {}):
+        with pytest.raises(UserError) as error:
+            restore(metadata, wrong)
+        assert_one_line(error, "do not fit")

@@ -1,0 +1,131 @@
+"""Tiny data set trees with the encodings that people really have on disk, and packed shards made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mde_dist.data.pack import PackOptions, pack
+from mde_dist.data.sources import Source, open_source
+
+SIZE = (24, 32)
+TRAIN_SCENES = ("basement_0001a", "kitchen_0028b")
+TEST_ROOMS = ("bathroom", "home_office")
+
+
+def picture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """uint8 (height, width, 3): soft colours that differ from seed to seed and survive JPEG."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    waves = [128 + 90 * np.sin(0.17 * (channel + 1) * x + 0.11 * y + seed + channel) for channel in range(3)]
+    return np.stack(waves, axis=-1).astype(np.uint8)
+
+
+def millimetres(seed: int, size: tuple[int, int] = SIZE, holes: float = 0.0) -> np.ndarray:
+    """uint16 (height, width): a slanted wall at 1.5 to 4 m with noise, and a share of holes (0)."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    depth = 1500 + 37 * (seed % 11) + 1500 * x / size[1] + 500 * y / size[0] + draw.integers(0, 90, size)
+    depth[draw.random(size) < holes] = 0
+    return depth.astype(np.uint16)
+
+
+def jpeg_bytes(image: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | np.ndarray) -> None:
+    """Bytes as they are; an array as PNG: uint8 of one or three channels, or uint16 of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        Image.fromarray(content).save(path, "PNG")
+
+
+def densedepth(root: Path, train: int = 4, test: int = 3, prefix: str = "") -> Path:
+    """data/nyu2_{train,test}.csv: JPEG with 8-bit depth for training, PNG with 16-bit depth for test."""
+    rows = []
+    for i in range(train):
+        name = f"data/nyu2_train/{TRAIN_SCENES[i % 2]}_out/{i + 1}"
+        write(root / f"{name}.jpg", jpeg_bytes(picture(i)))
+        write(root / f"{name}.png", eight_bit(i))
+        rows.append(f"{name}.jpg,{name}.png")
+    if train:
+        (root / "data/nyu2_train.csv").write_text(prefix + "\n".join(rows) + "\n", encoding="utf-8")
+    rows = []
+    for i in range(test):
+        name = f"data/nyu2_test/{i:05d}"
+        write(root / f"{name}_colors.png", picture(100 + i))
+        write(root / f"{name}_depth.png", millimetres(100 + i))
+        rows.append(f"{name}_colors.png,{name}_depth.png")
+    if test:
+        (root / "data/nyu2_test.csv").write_text(prefix + "\n".join(rows) + "\n", encoding="utf-8")
+    return root
+
+
+def eight_bit(seed: int) -> np.ndarray:
+    """uint8 depth as densedepth stores it: floor(metres / 10 * 255)."""
+    return (millimetres(seed).astype(np.int64) * 255 // 10_000).astype(np.uint8)
+
+
+def bts(root: Path, train: int = 4, test: int = 3, columns: int = 3) -> Path:
+    """sync/ and official_splits/test/ with their lists: 16-bit millimetres, 30 % holes in training."""
+    rest = " 518.8579" if columns == 3 else ""
+    rows = []
+    for i in range(train):
+        scene = TRAIN_SCENES[i % 2]
+        write(root / f"sync/{scene}/rgb_{i:05d}.jpg", jpeg_bytes(picture(i)))
+        write(root / f"sync/{scene}/sync_depth_{i:05d}.png", millimetres(i, holes=0.3))
+        rows.append(f"/{scene}/rgb_{i:05d}.jpg /{scene}/sync_depth_{i:05d}.png{rest}")
+    if train:
+        (root / "nyudepthv2_train_files_with_gt.txt").write_text("\n".join(rows) + "\n")
+    rows = []
+    for i in range(test):
+        room = TEST_ROOMS[i % 2]
+        write(root / f"official_splits/test/{room}/rgb_{i:05d}.jpg", jpeg_bytes(picture(100 + i)))
+        write(root / f"official_splits/test/{room}/sync_depth_{i:05d}.png", millimetres(100 + i))
+        rows.append(f"{room}/rgb_{i:05d}.jpg {room}/sync_depth_{i:05d}.png{rest}")
+    if test:
+        (root / "nyudepthv2_test_files_with_gt.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def folder(root: Path, count: int = 4, first: int = 0, size: tuple[int, int] = SIZE) -> Path:
+    """images/NAME.jpg with depth/NAME.png, 16-bit millimetres."""
+    for i in range(first, first + count):
+        write(root / f"images/{i:04d}.jpg", jpeg_bytes(picture(i, size)))
+        write(root / f"depth/{i:04d}.png", millimetres(i, size))
+    return root
+
+
+def open_files(directory: Path) -> list[str]:
+    """The files below a directory that this process holds open or has mapped with a descriptor."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
+            found.append(str(link.readlink()))
+    return sorted(name for name in found if name.startswith(f"{directory}/"))
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+def packed(root: Path, output: Path, options: PackOptions | None = None, workers: int = 1) -> Source:
+    """Recognise `root` and pack it into `output`; returns the source."""
+    source = open_source(root)
+    pack(source, output, options or PackOptions(samples_per_shard=3), workers, silent)
+    return source
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Every file below a directory, hidden ones too, with the sha256 of its bytes."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
