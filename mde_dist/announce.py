@@ -1,10 +1,10 @@
 """What a run says before it trains: everything that was given, and everything that was derived from it."""
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from .config import Config, as_toml
-from .data.loader import Batch
 from .data.shards import ShardSet
 from .run.monitor import Monitor
 
@@ -25,14 +25,12 @@ def describe(monitor: Monitor, config: Config, accelerator: Accelerator, shards:
     monitor.say("\n".join("  | " + line for line in as_toml(config).splitlines() if line))
 
 
-def describe_batch(monitor: Monitor, batch: Batch, image: torch.Tensor, depth: torch.Tensor) -> None:
+def describe_batch(monitor: Monitor, samples: np.ndarray, image: torch.Tensor, depth: torch.Tensor) -> None:
     """The first batch by shape, range and device."""
-    tensors = {"stored image": batch.image, "stored depth": batch.depth, "image": image, "depth": depth}
-    for name, tensor in tensors.items():
-        values = tensor.float()
+    for name, tensor in {"image": image, "depth": depth}.items():
         monitor.say(
             f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, "
-            f"{values.min():.3f} to {values.max():.3f}, mean {values.mean():.3f}"
+            f"{tensor.min():.3f} to {tensor.max():.3f}, mean {tensor.mean():.3f}"
         )
     holes = (depth == 0).float().mean()
-    monitor.say(f"  epochs {batch.epoch.tolist()}, samples {batch.sample.tolist()}, holes {holes:.1%}")
+    monitor.say(f"  (epoch, sample): {samples.tolist()}; holes {holes:.1%}")

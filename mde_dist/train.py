@@ -6,18 +6,15 @@ The same command for a CPU, one GPU, several GPUs and several nodes. Run again, 
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save as safetensors
@@ -27,13 +24,12 @@ from . import report
 from .announce import describe, describe_batch
 from .command import run_command
 from .config import SAMPLE_SHARDS, Config, as_json, as_toml, identity, read_config
-from .data.augment import prepare
-from .data.loader import Batch, Draw, Loader
-from .data.order import Order, mix, share
+from .data.loader import Loader
+from .data.order import Order
 from .data.shards import ShardSet, open_split
 from .errors import UserError
 from .evaluate import Interrupted, score_baselines, score_split
-from .learning.losses import mse, valid_pixels
+from .learning.losses import mse
 from .learning.metrics import PROTOCOLS, summarise
 from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -42,6 +38,7 @@ from .run.directory import RunDirectory
 from .run.distributed import all_sum, processes, share_buffers
 from .run.monitor import Account, Monitor
 from .run.preemption import StopFlag, stop_flag
+from .stream import draws, step_news, take_views
 
 
 def main(argv: list[str]) -> None:
@@ -163,12 +160,10 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
                 if state.samples_seen >= total:
                     break
                 # one optimizer step: this rank's share of the global batch at samples_seen
-                with account.waiting():
-                    parts = [next(loader) for _ in range(accumulate)]
-                views = [prepare(part, size, config.augment, config.train.seed) for part in parts]
+                views, samples = take_views(loader, config, size, account)
                 if config.debug and state.step == 0:
-                    describe_batch(monitor, parts[0], *views[0])
-                pixels, stops, batch_hash = all_sum(accelerator, step_news(views, parts, stop))
+                    describe_batch(monitor, samples, *views[0])
+                pixels, stops, batch_hash = all_sum(accelerator, step_news(views, samples, stop))
                 if stops > 0:
                     break
                 rate = learning_rate(config.optim, state.samples_seen, total)
@@ -224,25 +219,6 @@ def resume(directory: RunDirectory, model: nn.Module, optimizer: torch.optim.Opt
     model.load_state_dict(checkpoint.model)
     load_optimizer_tensors(model, optimizer, checkpoint.optimizer)
     return State(**{item.name: checkpoint.state[item.name] for item in fields(State)})
-
-
-def draws(order: Order, config: Config, samples_seen: int, world: int, rank: int) -> Iterator[Draw]:
-    """This rank's batches from `samples_seen` on, without end: one per accumulation step."""
-    batch, accumulate = config.train.batch_size, config.train.accumulate
-    for first in itertools.count(samples_seen, batch):
-        for step in range(accumulate):
-            yield order.at(share(first, batch, accumulate, world, step, rank))
-
-
-def step_news(views: list[tuple[torch.Tensor, torch.Tensor]], parts: list[Batch], stop: StopFlag) -> torch.Tensor:
-    """What all ranks sum before a step: valid pixels, wishes to stop, and a hash of the samples (float64, (3,)).
-
-    The hash adds up the same in any order: equal values in two runs say that both saw the same global batch.
-    """
-    pixels = torch.stack([valid_pixels(depth) for _, depth in views]).sum()
-    samples = sum(int((mix(part.epoch, part.sample) >> np.uint64(32)).sum()) for part in parts)
-    rest = torch.tensor([float(bool(stop)), float(samples)], dtype=torch.float64, device=pixels.device)
-    return torch.cat([pixels[None], rest])
 
 
 def due(every: int, before: int, now: int) -> bool:
