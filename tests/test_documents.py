@@ -37,13 +37,8 @@ def test_every_option_that_the_documents_name_exists(capsys):
             command.main(["--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
     known |= {"--config", "--multi_gpu", "--num_machines", "--num_processes", "--main_process_port", "--same_network"}
-    known = {
-        name.replace("_", "-")
-        for name in known | {"--section.field", "--mixed_precision", "--dynamo_backend", "--help"}
-    }
+    known |= {"--section.field", "--mixed_precision", "--dynamo_backend", "--help"}
+    known = {name.replace("_", "-") for name in known}
     for document in ("README.md", "launch/README.md", "shards/README.md"):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", (ROOT / document).read_text()):
-            assert option.rstrip(".").replace("_", "-") in {name.replace("_", "-") for name in known}, (
-                document,
-                option,
-            )
+            assert option.rstrip(".").replace("_", "-") in known, (document, option)
