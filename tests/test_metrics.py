@@ -163,6 +163,14 @@ def test_silog_forgives_scale_and_nothing_else_does():
     assert (got["delta1"], got["delta2"]) == (1.0, 1.0)
 
 
+def test_silog_of_a_constant_error_is_never_nan():
+    # mean d^2 - (mean d)^2 comes out a hair below 0 for some of these
+    factor = torch.linspace(0.5, 2, 300, dtype=torch.float64).view(300, 1, 1)
+    depth = torch.full((300, 3, 7), 3.0, dtype=torch.float64)
+    silog = score(depth * factor, depth, FULL)[:, 1 + METRICS.index("silog")]
+    assert ((silog >= 0) & (silog < 1e-4)).all()
+
+
 # --- traps of the blog's code ---
 
 

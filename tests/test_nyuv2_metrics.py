@@ -26,7 +26,7 @@ def truth():
 @pytest.mark.parametrize(("metres", "abs_rel", "delta1"), [(2.84, 0.479, 0.372), (2.53, 0.414, 0.377)])
 def test_one_depth_everywhere(truth, metres, abs_rel, delta1):
     eigen = PROTOCOLS["eigen"]
-    rows = [score(torch.full((len(part), 1, 1), metres), part, eigen) for part in truth.split(8)]
+    rows = [score(torch.full_like(image, metres), image, eigen) for image in truth.split(1)]
     summary = summarise(torch.cat(rows), eigen)
     assert (summary.images, summary.unscored) == (202, ())
     assert summary.metrics["abs_rel"] == pytest.approx(abs_rel, abs=6e-4)
