@@ -46,7 +46,7 @@ class DataConfig:
 class TrainConfig:
     """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
 
-    samples: int = 3600
+    samples: int = 2400
     """Samples to train on, over all ranks; training ends with the batch that reaches it."""
     batch_size: int = 24
     """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
@@ -58,9 +58,9 @@ class TrainConfig:
     """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
     seed: int = 0
     """Of weights, order and augmentation."""
-    evaluate_every: int = 1200
+    evaluate_every: int = 800
     """Samples between evaluations; there is one at the end in any case, and a checkpoint after each."""
-    checkpoint_every: int = 1200
+    checkpoint_every: int = 800
     """Samples between checkpoints."""
     keep: int = 2
     """Newest checkpoints that stay; the best one stays as well."""

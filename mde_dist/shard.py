@@ -8,6 +8,7 @@ its depths are metres of an indoor data set, and packs it into WebDataset tars w
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from rich.table import Table
 from .command import Size, parse, run_command
 from .data.depth import DepthScale
 from .data.pack import PackOptions, pack
-from .data.probe import check_units, probe
+from .data.probe import Probe, check_units, probe
 from .data.sources import Source, open_source
 from .errors import UserError
 
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
         )
     check_units(source, probes, list(scales))
     started = time.monotonic()
-    manifest = pack_with_progress(console, source, config)
+    manifest = pack_with_progress(console, source, config, probes)
     show(console, manifest, config.output, time.monotonic() - started)
 
 
@@ -79,6 +80,8 @@ def check(config: ShardConfig) -> None:
     """Refuse impossible values. Raises UserError."""
     if config.source is None and config.layout != "rooms":
         raise UserError("--source DIR is missing: the folder of the data set (or --layout rooms for the embedded one)")
+    if config.layout == "rooms" and (config.source is not None or config.depth_scale):
+        raise UserError("--layout rooms is rendered, in metres: leave out --source and --depth-scale")
     for name in ("samples_per_shard", "workers", "limit"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -104,7 +107,9 @@ def given_scales(arguments: tuple[str, ...]) -> dict[str, DepthScale]:
     return scales
 
 
-def pack_with_progress(console: Console, source: Source, config: ShardConfig) -> dict[str, Any]:
+def pack_with_progress(
+    console: Console, source: Source, config: ShardConfig, probes: Mapping[str, Probe]
+) -> dict[str, Any]:
     """Pack under a progress bar; where the output is no terminal, a plain line every ten seconds."""
     options = PackOptions(
         config.size,
@@ -129,7 +134,7 @@ def pack_with_progress(console: Console, source: Source, config: ShardConfig) ->
                 left = (total - done) / max(rate, 1e-3)
                 print(f"packed {done}/{total} pairs, {rate:.0f} pairs/s, {left:.0f} s left", flush=True)
 
-        return pack(source, config.output, options, config.workers, progress)
+        return pack(source, config.output, options, config.workers, progress, probes)
 
 
 def show(console: Console, manifest: dict[str, Any], output: Path, seconds: float) -> None:

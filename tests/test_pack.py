@@ -144,21 +144,38 @@ def test_record_of_a_sample_names_scene_source_and_split(sync: Path) -> None:
     assert {record["split"] for _, _, _, record in samples(sync, "train")} == {"train"}
 
 
+def check_index(directory: Path, split: str) -> None:
+    """Number, place, size and checksum of every member are those that tarfile finds."""
+    index = np.load(directory / f"{split}.index.npy", allow_pickle=False)
+    assert index.dtype == INDEX
+    found = []
+    for number, tar in enumerate(tars(directory, split)):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                data = archive.extractfile(member).read()
+                found.append((number, member.offset_data, member.size, zlib.crc32(data)))
+    assert len(found) == 3 * len(index)
+    for place, row in enumerate(index):
+        for column, member in enumerate(("depth", "image", "meta")):
+            says = (row["shard"], row[f"{member}_offset"], row[f"{member}_bytes"], row[f"{member}_crc"])
+            assert tuple(map(int, says)) == found[3 * place + column]
+
+
 def test_index_says_where_tarfile_finds_the_members(sync: Path) -> None:
     for split in ("train", "test"):
-        index = np.load(sync / f"{split}.index.npy", allow_pickle=False)
-        assert index.dtype == INDEX
-        found = []
-        for number, tar in enumerate(tars(sync, split)):
-            with tarfile.open(tar) as archive:
-                for member in archive:
-                    data = archive.extractfile(member).read()
-                    found.append((number, member.offset_data, member.size, zlib.crc32(data)))
-        assert len(found) == 3 * len(index)
-        for place, row in enumerate(index):
-            for column, member in enumerate(("depth", "image", "meta")):
-                says = (row["shard"], row[f"{member}_offset"], row[f"{member}_bytes"], row[f"{member}_crc"])
-                assert tuple(map(int, says)) == found[3 * place + column]
+        check_index(sync, split)
+
+
+def test_index_is_right_where_a_member_fills_its_last_tar_block(tmp_path: Path) -> None:
+    root = folder(tmp_path / "tree", count=4)
+    for i, rest in enumerate((0, 1, 511)):
+        path = root / f"images/{i:04d}.jpg"
+        short = len(jpeg_bytes(picture(i), comment=b"x"))
+        path.write_bytes(jpeg_bytes(picture(i), comment=b"x" * (1 + (rest - short) % 512)))
+        assert path.stat().st_size % 512 == rest
+    packed(root, tmp_path / "shards")
+    assert manifest_of(tmp_path / "shards")["splits"]["train"]["reencoded_images"] == 0
+    check_index(tmp_path / "shards", "train")
 
 
 def test_plain_webdataset_reads_the_same_pixels_and_millimetres(sync: Path) -> None:
@@ -549,6 +566,14 @@ def test_a_scale_given_for_one_split_leaves_the_other_checked(tmp_path: Path) ->
     root = scaled_folder(tmp_path / "tree", {"train": 10, "test": 10})
     with pytest.raises(UserError, match=r"split test: the median depth is 2[45]\."):
         main(["--source", str(root), "--output", str(tmp_path / "shards"), "--depth-scale", "train=0.0001"])
+
+
+def test_a_given_scale_overrules_the_check_itself(tmp_path: Path) -> None:
+    """A car park, say: ten times the depth of a room."""
+    root = scaled_folder(tmp_path / "tree", {"train": 1})
+    for name, scale in (("split", "train=0.01"), ("all", "0.01")):
+        main(["--source", str(root), "--output", str(tmp_path / name), "--workers", "1", "--depth-scale", scale])
+        assert 20 < manifest_of(tmp_path / name)["splits"]["train"]["depth"]["median"] < 30
 
 
 def test_8_bit_depth_read_as_millimetres_is_refused(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
 def test_a_run_of_another_config_is_refused_and_named(undisturbed, room_shards):
     before = files_below(undisturbed)
     done = run("train", run=undisturbed, **small(data_shards=room_shards, optim_lr=0.5))
-    one_line(done, "optim.lr was 0.0003, is 0.5", str(undisturbed))
+    one_line(done, "optim.lr was 0.0006, is 0.5", str(undisturbed))
     assert files_below(undisturbed) == before
 
 

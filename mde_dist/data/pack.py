@@ -25,7 +25,7 @@ from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, sha256_of, sync_directory, write_atomic
 from . import depth
-from .probe import probe
+from .probe import Probe, probe
 from .shards import FORMAT, INDEX, VERSION
 from .sources import BadPair, Pair, RawPair, Source
 from .statistics import Statistics
@@ -90,14 +90,19 @@ class Work:
 
 
 def pack(
-    source: Source, output: Path, options: PackOptions, workers: int, progress: Callable[[int, int], None]
+    source: Source,
+    output: Path,
+    options: PackOptions,
+    workers: int,
+    progress: Callable[[int, int], None],
+    probes: Mapping[str, Probe] | None = None,
 ) -> dict[str, Any]:
     """Write the shards of `source` to the directory `output` and return its manifest.
 
-    `progress(done, total)` is called a few times a second with counts of pairs. Raises UserError where a pair cannot be
+    `progress(done, total)` is called a few times a second with counts of pairs; `probes` are taken if not given. Raises UserError where a pair cannot be
     used and `options.skip_bad` is off, or where the disk does not take it; nothing is published then.
     """
-    size = options.size or next(iter(probe(source).values())).size
+    size = options.size or next(iter((probes or probe(source)).values())).size
     jobs, missing = plan(source, options)
     output = output.absolute()
     work = Work(source, options, size, output.with_name(f".{output.name}.partial"))

@@ -163,7 +163,7 @@ def _folder(root: Path, scales: Scales) -> Source | None:
         rows = [(f"{prefix}/images/{p.name}", f"{prefix}/depth/{p.stem}.png") for p in images]
         if not rows:
             raise UserError(f"{base / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        scale = scales.get(split) or scales.get("") or _guess_scale(root / rows[0][1], split)
+        scale = scales.get(split) or scales.get("") or _guess_scale([root / row[1] for row in rows], split)
         splits[split] = Split(_pairs(base, rows, "", f"{prefix}/images"), scale)
     return Source("folder", root, splits) if splits else None
 
@@ -184,8 +184,9 @@ def _scale(scales: Scales, split: str, declared: DepthScale) -> DepthScale:
     return scales.get(split) or scales.get("") or declared
 
 
-def _guess_scale(path: Path, split: str) -> DepthScale:
-    """The scale of a plain folder from its first depth file: 16 bits are nearly always millimetres, 8 bits anything."""
+def _guess_scale(paths: list[Path], split: str) -> DepthScale:
+    """The scale of a plain folder from its first depth map: 16 bits are nearly always millimetres, 8 bits anything."""
+    path = next((path for path in paths if path.is_file()), paths[0])
     try:
         with Image.open(path) as picture:
             bits = 8 if picture.mode in ("L", "P", "1") else 16

@@ -13,7 +13,7 @@ from torch import nn
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 3e-4
+    lr: float = 6e-4
     """Highest learning rate."""
     weight_decay: float = 1e-2
     """Of the matrices and kernels; norms and biases are not decayed."""
