@@ -99,8 +99,9 @@ def pack(
 ) -> dict[str, Any]:
     """Write the shards of `source` to the directory `output` and return its manifest.
 
-    `progress(done, total)` is called a few times a second with counts of pairs; `probes` are taken if not given. Raises UserError where a pair cannot be
-    used and `options.skip_bad` is off, or where the disk does not take it; nothing is published then.
+    `progress(done, total)` is called a few times a second with counts of pairs; `probes` are taken if not given. Raises
+    UserError where a pair cannot be used and `options.skip_bad` is off, or where the disk does not take it; nothing is
+    published then.
     """
     size = options.size or next(iter((probes or probe(source)).values())).size
     jobs, missing = plan(source, options)
