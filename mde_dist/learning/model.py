@@ -15,9 +15,6 @@ from torch import nn
 
 from ..errors import UserError
 
-INITIAL_METRES = 2.5
-"""About what a fresh model predicts: the median of indoor scenes (softplus adds less than a tenth of a metre to it)."""
-
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 
 
@@ -52,8 +49,6 @@ class DepthModel(nn.Module):
         stem = self.encoder.conv1.out_channels
         self.to_stem = nn.Identity() if channels[0] == stem else nn.Conv2d(channels[0], stem, 3, padding=1)
         self.head = nn.Conv2d(stem, 1, 3, padding=1)
-        # from softplus(0) = 0.7 m on, the first steps would only lift the level
-        nn.init.constant_(self.head.bias, INITIAL_METRES)  # type: ignore[arg-type]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         feature = self.encoder.maxpool(self.encoder.relu(self.encoder.bn1(self.encoder.conv1(image))))
