@@ -286,3 +286,12 @@ def test_only_rank_0_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         run_command(main)
     assert stop.value.code == 2
     assert capfd.readouterr().err == ""
+
+
+def test_rooms_take_neither_a_source_nor_a_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for extra in (["--source", str(tmp_path)], ["--depth-scale", "0.001"]):
+        said = refused_here(monkeypatch, capfd, "--layout", "rooms", "--output", tmp_path / "shards", *extra)
+        assert "leave out --source and --depth-scale" in said
+    assert not list(tmp_path.iterdir())
