@@ -5,7 +5,6 @@ accelerate launch -m mde_dist.evaluate --checkpoint FILE.safetensors --shards DI
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,8 +106,7 @@ def main(argv: list[str]) -> None:
             if command.json:
                 record = as_record(summaries, manifest, split, size, path)
                 write_atomic(command.json, json.dumps(record, indent=1) + "\n")
-        del model
-    sys.stdout.flush()
+        del model  # before the process group goes: see `processes`
 
 
 def held_out_shards(config: dict[str, Any]) -> Path:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
-HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
 
 
 @dataclass(frozen=True)
