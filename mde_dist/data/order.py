@@ -6,12 +6,14 @@ back to any position cost the same wherever it lies. Blocks are equal but for th
 that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 _U64 = np.uint64
-_ROUNDS = 6
+_ROUNDS = 8  # with fewer, places over keys are uneven for a handful of blocks
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:
@@ -86,28 +88,55 @@ class Order:
             samples[here] = self._in_epoch(places[here], int(epoch))
         return epochs, samples
 
+    def windows(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
+        """From the window that holds `position` on, without end: (the position where it ends, what it is made of).
+
+        The latter are the sample ranges of its blocks, int64 (blocks, 2), first and end of each.
+        """
+        for epoch in itertools.count(position // self.samples):
+            start = epoch * self.samples
+            plan = _Epoch(self, epoch)
+            first = int(plan.slot_of(np.array(max(position - start, 0)))) // self.window
+            for slot in range(first * self.window, plan.blocks, self.window):
+                slots = np.arange(slot, min(slot + self.window, plan.blocks))
+                samples = plan.block_in(slots) * self.block
+                end = int(plan.start_of(slots[-1:] + 1)[0])
+                yield start + end, np.stack([samples, np.minimum(samples + self.block, self.samples)], axis=1)
+
     def _in_epoch(self, place: np.ndarray, epoch: int) -> np.ndarray:
-        block, last = self.block, (self.samples - 1) // self.block  # the last block may be short
-        blocks = last + 1
-        missing = blocks * block - self.samples
-        key = int(mix(self.seed, epoch))
-        short = int(permute(np.array([last]), blocks, key ^ 1)[0]) if missing else blocks
-
-        def slot_start(slot: np.ndarray) -> np.ndarray:  # place of the first sample of a slot
-            return slot * block - np.where(slot > short, missing, 0)
-
-        def slot_of(place: np.ndarray) -> np.ndarray:
-            return np.where(place < (short + 1) * block - missing, place, place + missing) // block
-
-        window = slot_of(place) // self.window
+        plan = _Epoch(self, epoch)
+        window = plan.slot_of(place) // self.window
         result = np.empty_like(place)
         for w in np.unique(window):
             here = window == w
-            first, end = slot_start(np.minimum(np.array([w, w + 1]) * self.window, blocks))
-            shuffled = first + permute(place[here] - first, int(end - first), int(mix(key, int(w), 2)))
-            slot = slot_of(shuffled)
-            result[here] = permute(slot, blocks, key ^ 1, inverse=True) * block + shuffled - slot_start(slot)
+            first, end = plan.start_of(np.minimum(np.array([w, w + 1]) * self.window, plan.blocks))
+            shuffled = first + permute(place[here] - first, int(end - first), int(mix(plan.key, int(w), 2)))
+            slot = plan.slot_of(shuffled)
+            result[here] = plan.block_in(slot) * self.block + shuffled - plan.start_of(slot)
         return result
+
+
+class _Epoch:
+    """How the blocks lie in one epoch: slot s holds block `block_in(s)`; the last block may be short."""
+
+    def __init__(self, order: Order, epoch: int):
+        self._size = order.block
+        self.blocks = -(-order.samples // order.block)
+        self._missing = self.blocks * order.block - order.samples
+        self.key = int(mix(order.seed, epoch))
+        last = np.array([self.blocks - 1])
+        self._short = int(permute(last, self.blocks, self.key ^ 1)[0]) if self._missing else self.blocks
+
+    def block_in(self, slot: np.ndarray) -> np.ndarray:
+        return permute(slot, self.blocks, self.key ^ 1, inverse=True)
+
+    def start_of(self, slot: np.ndarray) -> np.ndarray:
+        """Place in the epoch of the first sample of a slot."""
+        return slot * self._size - np.where(slot > self._short, self._missing, 0)
+
+    def slot_of(self, place: np.ndarray) -> np.ndarray:
+        behind = place >= (self._short + 1) * self._size - self._missing
+        return np.where(behind, place + self._missing, place) // self._size
 
 
 def share(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:
