@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .errors import RankError, UserError
+from .errors import OtherRankError, RankError, UserError
 
 T = TypeVar("T")
 
@@ -41,7 +41,8 @@ Size = Annotated[
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Run a command's `main(argv)` and turn a UserError into one line on stderr and exit code 2.
 
-    Every rank meets the same mistakes in config and data, so only rank 0 speaks; a RankError names its rank.
+    Every rank meets the same mistakes in config and data, so only rank 0 speaks; a RankError names its rank,
+    and where one rank stops the others, they keep silent.
     With `--debug` the traceback is shown as well.
     """
     argv = sys.argv[1:]
@@ -51,6 +52,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         if "--debug" in argv:
             raise
         rank = os.environ.get("RANK", "0")
+        if isinstance(error, OtherRankError):
+            sys.exit(2)
         if rank == "0" or isinstance(error, RankError):
             where = f" (rank {rank})" if "RANK" in os.environ and isinstance(error, RankError) else ""
             print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

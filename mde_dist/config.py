@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from .command import Size, parse
 from .data.augment import AugmentConfig
+from .data.remote import PATIENCE
+from .data.store import CacheOptions
 from .errors import UserError
 from .learning.model import ModelConfig
 from .learning.optim import OptimConfig
 from .run.distributed import Precision
 
-SAMPLE_SHARDS = Path("shards/rooms")
+SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
 
 
@@ -22,14 +24,15 @@ SAMPLE_SHARDS = Path("shards/rooms")
 class DataConfig:
     """Which shards, and how they are streamed."""
 
-    shards: Path = SAMPLE_SHARDS
-    """Directory made by `python -m mde_dist.shard`; the default one is rendered and packed if it is not there."""
+    shards: str = SAMPLE_SHARDS
+    """Directory made by `python -m mde_dist.shard`, or where it lies on a server: http(s)://… or s3://… (with the extra
+    `s3`). The default one is rendered and packed if it is not there."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
     """Split to evaluate on."""
-    eval_shards: Path | None = None
-    """Directory of that split, where it is another one; None = the same."""
+    eval_shards: str | None = None
+    """Directory or URL of that split, where it is another one; None = the same."""
     size: Size | None = (120, 160)
     """Training size, pixels; None = that of the shards. Images are resized on the device."""
     threads: int = 2
@@ -39,7 +42,19 @@ class DataConfig:
     window: int = 4
     """Shards whose samples are shuffled into one another: larger mixes better, smaller reads more in sequence."""
     max_bad_fraction: float = 0.01
-    """Damaged samples are replaced and counted; past this share of the split the run stops. 0..1."""
+    """Damaged samples are replaced and counted; past this share of the samples the run stops. 0..1."""
+    read_timeout: float = 300
+    """Seconds after which a read that does not come back ends the run."""
+    cache: Path = CacheOptions.directory
+    """Where shards of a server are kept, whole: one directory per node for all its processes; best on a local disk."""
+    cache_gb: float = 100
+    """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
+    patience: float = PATIENCE
+    """Seconds without a byte from the server after which the run ends; until then it is asked again and again."""
+
+    @property
+    def cache_options(self) -> CacheOptions:
+        return CacheOptions(self.cache, int(self.cache_gb * 1e9), self.patience)
 
 
 @dataclass(frozen=True)
@@ -102,18 +117,19 @@ class Config:
 
 
 FREE = {
-    *("run", "debug", "data.shards", "data.eval_shards", "data.threads", "data.ahead"),
+    *("run", "debug", "data.shards", "data.eval_shards", "data.threads", "data.ahead", "data.read_timeout"),
+    *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction", "train.batch_size", "train.accumulate"),
     *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
 }
-"""Fields that may change on resume: they do not change what is learned (instead of the path of the shards, their
-manifest is compared)."""
+"""Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
+shards, their manifest is compared). A new batch size does change what is learned from them; the run says so."""
 
 _AT_LEAST: dict[str, float] = {
     **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},
     **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
     **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
-    **{"augment.flip": 0, "augment.color": 0},
+    **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }
 _AT_MOST: dict[str, float] = {"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1}
 
@@ -128,6 +144,11 @@ def read_config(argv: Sequence[str]) -> Config:
         if not low <= value <= high:  # false for nan, too
             limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
             raise UserError(f"{name} = {value}: must be {limits}")
+    if config.data.read_timeout >= config.train.timeout:
+        raise UserError(
+            f"data.read_timeout = {config.data.read_timeout:g}: must be less than train.timeout = "
+            f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
+        )
     if config.debug:
         config = _debug(config)
     return config

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A UserError that may strike one rank alone (a damaged file, a full disk), so that rank itself must say it."""
+
+
+class OtherRankError(UserError):
+    """Another rank has stopped the run and says why; this one ends in silence."""

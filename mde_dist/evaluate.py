@@ -4,6 +4,7 @@ python -m mde_dist.evaluate --run DIR
 accelerate launch -m mde_dist.evaluate --checkpoint FILE.safetensors --shards DIR --protocols eigen full blog
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,14 +22,18 @@ from rich.table import Table
 from . import __version__
 from .command import Size, parse, run_command
 from .data.augment import normalise, prepare_depth, prepare_images
-from .data.loader import Draw, Loader
-from .data.shards import Manifest, ShardSet, open_split, read_manifest
+from .data.loader import Draw, Loader, Stopped
+from .data.manifest import Manifest
+from .data.prefetch import Prefetch
+from .data.remote import is_remote
+from .data.shards import ShardSet, open_split
+from .data.store import CacheOptions
 from .errors import UserError
 from .files import write_atomic
 from .learning.metrics import PROTOCOLS, Protocol, Summary, score, summarise
 from .learning.model import restore
 from .run.checkpoint import find_model, read_model
-from .run.distributed import Precision, all_sum, processes
+from .run.distributed import Precision, all_sum, processes, same_everywhere, together
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 """image float32 (batch, 3, h, w), normalised -> depth (batch, h', w') metres."""
@@ -46,8 +51,8 @@ class EvaluateCommand:
     """Run directory: its newest checkpoint, shards, split and training size are taken."""
     checkpoint: Path | None = None
     """A model.safetensors, instead of --run."""
-    shards: Path | None = None
-    """Directory of shards; by default those that the run was trained on."""
+    shards: str | None = None
+    """Directory or URL of shards; by default those that the run was trained on."""
     split: str | None = None
     """Split to score; by default the run's evaluation split, else `test`."""
     protocols: tuple[Literal["eigen", "full", "blog"], ...] = ("eigen",)
@@ -58,6 +63,10 @@ class EvaluateCommand:
     """Images per forward pass."""
     threads: int = 2
     """Decoding threads per rank."""
+    cache: Path = CacheOptions.directory
+    """Where shards of a server are kept."""
+    cache_gb: float = 100
+    """Gigabytes that it may take."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
     json: Path | None = None
@@ -69,13 +78,16 @@ def main(argv: list[str]) -> None:
     path = find_model(command.run, command.checkpoint)
     metadata, tensors = read_model(path)
     config = metadata["config"]
-    manifest = read_manifest(command.shards or held_out_shards(config))
     split = command.split or config["data.eval_split"]
     size = command.size or tuple(metadata["size"])
     protocols = [PROTOCOLS[name] for name in command.protocols]
     if command.batch_size < 1:
         raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
-    with processes(command.precision) as accelerator, ShardSet(manifest, split) as shards:
+    with processes(command.precision) as accelerator, contextlib.ExitStack() as opened:
+        cache = CacheOptions(command.cache, int(command.cache_gb * 1e9))
+        place = command.shards or held_out_shards(config)
+        shards = together(accelerator, lambda: opened.enter_context(open_split(place, split, cache)))
+        same_everywhere(accelerator, "the shards", shards.manifest.sha256)
         model = restore(metadata, tensors).to(accelerator.device).eval()
         with Progress(disable=not accelerator.is_main_process) as bar:
             task = bar.add_task("scoring", total=len(shards))
@@ -91,9 +103,10 @@ def main(argv: list[str]) -> None:
             )
             bar.update(task, completed=len(shards))
         baselines: dict[str, list[torch.Tensor]] = {}
-        trained_on = Path(config["data.shards"])
-        if (trained_on / "manifest.json").is_file():  # a checkpoint may be far from where it was trained
-            with open_split(trained_on, config["data.train_split"]) as train:
+        trained_on = config["data.shards"]
+        # a checkpoint may be far from where it was trained
+        if is_remote(trained_on) or Path(trained_on, "manifest.json").is_file():
+            with open_split(trained_on, config["data.train_split"], cache) as train:
                 baselines = score_baselines(accelerator, shards, train, protocols)
         if accelerator.is_main_process:
             results = {"model": rows, **baselines}
@@ -101,17 +114,17 @@ def main(argv: list[str]) -> None:
                 name: [summarise(table, protocol) for table, protocol in zip(tables, protocols, strict=True)]
                 for name, tables in results.items()
             }
-            show(summaries, f"{path} on {manifest.path} {split}")
+            show(summaries, f"{path} on {shards.manifest.place} {split}")
             name_unscored(summaries["model"], shards)
             if command.json:
-                record = as_record(summaries, manifest, split, size, path)
+                record = as_record(summaries, shards.manifest, split, size, path)
                 write_atomic(command.json, json.dumps(record, indent=1) + "\n")
         del model  # before the process group goes: see `processes`
 
 
-def held_out_shards(config: dict[str, Any]) -> Path:
+def held_out_shards(config: dict[str, Any]) -> str:
     """Where the evaluation split of a trained model's config lies."""
-    return Path(config["data.eval_shards"] or config["data.shards"])
+    return config["data.eval_shards"] or config["data.shards"]
 
 
 def score_split(
@@ -139,25 +152,34 @@ def score_split(
     widths = [1 + len(protocol.metrics) for protocol in protocols]
     table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
 
-    def draws() -> Iterator[Draw]:
+    def draws(prefetch: Prefetch) -> Iterator[Draw]:
         for start in starts:
+            prefetch.reached(start)
             samples = np.arange(start, min(start + batch_size, images))
             yield np.zeros_like(samples), samples
 
-    stopped = torch.zeros(1, device=accelerator.device)
-    loader = Loader(shards, draws(), batch_size, accelerator.device, threads)
-    with loader, torch.inference_mode():
-        for batch in loader:
-            if stop():
-                stopped += 1
-                break
-            image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
-            with accelerator.autocast():
-                prediction = predict(image)
-            scores = [score(prediction, truth, protocol) for protocol in protocols]
-            ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
-            table[torch.from_numpy(batch.sample).to(table.device)] = torch.cat([*scores, ones], dim=1)
-            progress(int(batch.sample[-1]) + 1, images)
+    def fill_table() -> bool:
+        """This rank's rows; returns whether it was stopped before the end."""
+        with (
+            contextlib.suppress(Stopped),
+            Prefetch(shards, shards.in_order()) as prefetch,
+            Loader(shards, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+            torch.inference_mode(),
+        ):
+            for batch in loader:
+                if stop():
+                    raise Stopped
+                image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
+                with accelerator.autocast():
+                    prediction = predict(image)
+                scores = [score(prediction, truth, protocol) for protocol in protocols]
+                ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
+                table[torch.from_numpy(batch.sample).to(table.device)] = torch.cat([*scores, ones], dim=1)
+                progress(int(batch.sample[-1]) + 1, images)
+            return False
+        return True
+
+    stopped = torch.tensor(float(together(accelerator, fill_table)), device=accelerator.device)
     if all_sum(accelerator, stopped).item():
         raise Interrupted
     table = all_sum(accelerator, table).cpu()

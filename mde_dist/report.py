@@ -16,6 +16,7 @@ from rich.table import Table
 from .command import parse, run_command
 from .data.depth import to_metres
 from .data.shards import open_split
+from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards
 from .pictures import Panel, draw_curves, draw_panels
@@ -76,7 +77,8 @@ def baselines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def held_out_panels(predictor: Predictor, images: int) -> Iterator[Panel]:
     """Evenly spaced images of the split that the model was evaluated on."""
     config = predictor.config
-    with open_split(held_out_shards(config), config["data.eval_split"]) as shards:
+    cache = CacheOptions(Path(config.get("data.cache", CacheOptions.directory)))
+    with open_split(held_out_shards(config), config["data.eval_split"], cache) as shards:
         image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
         for sample in np.linspace(0, len(shards) - 1, min(images, len(shards))).astype(int):
             shards.read_into(int(sample), image, depth)

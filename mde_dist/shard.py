@@ -2,28 +2,34 @@
 
     python -m mde_dist.shard --source DIR --output DIR
 
+    python -m mde_dist.shard --verify DIR | --repair DIR | --index DIR
+
 Recognises NYU Depth v2 as people have it (densedepth, bts, plain folders) and the embedded rendered rooms, checks that
 its depths are metres of an indoor data set, and packs it into WebDataset tars with an index and a manifest.
 """
 
 import os
+import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from .command import Size, parse, run_command
 from .data.depth import DepthScale
+from .data.manifest import Manifest
 from .data.pack import PackOptions, pack
-from .data.probe import Probe, check_units, probe
-from .data.sources import Source, open_source
+from .data.probe import check_units, probe
+from .data.remote import is_remote
+from .data.sources import open_source
 from .errors import UserError
+from .keep import index_shards, say, show_splits, verify_shards
+from .progress import shown
 
 Layout = Literal["densedepth", "bts", "folder", "rooms"]
 
@@ -32,7 +38,7 @@ Layout = Literal["densedepth", "bts", "folder", "rooms"]
 class ShardConfig:
     """Pack a folder of image and depth pairs into WebDataset shards."""
 
-    output: Path
+    output: Path | None = None
     """Directory for the shards; it must not hold any yet."""
     source: Path | None = None
     """Folder of the data set. Not needed for --layout rooms."""
@@ -54,6 +60,14 @@ class ShardConfig:
     """How depth is stored, always lossless: zst decodes about seven times as fast, png is for interchange."""
     jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
     """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
+    verify: Path | None = None
+    """Instead of packing: check every byte of the shards in this directory (sizes, counts, sha256, headers, checksums,
+    pictures). Exit code 1 where something is wrong."""
+    repair: Path | None = None
+    """Instead of packing: verify, move what is damaged to DIR/quarantine, and keep the whole samples."""
+    index: Path | None = None
+    """Instead of packing: make index and manifest for WebDataset tars that were packed elsewhere: KEY.jpg with
+    KEY.depth.zst or KEY.depth.png in uint16 millimetres. --skip-bad leaves out what cannot be used."""
 
 
 def main(argv: list[str]) -> None:
@@ -61,6 +75,17 @@ def main(argv: list[str]) -> None:
     check(config)
     console = Console()
     scales = given_scales(config.depth_scale)
+    directory = config.verify or config.repair
+    if directory:
+        sys.exit(verify_shards(console, directory, config.workers, mend=bool(config.repair)))
+    elif config.index:
+        index_shards(console, config.index, config.workers, config.skip_bad, scales)
+    elif config.output:
+        pack_source(console, config, config.output, scales)
+
+
+def pack_source(console: Console, config: ShardConfig, output: Path, scales: Mapping[str, DepthScale]) -> None:
+    """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source = open_source(config.source or Path(), config.layout, scales)
     probes = probe(source)
     say(f"{source.root}: layout {source.layout}")
@@ -72,20 +97,42 @@ def main(argv: list[str]) -> None:
         )
     check_units(source, probes, list(scales))
     started = time.monotonic()
-    manifest = pack_with_progress(console, source, config, probes)
-    show(console, manifest, config.output, time.monotonic() - started)
+    options = PackOptions(
+        config.size,
+        config.samples_per_shard,
+        config.depth_codec,
+        config.jpeg_quality,
+        config.limit,
+        config.skip_bad,
+    )
+    with shown(console, "packing") as progress:
+        manifest = pack(source, output, options, config.workers, progress, probes)
+    show(console, manifest, output, time.monotonic() - started)
 
 
 def check(config: ShardConfig) -> None:
     """Refuse impossible values. Raises UserError."""
+    for name in ("workers", "samples_per_shard", "limit"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    others = [name for name in ("output", "verify", "repair", "index") if getattr(config, name) is not None]
+    if len(others) != 1:
+        raise UserError(
+            f"name one thing to do, not {' and '.join('--' + name for name in others) or 'none'}: "
+            "--output DIR to pack a data set, or --verify, --repair or --index DIR for shards that are there"
+        )
+    if is_remote(re.sub(":/+", "://", str(getattr(config, others[0])))):
+        raise UserError(
+            f"--{others[0]} takes a directory; shards are made and kept in one, and then copied to their server, "
+            "for example with: aws s3 sync DIR s3://BUCKET/NAME"
+        )
+    if config.output is None:
+        return
     if config.source is None and config.layout != "rooms":
         raise UserError("--source DIR is missing: the folder of the data set (or --layout rooms for the embedded one)")
     if config.layout == "rooms" and (config.source is not None or config.depth_scale):
         raise UserError("--layout rooms is rendered, in metres: leave out --source and --depth-scale")
-    for name in ("samples_per_shard", "workers", "limit"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 1 <= config.jpeg_quality <= 100:
         raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
@@ -107,64 +154,19 @@ def given_scales(arguments: tuple[str, ...]) -> dict[str, DepthScale]:
     return scales
 
 
-def pack_with_progress(
-    console: Console, source: Source, config: ShardConfig, probes: Mapping[str, Probe]
-) -> dict[str, Any]:
-    """Pack under a progress bar; where the output is no terminal, a plain line every ten seconds."""
-    options = PackOptions(
-        config.size,
-        config.samples_per_shard,
-        config.depth_codec,
-        config.jpeg_quality,
-        config.limit,
-        config.skip_bad,
-    )
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, rate="")
-        started = spoken = time.monotonic()
-
-        def progress(done: int, total: int) -> None:
-            nonlocal spoken
-            now = time.monotonic()
-            rate = done / max(now - started, 1e-3)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.0f} pairs/s")
-            if not console.is_terminal and now - spoken > 10:
-                spoken = now
-                left = (total - done) / max(rate, 1e-3)
-                print(f"packed {done}/{total} pairs, {rate:.0f} pairs/s, {left:.0f} s left", flush=True)
-
-        return pack(source, config.output, options, config.workers, progress, probes)
-
-
-def show(console: Console, manifest: dict[str, Any], output: Path, seconds: float) -> None:
-    """The table of what was packed, and the command to run next."""
-    height, width = manifest["image_size"]
-    table = Table(title=f"{output} ({height}x{width}, depth as {manifest['codec']})", title_justify="left")
-    for column in ("split", "pairs", "shards", "MB", "metres: min, median, mean, max", "holes"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    splits = manifest["splits"]
-    for name, split in splits.items():
-        size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
-        metres = "  ".join(f"{split['depth'][what]:.3f}" for what in ("min", "median", "mean", "max"))
-        holes = f"{split['depth']['holes']:.1%}"
-        table.add_row(name, f"{split['samples']:,}", f"{len(split['shards']):,}", f"{size:.1f}", metres, holes)
-    console.print(table)
-    for name, split in splits.items():
+def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:
+    """What was packed, and the command to run next."""
+    show_splits(console, manifest, output)
+    for name, split in manifest.raw["splits"].items():
         if split["reencoded_images"]:
             say(
                 f"{name}: {split['reencoded_images']:,} images stored as new JPEG (resized, or no baseline JPEG before)"
             )
         if split["skipped"]:
             say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
-    pairs = sum(split["samples"] for split in splits.values())
+    pairs = sum(split.samples for split in manifest.splits.values())
     say(f"{pairs:,} pairs in {seconds:.1f} s, {pairs / seconds:.0f} pairs/s")
     say(f"next: accelerate launch -m mde_dist.train --data.shards {output}")
-
-
-def say(*lines: str) -> None:
-    """Plain lines, as long as they are: paths and commands stay whole for copying."""
-    print(*lines, sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

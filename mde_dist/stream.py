@@ -2,14 +2,20 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from .config import Config
 from .data.augment import prepare
-from .data.loader import Draw, Loader
+from .data.loader import Draw, Loader, Stopped
 from .data.order import Order, mix, share
+from .data.prefetch import AHEAD, Prefetch
+from .data.shards import ShardSet
+from .errors import UserError
 from .learning.losses import valid_pixels
 from .run.monitor import Account
 from .run.preemption import StopFlag
@@ -18,36 +24,108 @@ View = tuple[torch.Tensor, torch.Tensor]
 """image float32 (batch, 3, height, width), normalised; depth float32 (batch, height, width), metres, 0 = hole."""
 
 
-def draws(order: Order, config: Config, samples_seen: int, world: int, rank: int) -> Iterator[Draw]:
-    """This rank's batches from `samples_seen` on, without end: one per accumulation step."""
+@contextmanager
+def training_stream(
+    config: Config, shards: ShardSet, samples_seen: int, accelerator: Accelerator, stop: StopFlag
+) -> Iterator[Loader]:
+    """The loader of this rank's batches from `samples_seen` on, without end: one per accumulation step."""
+    world, rank = accelerator.num_processes, accelerator.process_index
     batch, accumulate = config.train.batch_size, config.train.accumulate
-    for first in itertools.count(samples_seen, batch):
-        for step in range(accumulate):
-            yield order.at(share(first, batch, accumulate, world, step, rank))
+    order = Order(len(shards), shards.block, config.data.window, config.train.seed)
+    windows = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(samples_seen))
+    check_room(config, shards, order)
+
+    def draws(prefetch: Prefetch) -> Iterator[Draw]:
+        for first in itertools.count(samples_seen, batch):
+            prefetch.reached(first)
+            for step in range(accumulate):
+                yield order.at(share(first, batch, accumulate, world, step, rank))
+
+    with (
+        Prefetch(shards, windows) as prefetch,
+        Loader(
+            shards,
+            draws(prefetch),
+            batch // (world * accumulate),
+            accelerator.device,
+            config.data.threads,
+            config.data.ahead,
+            replace=True,
+            timeout=config.data.read_timeout,
+            stop=lambda: bool(stop),
+        ) as loader,
+    ):
+        yield loader
 
 
-def take_views(
-    loader: Loader, config: Config, size: tuple[int, int], account: Account
-) -> tuple[list[View], np.ndarray]:
-    """This rank's part of the next global batch: a view per accumulation step, and all (epoch, sample), int64 (n, 2).
+def check_room(config: Config, shards: ShardSet, order: Order) -> None:
+    """Refuse a cache that cannot hold what is fetched ahead: shards would go before they are read. Raises UserError."""
+    coming = [ranges for _, ranges in itertools.islice(order.windows(0), 1 + AHEAD)]
+    need = sum(shards.info.shards[number].bytes for number in shards.shards_of(np.concatenate(coming)))
+    if shards.remote and need > config.data.cache_options.limit:
+        raise UserError(
+            f"data.cache_gb = {config.data.cache_gb:g}: too small for the {need / 1e9:.3g} GB of shards that are on "
+            "their way at a time; raise it, or lower data.window"
+        )
 
-    Each batch is turned into a view before the next one is asked for, which may overwrite its buffers.
+
+@dataclass
+class Share:
+    """This rank's part of a global batch, as far as it came."""
+
+    views: list[View] = field(default_factory=list)
+    """One per accumulation step."""
+    samples: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """(epoch, sample) of all, int64 (n, 2)."""
+    replaced: int = 0
+    """Damaged samples among them."""
+    error: UserError | None = None
+    """Why the stream can give no more."""
+
+
+def take_share(loader: Loader, config: Config, size: tuple[int, int], account: Account) -> Share:
+    """This rank's part of the next global batch.
+
+    Each batch is turned into a view before the next one is asked for, which may overwrite its buffers. A stream that
+    fails or is stopped leaves the share incomplete: the others have to hear of it before this rank may end.
     """
-    views, samples = [], []
-    for _ in range(config.train.accumulate):
-        with account.waiting():
-            batch = next(loader)
-        views.append(prepare(batch, size, config.augment, config.train.seed))
-        samples.append(np.stack([batch.epoch, batch.sample], axis=1))
-    return views, np.concatenate(samples)
+    share = Share()
+    try:
+        for _ in range(config.train.accumulate):
+            with account.waiting():
+                batch = next(loader)
+            share.views.append(prepare(batch, size, config.augment, config.train.seed))
+            share.samples = np.concatenate([share.samples, np.stack([batch.epoch, batch.sample], axis=1)])
+            share.replaced += batch.replaced
+    except Stopped:
+        pass  # the stop flag says so to all ranks
+    except UserError as error:
+        share.error = error
+    return share
 
 
-def step_news(views: list[View], samples: np.ndarray, stop: StopFlag) -> torch.Tensor:
-    """What all ranks sum before a step: valid pixels, wishes to stop, and a hash of the samples (float64, (3,)).
+def step_news(share: Share, stop: StopFlag, device: torch.device) -> torch.Tensor:
+    """What all ranks sum before a step: valid pixels, wishes to stop, failures, a hash of the samples, and how many of
+    them were replaced; float64 (5,).
 
     The hash adds up the same in any order: equal values in two runs say that both saw the same global batch.
     """
-    pixels = torch.stack([valid_pixels(depth) for _, depth in views]).sum()
-    batch_hash = int((mix(samples[:, 0], samples[:, 1]) >> np.uint64(32)).sum())
-    rest = torch.tensor([float(bool(stop)), float(batch_hash)], dtype=torch.float64, device=pixels.device)
-    return torch.cat([pixels[None], rest])
+    batch_hash = int((mix(share.samples[:, 0], share.samples[:, 1]) >> np.uint64(32)).sum())
+    rest = [float(bool(stop)), float(share.error is not None), float(batch_hash), float(share.replaced)]
+    pixels = sum((valid_pixels(depth) for _, depth in share.views), torch.zeros((), dtype=torch.float64, device=device))
+    return torch.cat([pixels[None], torch.tensor(rest, dtype=torch.float64, device=device)])
+
+
+def poisoned(config: Config, replaced: int, samples_seen: int, shards: ShardSet) -> UserError | None:
+    """What ends a run on a stream of which too much is damaged.
+
+    The share is of the samples that came so far, or of the split where those are fewer; so it does not depend on the
+    number of ranks, and a few early finds do not end a run.
+    """
+    allowed = config.data.max_bad_fraction * max(samples_seen, len(shards))
+    if replaced <= allowed:
+        return None
+    return UserError(
+        f"{replaced} of {samples_seen} samples were damaged and replaced, more than data.max_bad_fraction = "
+        f"{config.data.max_bad_fraction:g} allows; {shards.advice}"
+    )

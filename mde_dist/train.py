@@ -24,8 +24,6 @@ from . import report
 from .announce import describe, describe_batch
 from .command import run_command
 from .config import SAMPLE_SHARDS, Config, as_json, as_toml, identity, read_config
-from .data.loader import Loader
-from .data.order import Order
 from .data.shards import ShardSet, open_split
 from .errors import UserError
 from .evaluate import Interrupted, score_baselines, score_split
@@ -35,10 +33,10 @@ from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .run.checkpoint import MODEL, OPTIMIZER, model_bytes, versions
 from .run.directory import RunDirectory
-from .run.distributed import all_sum, processes, share_buffers
+from .run.distributed import agree, all_sum, processes, same_everywhere, share_buffers, together
 from .run.monitor import Account, Monitor
 from .run.preemption import StopFlag, stop_flag
-from .stream import draws, step_news, take_views
+from .stream import poisoned, step_news, take_share, training_stream
 
 
 def main(argv: list[str]) -> None:
@@ -50,11 +48,9 @@ def main(argv: list[str]) -> None:
             start_debugging(accelerator)
         check_batch(config, accelerator.num_processes)
         make_sample(config, accelerator)
-        with (
-            stop_flag() as stop,
-            open_split(config.data.shards, config.data.train_split) as shards,
-            open_split(config.data.eval_shards or config.data.shards, config.data.eval_split) as held_out,
-        ):
+        with stop_flag() as stop, contextlib.ExitStack() as opened:
+            shards, held_out = together(accelerator, lambda: open_splits(config, opened))
+            same_everywhere(accelerator, "the shards", shards.manifest.sha256 + held_out.manifest.sha256)
             stopped = train(config, accelerator, shards, held_out, stop)
     if stopped:
         sys.exit(128 + stopped)
@@ -85,9 +81,10 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
     """Render and pack the embedded sample if it is what to train on and is not there: one process, the others wait."""
     if config.data.shards != SAMPLE_SHARDS:
         return
+    manifest = Path(SAMPLE_SHARDS, "manifest.json")
     # once more per node for nodes that share no disk; the bytes are the same
     for turn in (accelerator.is_main_process, accelerator.is_local_main_process):
-        if turn and not (SAMPLE_SHARDS / "manifest.json").is_file():
+        if turn and not manifest.is_file():
             # small shards, so that all cores have some to render
             options = f"--layout rooms --samples-per-shard 32 --output {SAMPLE_SHARDS}"
             command = ["-m", "mde_dist.shard", *options.split()]
@@ -98,6 +95,14 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
+def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardSet, ShardSet]:
+    """The splits to train on and to evaluate on. Raises UserError."""
+    data = config.data
+    shards = opened.enter_context(open_split(data.shards, data.train_split, data.cache_options))
+    held_out = open_split(data.eval_shards or data.shards, data.eval_split, data.cache_options)
+    return shards, opened.enter_context(held_out)
+
+
 @dataclass
 class State:
     """All that changes as the loop goes, besides model and optimizer; saved as JSON."""
@@ -106,6 +111,8 @@ class State:
     step: int = 0
     evaluated: int = 0
     """samples_seen at the last evaluation."""
+    replaced: int = 0
+    """Samples so far that were damaged, so that another one took their place."""
     best: dict[str, Any] = field(default_factory=dict)
     """`abs_rel`, `samples` and `step` of the best evaluation."""
 
@@ -120,21 +127,11 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
         bare = nn.SyncBatchNorm.convert_sync_batchnorm(bare)
     optimizer = make_optimizer(bare, config.optim)
     about = {"config": as_json(config), "size": size}
-    order = Order(len(shards), shards.block, config.data.window, config.train.seed)
 
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
     with RunDirectory(config.run, this_run, as_toml(config), writes=main_process) as directory:
-        state = resume(directory, bare, optimizer)
+        state = resume(directory, config, bare, optimizer)
         model = accelerator.prepare_model(bare)
-        loader = Loader(
-            shards,
-            draws(order, config, state.samples_seen, world, accelerator.process_index),
-            batch_size // (world * accumulate),
-            device,
-            config.data.threads,
-            config.data.ahead,
-            config.data.max_bad_fraction,
-        )
         metrics = config.run / "metrics.jsonl" if main_process else None
         account = Account()
 
@@ -142,10 +139,14 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
             if main_process:
                 tensors = {MODEL: model_bytes(bare, about), OPTIMIZER: safetensors(optimizer_tensors(bare, optimizer))}
                 best = state.best.get("step")
-                directory.save(state.step, tensors, {**vars(state), **versions()}, config.train.keep, best)
+                record = {**vars(state), "config": as_json(config), **versions()}
+                directory.save(state.step, tensors, record, config.train.keep, best)
             account.restart()
 
-        with Monitor(metrics, state.samples_seen, state.evaluated, total) as monitor, loader:
+        with (
+            Monitor(metrics, state.samples_seen, state.evaluated, total) as monitor,
+            training_stream(config, shards, state.samples_seen, accelerator, stop) as loader,
+        ):
             describe(monitor, config, accelerator, shards, state.samples_seen)
             if state.samples_seen == 0:
                 record_baselines(config, accelerator, shards, held_out, monitor)
@@ -160,17 +161,23 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
                 if state.samples_seen >= total:
                     break
                 # one optimizer step: this rank's share of the global batch at samples_seen
-                views, samples = take_views(loader, config, size, account)
-                if config.debug and state.step == 0:
-                    describe_batch(monitor, samples, *views[0])
-                pixels, stops, batch_hash = all_sum(accelerator, step_news(views, samples, stop))
+                share = take_share(loader, config, size, account)
+                if config.debug and state.step == 0 and share.views:
+                    describe_batch(monitor, share.samples, *share.views[0])
+                news = all_sum(accelerator, step_news(share, stop, device))
+                pixels, stops, failures, batch_hash, replaced = news
                 if stops > 0:
                     break
+                bad = state.replaced + int(replaced)
+                error = share.error or poisoned(config, bad, state.samples_seen + batch_size, shards)
+                if failures > 0 or error is not None:
+                    save()  # what was learned so far is whole
+                    agree(accelerator, error)
                 rate = learning_rate(config.optim, state.samples_seen, total)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 losses = torch.zeros((), dtype=torch.float64, device=device)
-                for number, (image, depth) in enumerate(views, 1):
+                for number, (image, depth) in enumerate(share.views, 1):
                     with contextlib.nullcontext() if number == accumulate else accelerator.no_sync(model):
                         with accelerator.autocast():
                             prediction = model(image)
@@ -188,16 +195,16 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
                 optimizer.zero_grad(set_to_none=True)
                 before = state.samples_seen
                 state.samples_seen += batch_size
+                state.replaced = bad
                 state.step += 1
                 account.step(batch_size)
                 if state.samples_seen >= total or due(config.train.log_every, before, state.samples_seen):
                     values = {"loss": all_sum(accelerator, losses).item(), "lr": rate, "grad_norm": norm.item()}
+                    values |= {"replaced": state.replaced} if state.replaced else {}
                     monitor.step(state.samples_seen, **values, batch=f"{int(batch_hash):x}", **account.rates())
                 if due(config.train.checkpoint_every, before, state.samples_seen) and not evaluation_due(config, state):
                     save()
 
-            for damage in loader.damaged.values():
-                print(f"damaged sample, replaced by the next: {damage}", flush=True)
             if state.samples_seen < total or evaluation_due(config, state):
                 save()
                 directory.mark_preempted(f"stopped at sample {state.samples_seen}")
@@ -210,9 +217,11 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
     return 0
 
 
-def resume(directory: RunDirectory, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def resume(directory: RunDirectory, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Put back the newest whole checkpoint, if there is one."""
     checkpoint = directory.resume()
+    if checkpoint is not None:
+        directory.note_change(checkpoint, {"train.batch_size": config.train.batch_size})
     directory.start()
     if checkpoint is None:
         return State()
@@ -229,7 +238,7 @@ def due(every: int, before: int, now: int) -> bool:
 def evaluation_due(config: Config, state: State) -> bool:
     """Whether the model of this very sample has to be evaluated and was not yet."""
     seen = state.samples_seen
-    wanted = seen >= config.train.samples or due(config.train.evaluate_every, seen - config.train.batch_size, seen)
+    wanted = seen >= config.train.samples or due(config.train.evaluate_every, state.evaluated, seen)
     return wanted and state.evaluated < seen
 
 

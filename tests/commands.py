@@ -28,20 +28,20 @@ def environment(**changes: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(leftovers)} | changes
 
 
-def command(module: str, *arguments: Any, processes: int = 1, **options: Any) -> list[str]:
-    """`python -m mde_dist.MODULE` with options, or the same on several ranks."""
+def command(module: str | Path, *arguments: Any, processes: int = 1, **options: Any) -> list[str]:
+    """`python -m mde_dist.MODULE`, or a script by its path, with options; on one rank or several."""
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    start = [sys.executable, "-m", f"mde_dist.{module}"]
+    program = [str(module)] if isinstance(module, Path) else ["-m", f"mde_dist.{module}"]
+    start = [sys.executable]
     if processes > 1:
-        launch = "accelerate.commands.launch"
         shape = f"--multi_gpu --num_machines 1 --num_processes {processes} --main_process_port 0"
         shape += " --mixed_precision no --dynamo_backend no"
-        start = [sys.executable, "-m", launch, *shape.split(), "-m", f"mde_dist.{module}"]
-    return [*start, *map(str, arguments), *flags]
+        start += ["-m", "accelerate.commands.launch", *shape.split()]
+    return [*start, *program, *map(str, arguments), *flags]
 
 
 def run(
-    module: str,
+    module: str | Path,
     *arguments: Any,
     processes: int = 1,
     env: dict[str, str] | None = None,

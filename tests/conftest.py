@@ -25,3 +25,9 @@ def nyuv2() -> Path:
     if not folder:
         pytest.skip("MDE_DIST_NYUV2 names no folder of real pairs")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_proxy():
+    """The servers of the tests are on this machine."""
+    os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}

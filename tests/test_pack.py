@@ -23,10 +23,12 @@ from PIL import Image, JpegImagePlugin
 from trees import SIZE, bts, contents, densedepth, folder, jpeg_bytes, millimetres, packed, picture, silent, write
 
 from mde_dist.data.depth import DepthScale
+from mde_dist.data.manifest import INDEX
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.probe import check_units, probe
-from mde_dist.data.shards import INDEX, open_split
+from mde_dist.data.shards import open_split
 from mde_dist.data.sources import open_source
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.errors import UserError
 from mde_dist.shard import main
 
@@ -145,14 +147,16 @@ def test_record_of_a_sample_names_scene_source_and_split(sync: Path) -> None:
 
 
 def check_index(directory: Path, split: str) -> None:
-    """Number, place, size and checksum of every member are those that tarfile finds."""
+    """Number, place, size and checksum (header and payload) of every member are those that tarfile finds."""
     index = np.load(directory / f"{split}.index.npy", allow_pickle=False)
     assert index.dtype == INDEX
     found = []
     for number, tar in enumerate(tars(directory, split)):
+        raw = tar.read_bytes()
         with tarfile.open(tar) as archive:
             for member in archive:
-                data = archive.extractfile(member).read()
+                assert member.offset_data == member.offset + 512
+                data = raw[member.offset : member.offset_data] + archive.extractfile(member).read()
                 found.append((number, member.offset_data, member.size, zlib.crc32(data)))
     assert len(found) == 3 * len(index)
     for place, row in enumerate(index):
@@ -326,6 +330,18 @@ def test_a_bad_pair_stops_the_run_is_named_and_nothing_is_published(tmp_path: Pa
     assert "--skip-bad" in said
     assert not (tmp_path / "shards").exists()
     assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == [root]
+
+
+def test_a_pair_without_a_valid_pixel_is_a_bad_pair(tmp_path: Path) -> None:
+    root = bts(tmp_path / "tree", 4, 3)
+    empty = root / open_source(root).splits["train"].pairs[2].depth
+    write(empty, np.zeros(SIZE, np.uint16))
+    with pytest.raises(UserError) as error:
+        packed(root, tmp_path / "shards")
+    assert f"{empty} has no valid pixel" in str(error.value)
+    assert "--skip-bad" in str(error.value)
+    packed(root, tmp_path / "shards", PackOptions(samples_per_shard=3, skip_bad=True))
+    assert manifest_of(tmp_path / "shards")["splits"]["train"]["samples"] == 3
 
 
 def test_reasons_for_leaving_out_are_the_same_words_in_every_run(tmp_path: Path) -> None:
@@ -654,11 +670,22 @@ def test_manifest_counts_bytes_and_hashes_what_lies_there(sync: Path) -> None:
             assert lying[shard["name"]] == shard["sha256"]
             assert (sync / shard["name"]).stat().st_size == shard["bytes"]
             assert len(members(sync / shard["name"])) == 3 * shard["samples"]
-        assert lying[split["index"]["name"]] == split["index"]["sha256"]
-        named |= {split["index"]["name"], split["mean_map"], *(shard["name"] for shard in split["shards"])}
+        for file in (split["index"], split["mean_map"]):
+            assert set(file) == {"name", "bytes", "sha256"}
+            assert lying[file["name"]] == file["sha256"]
+            assert (sync / file["name"]).stat().st_size == file["bytes"]
+        named |= {split["index"]["name"], split["mean_map"]["name"], *(shard["name"] for shard in split["shards"])}
     assert set(lying) == named  # and nothing else
+    assert (manifest["format"], manifest["version"]) == ("mde_dist.shards", 2)
     assert manifest["image_size"] == list(SIZE)
     assert manifest["source"]["layout"] == "bts"
+
+
+def test_packing_returns_the_manifest_that_opening_reads(tmp_path: Path) -> None:
+    made = pack(open_source(bts(tmp_path / "tree")), tmp_path / "shards", PackOptions(samples_per_shard=3), 1, silent)
+    read = open_store(tmp_path / "shards", CacheOptions())[0]
+    assert (made.sha256, made.raw, made.splits) == (read.sha256, read.raw, read.splits)
+    assert (made.codec, made.size, made.layout) == (read.codec, read.size, read.layout)
 
 
 def test_progress_counts_pairs_up_to_the_total(tmp_path: Path) -> None:

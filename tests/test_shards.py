@@ -17,8 +17,10 @@ import pytest
 from PIL import Image
 from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, picture
 
+from mde_dist.data.manifest import INDEX, Manifest
 from mde_dist.data.pack import PackOptions
-from mde_dist.data.shards import DamagedSample, ShardSet, open_split, read_manifest
+from mde_dist.data.shards import DamagedSample, ShardSet, open_split
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.errors import UserError
 
 
@@ -34,6 +36,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def manifest_of(directory: Path) -> Manifest:
+    return open_store(directory, CacheOptions())[0]
 
 
 def buffers(size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +102,8 @@ def test_every_sample_is_what_was_packed(tmp_path: Path, codec: str) -> None:
 
 
 def test_counts_come_from_the_manifest(whole: Path) -> None:
-    manifest = read_manifest(whole)
+    manifest = manifest_of(whole)
+    assert manifest.place == str(whole)
     assert manifest.sha256 == hashlib.sha256((whole / "manifest.json").read_bytes()).hexdigest()
     assert (manifest.codec, manifest.size, manifest.layout, list(manifest.splits)) == (
         "zst",
@@ -140,8 +147,14 @@ def test_reading_from_several_threads_at_once(whole: Path) -> None:
 def test_closing_leaves_no_file_open(whole: Path) -> None:
     assert open_files(whole) == []
     with open_split(whole, "train") as shards:
-        assert len(open_files(whole)) >= 3
-        shards.read_into(0, *buffers())
+        assert not [name for name in open_files(whole) if name.endswith(".tar")]  # they are opened when they are read
+        for sample in range(7):
+            shards.read_into(sample, *buffers())
+        assert [Path(name).name for name in open_files(whole) if name.endswith(".tar")] == [
+            "train-000000.tar",
+            "train-000001.tar",
+            "train-000002.tar",
+        ]
     assert open_files(whole) == []
     shards.close()  # a second time does no harm
 
@@ -177,6 +190,23 @@ def test_a_flipped_bit_is_a_damaged_sample_with_shard_and_key(copy: Path, member
         shards.read_into(4, *buffers())
 
 
+@pytest.mark.parametrize("member", ["image", "depth"])
+def test_the_header_before_a_member_is_checked_with_it(copy: Path, member: str) -> None:
+    """Every byte of it: name, size, the tar's own checksum, the padding at its end."""
+    tar, row = row_of(copy, "train", 4)
+    start = row[f"{member}_offset"] - 512
+    for place in (0, 99, 124, 148, 155, 156, 300, 511):
+        flip(tar, start + place, 1)
+        with open_split(copy, "train") as shards:
+            with pytest.raises(DamagedSample, match=f"{tar.name}, key .*{member} fails its checksum"):
+                shards.read_into(4, *buffers())
+            for other in (3, 5):
+                shards.read_into(other, *buffers())
+        flip(tar, start + place, 1)
+    with open_split(copy, "train") as shards:
+        shards.read_into(4, *buffers())
+
+
 def test_a_flipped_bit_in_the_record_is_a_damaged_sample(copy: Path) -> None:
     tar, row = row_of(copy, "test", 1)
     flip(tar, row["meta_offset"] + 3)
@@ -189,10 +219,30 @@ def test_a_flipped_bit_in_the_record_is_a_damaged_sample(copy: Path) -> None:
 def test_a_shard_cut_while_it_is_open_is_a_damaged_sample(copy: Path) -> None:
     tar, row = row_of(copy, "train", 2)
     with open_split(copy, "train") as shards:
+        shards.read_into(0, *buffers())
         os.truncate(tar, row["image_offset"] + 10)
-        with pytest.raises(DamagedSample):
+        with pytest.raises(DamagedSample, match=tar.name):
             shards.read_into(2, *buffers())
         shards.read_into(0, *buffers())
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "folder"])
+def test_a_shard_that_is_cut_or_gone_before_its_first_read_is_a_damaged_sample(copy: Path, how: str) -> None:
+    """The directory is open, but shards are opened when a sample of theirs is first asked for."""
+    tar, row = row_of(copy, "train", 2)
+    with open_split(copy, "train") as shards:
+        if how == "cut":
+            os.truncate(tar, row["image_offset"] + 10)
+        else:
+            tar.unlink()
+            if how == "folder":
+                tar.mkdir()
+        for sample in (0, 2):
+            with pytest.raises(DamagedSample, match=tar.name):
+                shards.read_into(sample, *buffers())
+            with pytest.raises(DamagedSample, match=tar.name):
+                shards.meta(sample)
+        shards.read_into(6, *buffers())
 
 
 @pytest.mark.parametrize("size", [(32, 24), (24, 31), (25, 32), (12, 32)])
@@ -239,11 +289,13 @@ def test_a_manifest_cut_anywhere_is_refused(copy: Path) -> None:
 
 
 def test_another_format_or_version_names_both(copy: Path) -> None:
-    edit(copy, lambda manifest: manifest.update(version=2))
-    said = refused(copy)
-    assert "mde_dist.shards 2" in said
-    assert "mde_dist.shards 1" in said
-    edit(copy, lambda manifest: manifest.update(version=1, format="wids"))
+    for version in (1, 3):
+        edit(copy, lambda manifest, version=version: manifest.update(version=version))
+        said = refused(copy)
+        assert f"mde_dist.shards {version}" in said
+        assert "this version reads mde_dist.shards 2" in said
+        assert f"--index {copy}" in said  # which makes a new one from the tars
+    edit(copy, lambda manifest: manifest.update(version=2, format="wids"))
     assert "wids" in refused(copy)
 
 
@@ -264,17 +316,13 @@ def test_a_file_outside_the_directory_is_never_opened(copy: Path, what: str, nam
         elif what == "index":
             split["index"]["name"] = name
         else:
-            split["mean_map"] = name
+            split["mean_map"]["name"] = name
 
     shutil.copy(copy / "train-000000.tar", copy.parent / "outside.tar")
     (copy / "sub").mkdir()
     shutil.copy(copy / "train-000000.tar", copy / "sub/train.tar")
     edit(copy, change)
-    if what == "mean_map" and name in ("..", "."):
-        with pytest.raises(UserError), open_split(copy, "train") as shards:
-            shards.mean_map()
-    else:
-        refused(copy)
+    refused(copy)
 
 
 def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -361,6 +409,13 @@ def test_an_index_that_is_missing_cut_flipped_or_exchanged(copy: Path) -> None:
     open_split(copy, "train").close()
 
 
+def vouch(directory: Path, what: str = "index", split: str = "train") -> None:
+    """Make the manifest name the file as it is now, as one does who packs by other means."""
+    path = directory / json.loads((directory / "manifest.json").read_text())["splits"][split][what]["name"]
+    now = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    edit(directory, lambda manifest: manifest["splits"][split][what].update(now))
+
+
 def test_an_index_of_pickled_objects_is_refused_without_running_them(copy: Path) -> None:
     """Even where the manifest has been made to name it."""
     ran = copy / "ran"
@@ -371,8 +426,7 @@ def test_an_index_of_pickled_objects_is_refused_without_running_them(copy: Path)
 
     path = copy / "train.index.npy"
     np.save(path, np.array([Trap()] * 7, dtype=object), allow_pickle=True)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit(copy, lambda manifest: manifest["splits"]["train"]["index"].update(sha256=digest))
+    vouch(copy)
     ran.unlink(missing_ok=True)
     refused(copy)
     assert not ran.exists()
@@ -383,9 +437,85 @@ def test_an_index_of_another_length_or_type_is_refused_even_with_its_hash(copy: 
     rows = np.load(path)
     for other in (rows[:-1], np.concatenate([rows, rows[:1]]), np.zeros(7), rows.view(np.uint8)):
         np.save(path, other)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        edit(copy, lambda manifest, digest=digest: manifest["splits"]["train"]["index"].update(sha256=digest))
-        assert "train.index.npy" in refused(copy)
+        vouch(copy)
+        assert "train.index.npy: not an index of this many samples" in refused(copy)
+
+
+def test_an_archive_of_arrays_is_no_index_even_with_its_hash(copy: Path) -> None:
+    path = copy / "train.index.npy"
+    rows = np.load(path)
+    with path.open("wb") as file:
+        np.savez(file, rows)
+    vouch(copy)
+    assert "train.index.npy" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shard": 1},
+        {"shard": 2**32 - 1},
+        {"depth_offset": 0},
+        {"depth_offset": 511},
+        {"image_offset": 10**6},
+        {"image_offset": 2**63},
+        {"image_offset": 2**64 - 1},
+        {"image_bytes": 0},
+        {"depth_bytes": 2**32 - 1},
+        {"meta_offset": 2**40},
+    ],
+    ids=str,
+)
+def test_an_index_that_leads_out_of_its_shard_is_refused_even_with_its_hash(copy: Path, change: dict[str, int]) -> None:
+    path = copy / "train.index.npy"
+    rows = np.load(path)
+    for name, value in change.items():
+        rows[name][0] = value
+    np.save(path, rows)
+    vouch(copy)
+    assert "places samples where the shards have none" in refused(copy)
+
+
+def test_an_index_that_pairs_two_samples_is_found_by_their_keys(copy: Path) -> None:
+    """With checksums and hash to match: the image of sample 1 with the depth of sample 0."""
+    path = copy / "train.index.npy"
+    rows = np.load(path)
+    for what in ("offset", "bytes", "crc"):
+        rows[f"image_{what}"][0] = rows[f"image_{what}"][1]
+    np.save(path, rows)
+    vouch(copy)
+    with open_split(copy, "train") as shards:
+        with pytest.raises(DamagedSample, match=r"the index pairs the depth of .* with the image of"):
+            shards.read_into(0, *buffers())
+        shards.read_into(1, *buffers())
+
+
+def test_a_sample_without_a_record_has_an_empty_one(copy: Path) -> None:
+    path = copy / "train.index.npy"
+    rows = np.load(path)
+    for what in ("offset", "bytes", "crc"):
+        rows[f"meta_{what}"] = 0
+    np.save(path, rows)
+    vouch(copy)
+    with open_split(copy, "train") as shards:
+        assert [shards.meta(sample) for sample in range(7)] == [{}] * 7
+        shards.read_into(3, *buffers())
+
+
+def test_an_index_row_is_as_the_format_says() -> None:
+    assert INDEX.itemsize == 4 + 3 * 16
+    assert INDEX.names[0] == "shard"
+
+
+def test_a_number_too_large_for_a_float_is_no_traceback(copy: Path) -> None:
+    edit(copy, lambda manifest: manifest["splits"]["train"]["depth"].update(max=10**400))
+    assert "manifest.json" in refused(copy)
+
+
+def test_a_shard_that_is_no_regular_file_is_refused_without_opening_it(copy: Path) -> None:
+    (copy / "train-000001.tar").unlink()
+    os.mkfifo(copy / "train-000001.tar")
+    assert "train-000001.tar is not a regular file" in refused(copy)
 
 
 def test_a_mean_map_that_is_missing_or_damaged(copy: Path) -> None:
@@ -399,14 +529,21 @@ def test_a_mean_map_that_is_missing_or_damaged(copy: Path) -> None:
             shards.mean_map()
 
 
+def test_a_mean_map_that_is_not_the_one_of_the_manifest(copy: Path) -> None:
+    """It decodes, but it is the baseline of other samples."""
+    shutil.copy(copy / "test.mean.zst", copy / "train.mean.zst")
+    with open_split(copy, "train") as shards, pytest.raises(UserError, match=r"train\.mean\.zst"):
+        shards.mean_map()
+
+
 def test_the_manifest_hash_tells_any_change(copy: Path) -> None:
-    before = read_manifest(copy).sha256
+    before = manifest_of(copy).sha256
     edit(copy, lambda manifest: manifest["splits"]["test"]["shards"][0].update(sha256="0" * 64))
-    assert read_manifest(copy).sha256 != before
+    assert manifest_of(copy).sha256 != before
 
 
 def test_a_shard_set_of_a_manifest_that_was_read_before(whole: Path) -> None:
-    manifest = read_manifest(whole)
-    with ShardSet(manifest, "train") as train, ShardSet(manifest, "test") as test:
+    manifest, store = open_store(whole, CacheOptions())
+    with ShardSet(manifest, store, "train") as train, ShardSet(manifest, store, "test") as test:
         assert train.shard_of(6) == str(whole / "train-000002.tar")
         assert test.shard_of(0) == str(whole / "test-000000.tar")

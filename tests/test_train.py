@@ -1,25 +1,19 @@
 """Training as a user starts it: real processes, killed and resumed, and every mistake in one line."""
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from commands import files_below, learned, records, run, small, start, wait_for
 from safetensors.torch import load_file
 
 from mde_dist import train
-from mde_dist.config import read_config
-from mde_dist.data.augment import prepare
-from mde_dist.data.loader import Batch, Loader
-from mde_dist.data.order import Order
-from mde_dist.data.shards import open_split
+from mde_dist.data.order import Order, mix
 from mde_dist.errors import UserError
-from mde_dist.run.monitor import Account
-from mde_dist.stream import draws, take_views
 
 pytestmark = pytest.mark.slow
 
@@ -161,30 +155,36 @@ def test_two_trainings_in_one_directory_are_refused(room_shards, tmp_path):
         process.communicate()
 
 
+def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
+    """The stream goes on at the very next sample, in batches of the new size."""
+    directory = tmp_path / "run"
+    process = start("train", run=directory, **small(data_shards=room_shards))
+    wait_for(lambda: "step-00000001" in checkpoints(directory), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    changed = small(data_shards=room_shards, train_batch_size=8, train_accumulate=2, train_log_every=8)
+    done = run("train", run=directory, **changed)
+    assert done.returncode == 0, done.stderr
+    stopped = int(re.search(r"resumed at sample (\d+)", done.stdout)[1])
+    assert f"note: train.batch_size was 12, is 8 from sample {stopped} on" in done.stdout
+    order = Order(samples=30, block=8, window=4, seed=0)
+    logged = [(r["samples"], r["batch"]) for r in records(directory) if "batch" in r]
+    expected = []
+    for end, size in [(end, 12) for end in range(12, stopped + 1, 12)] + [
+        (end, 8) for end in range(stopped + 8, 68, 8)
+    ]:
+        total = int((mix(*order.at(np.arange(end - size, end))) >> np.uint64(32)).sum())
+        expected.append((end, f"{total:x}"))
+    assert logged == expected
+    assert expected[-1][0] >= 60
+
+
 def test_debug_describes_the_first_batch_and_leaves_no_run(room_shards, tmp_path):
     done = run("train", "--debug", cwd=tmp_path, **small(data_shards=room_shards, train_batch_size=2))
     assert done.returncode == 0, done.stderr
     for words in ("image: (2, 3, 32, 32) float32 on cpu", "depth: (2, 32, 32) float32 on cpu", "abs_rel"):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-def test_accumulated_views_are_those_of_their_samples(room_shards):
-    """The loader's buffers are reused: a view must not change when the next part of the batch is read."""
-    config = read_config(["--train.accumulate", "5", "--train.batch-size", "20", "--data.ahead", "1"])
-    with open_split(room_shards, "train") as shards:
-        order = Order(len(shards), shards.block, config.data.window, config.train.seed)
-        wanted = draws(order, config, 40, 1, 0)
-        with Loader(shards, wanted, 4, torch.device("cpu"), threads=3, ahead=1) as loader:
-            views, samples = take_views(loader, config, shards.size, Account())
-        image, depth = np.empty((1, *shards.size, 3), np.uint8), np.empty((1, *shards.size), np.uint16)
-        for number, (epoch, sample) in enumerate(samples):
-            shards.read_into(int(sample), image[0], depth[0])
-            one = Batch(torch.from_numpy(image), torch.from_numpy(depth), np.array([epoch]), np.array([sample]))
-            expected = prepare(one, shards.size, config.augment, config.train.seed)
-            for tensor, other in zip(views[number // 4], expected, strict=True):
-                assert torch.allclose(tensor[number % 4], other[0], atol=1e-6)
-    assert len(samples) == 20
 
 
 def test_debug_shows_the_traceback_of_a_mistake(tmp_path):

@@ -5,13 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mde_dist.data.depth import encode
+from mde_dist.data.manifest import INDEX, Manifest, ShardInfo, file_info, write_manifest, write_split
 from mde_dist.data.pack import PackOptions, pack
+from mde_dist.data.shards import decode_pair
 from mde_dist.data.sources import Source, open_source
+from mde_dist.data.statistics import Statistics
 
 SIZE = (24, 32)
 TRAIN_SCENES = ("basement_0001a", "kitchen_0028b")
@@ -129,3 +138,85 @@ def contents(directory: Path) -> dict[str, str]:
     """Every file below a directory, hidden ones too, with the sha256 of its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+# --- tars by hand ---
+
+Member = tuple[str, bytes]
+"""Name and payload of a tar's member."""
+
+
+def depth_bytes(millimetres: np.ndarray, codec: str = "zst") -> bytes:
+    return encode(millimetres, codec)
+
+
+def members(tar: Path) -> list[Member]:
+    """What a tar holds, by tarfile."""
+    with tarfile.open(tar) as archive:
+        return [(member.name, archive.extractfile(member).read()) for member in archive if member.isfile()]
+
+
+def write_tar(path: Path, content: Iterable[Member], form: int = tarfile.PAX_FORMAT) -> None:
+    """An ordinary tar, as somebody else's tool writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in content:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def sample_members(key: str, seed: int, codec: str = "zst", size: tuple[int, int] = SIZE) -> list[Member]:
+    """The members of a whole sample whose picture and depth both tell its seed."""
+    depth = depth_bytes(millimetres(seed, size), codec)
+    return [(f"{key}.depth.{codec}", depth), (f"{key}.jpg", jpeg_bytes(picture(seed, size)))]
+
+
+def vouch(directory: Path, codec: str = "zst", size: tuple[int, int] = SIZE) -> Manifest:
+    """Index and manifest for the tars of a directory as they are: all checksums agree, whatever they hold.
+
+    Samples are taken as they follow one another in the tar; those that miss a member are left out.
+    """
+    splits: dict[str, list[Path]] = {}
+    for tar in sorted(directory.glob("*.tar")):
+        splits.setdefault(re.sub(r"-\d+$", "", tar.stem), []).append(tar)
+    records = {}
+    for name, tars in splits.items():
+        statistics, shards = Statistics.empty(size), []
+        for tar in tars:
+            rows = _rows(tar, statistics, codec, size)
+            info = file_info(tar)
+            shards.append((ShardInfo(info.name, info.bytes, info.sha256, len(rows)), rows))
+        records[name] = write_split(directory, name, shards, statistics, codec)
+    return write_manifest(directory, codec, size, "tars", records)
+
+
+def _rows(tar: Path, statistics: Statistics, codec: str, size: tuple[int, int]) -> np.ndarray:
+    data, rows = tar.read_bytes(), []
+    kinds = {f"depth.{codec}": "depth", "jpg": "image", "jpeg": "image", "json": "meta"}
+    with tarfile.open(tar) as archive:
+        found = [(*info.name.rsplit("/", 1)[-1].partition(".")[::2], info) for info in archive]
+    found = [(key, kinds[extension], info) for key, extension, info in found if extension in kinds]
+    numbers = itertools.count()
+    number, last, seen = 0, None, set()
+    groups: dict[int, dict[str, tarfile.TarInfo]] = {}
+    for key, kind, info in found:
+        if key != last or kind in seen:
+            number, last, seen = next(numbers), key, set()
+        seen.add(kind)
+        groups.setdefault(number, {})[kind] = info
+    for group in groups.values():
+        if not {"depth", "image"} <= set(group):
+            continue
+        row = np.zeros(1, INDEX)
+        for kind, info in group.items():
+            end = info.offset_data + info.size
+            row[f"{kind}_offset"], row[f"{kind}_bytes"] = info.offset_data, info.size
+            row[f"{kind}_crc"] = zlib.crc32(data[info.offset_data - 512 : end])
+        rows.append(row)
+        payload = {kind: data[info.offset_data : info.offset_data + info.size] for kind, info in group.items()}
+        image, depth = np.empty((*size, 3), np.uint8), np.zeros(size, np.uint16)
+        with contextlib.suppress(ValueError):
+            decode_pair(payload["image"], payload["depth"], codec, image, depth)
+            statistics.add(depth, reencoded=False)
+    return np.concatenate(rows) if rows else np.empty(0, INDEX)

@@ -124,6 +124,8 @@ def _decode_zstd(data: bytes | memoryview, out: np.ndarray) -> None:
         plain = context.decompress(data, max_output_size=out.nbytes)
     except zstandard.ZstdError as error:
         raise ValueError(f"depth does not decompress: {error}") from None
+    if len(plain) != out.nbytes:  # one value would fill the whole map
+        raise ValueError(f"depth holds {len(plain)} bytes, expected {out.nbytes} for {out.shape}")
     out.reshape(-1)[...] = np.frombuffer(plain, dtype="<u2")
 
 

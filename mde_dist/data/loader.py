@@ -4,10 +4,13 @@ Threads, not worker processes: the decoders release the interpreter lock, and a 
 every page of it anew. A batch is uint8 image and uint16 depth; floats begin on the device.
 """
 
+import itertools
+import math
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +23,13 @@ Draw = tuple[np.ndarray, np.ndarray]
 """What a batch consists of: (epochs, samples), int64 (batch,)."""
 
 _SUBSTITUTES = 8  # samples tried in place of a damaged one before giving up
+_NAMED = 100  # damaged samples that are remembered by name
+_POLL = 0.2  # seconds between two looks at a batch that does not come
+_SAY_AFTER = 10.0  # seconds of waiting before the first word about it; then twice as long each time
+
+
+class Stopped(Exception):
+    """The wait for a batch was ended by the `stop` of the loop."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Batch:
     """int64 (batch,)."""
     sample: np.ndarray
     """int64 (batch,), place in the split."""
+    replaced: int = 0
+    """Samples of it that are damaged, so that another one is in their place."""
 
 
 @dataclass
@@ -44,6 +56,7 @@ class _Slot:
     depth: torch.Tensor
     draw: Draw = field(default_factory=lambda: (np.empty(0, np.int64), np.empty(0, np.int64)))
     missing: int = 0
+    replaced: int = 0
     ready: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
     copied: torch.cuda.Event | None = None
@@ -52,8 +65,10 @@ class _Slot:
 class Loader:
     """Iterates over the batches of `draws`. Use it in a `with`: leaving it ends its threads.
 
-    A damaged sample is replaced by the next whole one (the same for every topology), noted in `damaged`, and ends the
-    run with a RankError past `max_bad_fraction` of the split; with `max_bad_fraction=None` the first one ends it.
+    With `replace`, a damaged sample (checksum, decode, shape, no valid pixel) is replaced by a whole one about a shard
+    further on, the same for every topology, said once, and counted in the batch; without, the first one that cannot be
+    decoded ends the iteration with a RankError. So does a read that takes longer than `timeout` seconds while the loop
+    waits for it; waits of more than a few seconds are said.
     """
 
     def __init__(
@@ -64,12 +79,18 @@ class Loader:
         device: torch.device,
         threads: int = 1,
         ahead: int = 2,
-        max_bad_fraction: float | None = None,
+        replace: bool = False,
+        timeout: float = 300.0,
+        stop: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = print,
     ):
-        """`batch`: samples in the largest batch; `threads`: 0 decodes in the loop itself; `ahead`: batches prepared."""
+        """`batch`: samples in the largest batch; `threads`: 0 decodes in the loop itself; `ahead`: batches prepared;
+        `stop` is asked while the loop waits, and where it is true the wait ends with Stopped."""
         self.damaged: dict[int, str] = {}
-        """Sample -> what is wrong with it, where in the shards."""
-        self._shards, self._draws, self._device, self._max_bad_fraction = shards, draws, device, max_bad_fraction
+        """Sample -> what is wrong with it, where in the shards; the first hundred."""
+        self._shards, self._draws, self._device, self._replace = shards, draws, device, replace
+        self._timeout, self._stop, self._say = timeout, stop, say
+        self._stride = next(s for s in itertools.count(shards.block + 1) if math.gcd(s, len(shards)) == 1)
         pin = device.type == "cuda"
         height, width = shards.size
         self._free = deque(
@@ -82,6 +103,7 @@ class Loader:
         self._filling: deque[_Slot] = deque()
         self._held: _Slot | None = None  # the slot that the loop is using
         self._work: queue.SimpleQueue[tuple[_Slot, int] | None] = queue.SimpleQueue()
+        self._reading: dict[int, tuple[float, int]] = {}  # thread -> since when it reads which sample
         self._lock = threading.Lock()
         self._closed = False
         self._threads = [threading.Thread(target=self._decode, name=f"decode-{i}", daemon=True) for i in range(threads)]
@@ -93,29 +115,27 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        for _thread in self._threads:
-            self._work.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._shards.end_readers(self._threads, self._work)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
+        """The next batch. Raises Stopped, RankError, and whatever went wrong in a thread; StopIteration at the end."""
         if self._held is not None:
             self._free.append(self._held)
             self._held = None
         self._refill()
         if not self._filling:
             raise StopIteration
-        slot = self._filling.popleft()
+        slot = self._filling[0]
         if not self._threads:
             for row in range(len(slot.draw[1])):
                 self._fill(slot, row)
-        slot.ready.wait()
+        self._wait(slot)
         if slot.error is not None:
             raise slot.error
-        self._held = slot
+        self._held = self._filling.popleft()
         return self._deliver(slot)
 
     def _refill(self) -> None:
@@ -127,12 +147,32 @@ class Loader:
             slot = self._free.popleft()
             if slot.copied is not None:
                 slot.copied.synchronize()  # the device may still be reading the buffer
-            slot.draw, slot.missing = draw, len(draw[1])
+            slot.draw, slot.missing, slot.replaced = draw, len(draw[1]), 0
             slot.ready.clear()
             self._filling.append(slot)
             if self._threads:
                 for row in range(len(draw[1])):
                     self._work.put((slot, row))
+
+    def _wait(self, slot: _Slot) -> None:
+        """Until the slot is filled; says what takes long. Raises Stopped, or RankError past the time-out."""
+        say_after = _SAY_AFTER
+        while not slot.ready.wait(_POLL):
+            if self._stop():
+                raise Stopped
+            reads = list(self._reading.values())
+            if not reads:
+                continue
+            since, sample = min(reads)
+            seconds = time.monotonic() - since
+            if seconds > self._timeout:
+                raise RankError(
+                    f"{self._shards.shard_of(sample)}: a read has not come back for {seconds:.0f} s; is its disk or "
+                    "server well? (data.read_timeout is how long to wait)"
+                )
+            if seconds > say_after:
+                say_after *= 2
+                self._say(f"waiting for {self._shards.shard_of(sample)} for {seconds:.0f} s now")
 
     def _deliver(self, slot: _Slot) -> Batch:
         epoch, sample = slot.draw
@@ -144,7 +184,7 @@ class Loader:
             slot.copied.record()
         elif self._device.type != "cpu":
             image, depth = image.to(self._device), depth.to(self._device)
-        return Batch(image, depth, epoch, sample)
+        return Batch(image, depth, epoch, sample, slot.replaced)
 
     def _decode(self) -> None:
         while (task := self._work.get()) is not None:
@@ -152,33 +192,43 @@ class Loader:
                 self._fill(*task)
 
     def _fill(self, slot: _Slot, row: int) -> None:
+        replaced = False
         try:
-            self._read(int(slot.draw[1][row]), slot.image[row].numpy(), slot.depth[row].numpy())
+            replaced = self._read(int(slot.draw[1][row]), slot.image[row].numpy(), slot.depth[row].numpy())
         except BaseException as error:  # whatever it is, the loop has to hear of it
             slot.error = error
         with self._lock:
             slot.missing -= 1
+            slot.replaced += replaced
             if slot.missing == 0 or slot.error is not None:
                 slot.ready.set()
 
-    def _read(self, sample: int, image: np.ndarray, depth: np.ndarray) -> None:
-        for step in range(_SUBSTITUTES):
-            candidate = (sample + step) % len(self._shards)
-            try:
-                self._shards.read_into(candidate, image, depth)
-                return
-            except DamagedSample as error:
-                self._note(candidate, error)
-        raise RankError(f"{_SUBSTITUTES} damaged samples in a row: {self.damaged[sample]}; pack the shards again")
+    def _read(self, sample: int, image: np.ndarray, depth: np.ndarray) -> bool:
+        """Read a sample, or a whole one in its place; returns whether it had to be replaced."""
+        reader = threading.get_ident()
+        try:
+            for step in range(_SUBSTITUTES):
+                # one shard further on: damage comes by the shard, and neighbours would all be replaced by one sample
+                candidate = (sample + step * self._stride) % len(self._shards)
+                self._reading[reader] = time.monotonic(), candidate
+                try:
+                    self._shards.read_into(candidate, image, depth)
+                    if self._replace and not depth.max():  # five times as fast as `any`
+                        raise self._shards.damaged(candidate, "depth has no valid pixel")
+                    return step > 0
+                except DamagedSample as error:
+                    self._note(candidate, error)
+        finally:
+            self._reading.pop(reader, None)
+        where = self._shards.shard_of(sample)
+        raise RankError(f"{where}: damaged, and so are the {_SUBSTITUTES - 1} to replace it; {self._shards.advice}")
 
     def _note(self, sample: int, error: DamagedSample) -> None:
+        if not self._replace:
+            raise RankError(f"damaged sample: {error}; {self._shards.advice}")
         with self._lock:
-            self.damaged[sample] = str(error)
-            count = len(self.damaged)
-        if self._max_bad_fraction is None:
-            raise RankError(f"damaged sample: {error}; pack the shards again")
-        if count > self._max_bad_fraction * len(self._shards):
-            raise RankError(
-                f"{count} damaged samples, more than data.max_bad_fraction = {self._max_bad_fraction:g} of "
-                f"{len(self._shards)}; the latest: {error}"
-            )
+            new = sample not in self.damaged and len(self.damaged) < _NAMED
+            if new:
+                self.damaged[sample] = str(error)
+        if new:
+            self._say(f"damaged sample, replaced by another: {error}")

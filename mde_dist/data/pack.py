@@ -8,9 +8,7 @@ renames the directory. The bytes are a function of source and options, not of th
 import hashlib
 import io
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,12 @@ from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, sha256_of, sync_directory, write_atomic
 from . import depth
+from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
+from .pool import Progress, count, run_jobs
 from .probe import Probe, probe
-from .shards import FORMAT, INDEX, VERSION
 from .sources import BadPair, Pair, RawPair, Source
 from .statistics import Statistics
+from .tars import index_rows, scan
 from .writer import ShardWriter
 
 
@@ -94,9 +94,9 @@ def pack(
     output: Path,
     options: PackOptions,
     workers: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
     probes: Mapping[str, Probe] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the shards of `source` to the directory `output` and return its manifest.
 
     `progress(done, total)` is called a few times a second with counts of pairs; `probes` are taken if not given. Raises
@@ -109,49 +109,17 @@ def pack(
     work = Work(source, options, size, output.with_name(f".{output.name}.partial"))
     try:
         work.partial.mkdir(parents=True, exist_ok=True)
-        for bad in _run(work, jobs, workers, progress):
+        total = sum(len(job.pairs) for job in jobs)
+        for bad in run_jobs(_pack_shard, ((work, job) for job in jobs), workers, progress, total):
             if bad and not options.skip_bad:
                 raise UserError(
                     f"{bad[0]}; mend it, or leave such pairs out with --skip-bad (finished shards are kept)"
                 )
-        manifest = _merge(work, jobs, missing)
-        _publish(work.partial, output, manifest)
+        return _publish(work, output, _merge(work, jobs, missing))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; finished shards are kept") from None
     except BrokenProcessPool:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
-    return manifest
-
-
-def _run(work: Work, jobs: list[Job], workers: int, progress: Callable[[int, int], None]) -> Iterator[list[str]]:
-    """Write the shards that are not there yet, in parallel; yields what is bad in each."""
-    total = sum(len(job.pairs) for job in jobs)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    done = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, initializer=_set_counter, initargs=(done,)) as pool:
-        try:
-            pending = {pool.submit(_pack_shard, work, job) for job in jobs}
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                progress(done.value, total)
-                for future in finished:
-                    yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_counter: Any = None  # pairs done, shared by the workers
-
-
-def _set_counter(counter: Any) -> None:
-    global _counter
-    _counter = counter
-
-
-def _count(pairs: int) -> None:
-    with _counter.get_lock():
-        _counter.value += pairs
 
 
 def _pack_shard(work: Work, job: Job) -> list[str]:
@@ -160,7 +128,7 @@ def _pack_shard(work: Work, job: Job) -> list[str]:
     part = work.partial / f"{job.name}.part"
     notes = _open_part(part)[1] if part.is_file() else {}
     if notes.get("fingerprint") == fingerprint:
-        _count(len(job.pairs))
+        count(len(job.pairs))
         return json.loads(notes["bad"])
     part.unlink(missing_ok=True)
     statistics = Statistics.empty(work.size)
@@ -183,6 +151,8 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
             try:
                 raw = work.source.read(pair, work.source.splits[job.split].scale)
                 jpeg, millimetres = _fit(work.source.root / pair.image, raw, work.size, work.options)
+                if not millimetres.any():
+                    raise BadPair(f"{work.source.root / pair.depth} has no valid pixel")
             except BadPair as error:
                 if not work.options.skip_bad:
                     raise
@@ -191,8 +161,8 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
                 meta = {"scene": pair.scene, "source": pair.image, "split": job.split}
                 writer.write(pair.key, jpeg, depth.encode(millimetres, work.options.codec), meta)
                 statistics.add(millimetres, reencoded=jpeg is not raw.jpeg)
-            _count(1)
-    return writer.rows(), bad
+            count(1)
+    return index_rows(tar, scan(tar).samples), bad
 
 
 def _fingerprint(work: Work, job: Job) -> str:
@@ -237,62 +207,40 @@ def _open_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Parts -> index and mean map of every split, and the manifest."""
-    source, partial, codec = work.source, work.partial, work.options.codec
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "made_by": f"mde_dist {__version__}",
-        "codec": codec,
-        "image_size": list(work.size),
-        "source": {"layout": source.layout},
-        "splits": {},
-    }
-    for name, split in source.splits.items():
+    """Parts -> index and mean map of every split, and their records for the manifest."""
+    records = {}
+    for name, split in work.source.splits.items():
         statistics = Statistics.empty(work.size)
         skipped = list(missing[name])
-        shards: list[dict[str, Any]] = []
-        rows: list[np.ndarray] = []
+        shards: list[tuple[ShardInfo, np.ndarray]] = []
         for job in (job for job in jobs if job.split == name):
-            arrays, notes = _open_part(partial / f"{job.name}.part")
+            arrays, notes = _open_part(work.partial / f"{job.name}.part")
             skipped += json.loads(notes["bad"])
             index = arrays["rows"].reshape(-1).view(INDEX)
             if not len(index):
                 continue  # every pair of this shard was bad
-            index["shard"] = len(shards)
-            rows.append(index)
             statistics.merge(arrays)
-            tar = partial / f"{job.name}.tar"
-            shards.append(
-                {"name": tar.name, "samples": len(index), "bytes": tar.stat().st_size, "sha256": notes["sha256"]}
-            )
-        if not rows:
+            tar = work.partial / f"{job.name}.tar"
+            shards.append((ShardInfo(tar.name, tar.stat().st_size, notes["sha256"], len(index)), index))
+        if not shards:
             raise UserError(f"split {name}: no pair can be used; the first: {skipped[0]}")
-        with atomic_file(partial / f"{name}.index.npy") as file:
-            np.save(file, np.concatenate(rows), allow_pickle=False)
-        write_atomic(partial / f"{name}.mean.{codec}", depth.encode(statistics.mean_map(), codec))
-        manifest["splits"][name] = {
-            "samples": sum(len(index) for index in rows),
-            "shards": shards,
-            "index": {"name": f"{name}.index.npy", "sha256": sha256_of(partial / f"{name}.index.npy")},
-            "mean_map": f"{name}.mean.{codec}",
-            "depth": statistics.summary(),
+        records[name] = write_split(work.partial, name, shards, statistics, work.options.codec) | {
             "depth_scale": str(split.scale),
             "reencoded_images": int(statistics.reencoded[0]),
             "skipped": skipped,
         }
-    return manifest
+    return records
 
 
-def _publish(partial: Path, output: Path, manifest: dict[str, Any]) -> None:
+def _publish(work: Work, output: Path, splits: dict[str, Any]) -> Manifest:
     """Drop what only the work needed, write the manifest, and give the directory its name."""
-    splits = manifest["splits"].values()
-    published = {shard["name"] for split in splits for shard in split["shards"]}
-    published |= {split["mean_map"] for split in splits} | {split["index"]["name"] for split in splits}
-    for path in partial.iterdir():  # parts, and what runs that were cut off have left
+    published = {shard["name"] for split in splits.values() for shard in split["shards"]}
+    published |= {split[file]["name"] for split in splits.values() for file in ("mean_map", "index")}
+    for path in work.partial.iterdir():  # parts, and what runs that were cut off have left
         if path.name not in published:
             path.unlink()
-    write_atomic(partial / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-    sync_directory(partial)
-    partial.rename(output)  # replaces an empty directory, fails on any other
+    manifest = write_manifest(work.partial, work.options.codec, work.size, work.source.layout, splits)
+    sync_directory(work.partial)
+    work.partial.rename(output)  # replaces an empty directory, fails on any other
     sync_directory(output.parent)
+    return manifest

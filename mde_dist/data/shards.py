@@ -1,4 +1,4 @@
-"""The shard format: ordinary WebDataset tars, an index to read any sample by one `pread`, and a manifest.
+"""The shard format: ordinary WebDataset tars, an index to read any sample by one `pread` a member, and a manifest.
 
 DIR/train-000000.tar …   members KEY.depth.CODEC, KEY.jpg, KEY.json per sample
 DIR/train.index.npy      one INDEX row per sample: where its members lie, and their crc32
@@ -7,132 +7,78 @@ DIR/manifest.json        counts, bytes, sha256, codec, image size, depth statist
 """
 
 import hashlib
+import itertools
 import json
 import os
+import queue
+import tarfile
+import threading
+import time
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simplejpeg
 
 from ..errors import UserError
 from . import depth
+from .handles import Handles
+from .index import Index
+from .manifest import MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
+from .store import CacheOptions, Store, open_store
 
-FORMAT = "mde_dist.shards"
-VERSION = 1
-MEMBERS = ("depth", "image", "meta")  # in the order in which WebDataset's writer lays them down
-INDEX = np.dtype(
-    [("shard", "<u4")]
-    + [
-        (f"{member}_{what}", kind)
-        for member in MEMBERS
-        for what, kind in (("offset", "<u8"), ("bytes", "<u4"), ("crc", "<u4"))
-    ]
-)
-TAR_BLOCK = 512  # tar pads headers and payloads to this many bytes
+_LEAVE_AFTER = 12.0  # seconds that leaving waits for threads: longer than the time-out of a server
+
+Payload = bytes | memoryview
 
 
 class DamagedSample(Exception):
     """A sample whose bytes are not what was packed; the message names shard, key and what is wrong."""
 
 
-@dataclass(frozen=True)
-class SplitInfo:
-    """What the manifest says of one split."""
-
-    name: str
-    samples: int
-    shards: Sequence[Mapping[str, Any]]
-    """`name`, `samples`, `bytes`, `sha256` of each tar."""
-    index: Mapping[str, str]
-    """`name`, `sha256` of the index."""
-    mean_map: str
-    depth: Mapping[str, float]
-    """`min`, `median`, `mean`, `max` in metres over valid pixels; `holes`, the share of pixels without measurement."""
+def split_name(member: str) -> tuple[str, str]:
+    """A tar member's name -> (key, extension), at the first dot of its last part, as WebDataset does."""
+    folder, slash, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return folder + slash + stem, extension
 
 
-@dataclass(frozen=True)
-class Manifest:
-    path: Path
-    """The directory of the shards."""
-    sha256: str
-    """Of manifest.json: two runs with one hash saw the same data."""
-    codec: str
-    size: tuple[int, int]
-    """Height and width of every image and depth map, pixels."""
-    layout: str
-    splits: Mapping[str, SplitInfo]
+def _key_in(header: bytes) -> str:
+    """The key in a tar header's name, which other tools split at a slash into two fields (POSIX ustar)."""
+    name, prefix = (part.split(b"\0", 1)[0] for part in (header[:100], header[345:500]))
+    if prefix and header[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return split_name(name.decode(errors="replace"))[0]
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check DIR/manifest.json. Raises UserError."""
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise UserError(
-            f"{directory} holds no shards (no manifest.json); "
-            f"pack a data set into it with: python -m mde_dist.shard --source DIR --output {directory}"
-        )
-    data = path.read_bytes()
-    try:
-        raw = json.loads(data)
-        if raw["format"] != FORMAT or raw["version"] != VERSION:
-            raise UserError(f"{path}: format {raw['format']} {raw['version']}, this version reads {FORMAT} {VERSION}")
-        height, width = (_count(side) for side in raw["image_size"])
-        splits = {name: _split_info(name, split) for name, split in raw["splits"].items()}
-        if raw["codec"] not in depth.CODECS:
-            raise UserError(f"{path}: depth codec {raw['codec']!r}, this version reads {', '.join(depth.CODECS)}")
-        layout, codec = str(raw["source"]["layout"]), raw["codec"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); pack the shards again") from None
-    return Manifest(directory, hashlib.sha256(data).hexdigest(), codec, (height, width), layout, splits)
+def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, target: np.ndarray) -> None:
+    """Decode into `image`, uint8 (height, width, 3) RGB, and `target`, uint16 (height, width) millimetres, contiguous.
 
-
-def _split_info(name: str, raw: Mapping[str, Any]) -> SplitInfo:
-    """A split of the manifest, every value checked. Raises ValueError, KeyError, TypeError or AttributeError."""
-    shards = [
-        {"name": _plain(s["name"]), "samples": _count(s["samples"]), "bytes": _count(s["bytes"]), "sha256": s["sha256"]}
-        for s in raw["shards"]
-    ]
-    samples = _count(raw["samples"])
-    if sum(shard["samples"] for shard in shards) != samples:
-        raise ValueError(f"split {name} has {samples} samples, its shards have another number")
-    index = {"name": _plain(raw["index"]["name"]), "sha256": raw["index"]["sha256"]}
-    statistics = {what: float(raw["depth"][what]) for what in ("min", "median", "mean", "max", "holes")}
-    return SplitInfo(name, samples, shards, index, _plain(raw["mean_map"]), statistics)
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _plain(name: str) -> str:
-    """A file's name that cannot lead out of the directory."""
-    if Path(name).name != name or name in ("", "..", "."):
-        raise ValueError(f"{name!r} is not the name of a file in it")
-    return name
+    Raises ValueError where the bytes are not a colour JPEG and a depth map of that size.
+    """
+    depth.decode(encoded, codec, target)
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(jpeg)
+    if (height, width) != image.shape[:2]:
+        raise ValueError(f"image is {height}x{width}, not of the size that the manifest states")
+    if colorspace == "Gray":
+        raise ValueError("image is grey, not in colour")
+    simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=image)
 
 
 class ShardSet:
     """The samples of one split, readable at random and from several threads. Use it in a `with`."""
 
-    def __init__(self, manifest: Manifest, split: str):
+    def __init__(self, manifest: Manifest, store: Store, split: str):
         if split not in manifest.splits:
-            raise UserError(f"{manifest.path} has no split {split!r}; it has {', '.join(manifest.splits)}")
-        self.manifest, self.info = manifest, manifest.splits[split]
-        self.size = manifest.size
-        self._files: list[int] = []
+            raise UserError(f"{manifest.place} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        self.manifest, self.info, self.size = manifest, manifest.splits[split], manifest.size
+        self.remote = store.remote
+        self._store, self._closing = store, threading.Event()
+        for shard in self.info.shards:
+            store.check(shard)
+        self._ends = np.cumsum([shard.samples for shard in self.info.shards])
         self._index = self._open_index()
-        try:
-            for shard in self.info.shards:
-                self._files.append(self._open_shard(manifest.path / shard["name"], shard["bytes"]))
-        except UserError:
-            self.close()
-            raise
+        self._handles = Handles(self._open_shard)
 
     def __len__(self) -> int:
         return self.info.samples
@@ -144,27 +90,15 @@ class ShardSet:
         self.close()
 
     def close(self) -> None:
-        self._index = np.empty(0, INDEX)  # which unmaps the file
-        while self._files:
-            os.close(self._files.pop())
+        """Close all files and end what is being fetched."""
+        self._closing.set()
+        self._handles.close()
+        self._index.close()
 
     @property
     def block(self) -> int:
         """Samples in the largest shard: what the order keeps together."""
-        return max(int(shard["samples"]) for shard in self.info.shards)
-
-    def key(self, sample: int) -> str:
-        """The sample's key, from the header of its depth map."""
-        row = self._index[sample]
-        header = os.pread(self._files[row["shard"]], TAR_BLOCK, int(row["depth_offset"]) - TAR_BLOCK)
-        return header[:100].split(b"\0")[0].decode(errors="replace").split(".")[0]
-
-    def meta(self, sample: int) -> dict[str, str]:
-        """The sample's own record: scene, source, split. Raises DamagedSample."""
-        try:
-            return json.loads(self._payload(sample, "meta"))
-        except (ValueError, OSError) as error:
-            raise self._damaged(sample, error) from None
+        return max(shard.samples for shard in self.info.shards)
 
     def read_into(self, sample: int, image: np.ndarray, target: np.ndarray) -> None:
         """Read a sample into `image`, uint8 (height, width, 3), and `target`, uint16 millimetres (height, width).
@@ -172,61 +106,136 @@ class ShardSet:
         Both must be contiguous. Raises DamagedSample where the bytes are not what was packed.
         """
         try:
-            depth.decode(self._payload(sample, "depth"), self.manifest.codec, target)
-            jpeg = self._payload(sample, "image")
-            if simplejpeg.decode_jpeg_header(jpeg)[:2] != image.shape[:2]:
-                raise ValueError("image is not of the size that the manifest states")
-            simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=image)
+            row = self._index[sample]
+            depth_key, encoded = self._member(row, "depth")
+            image_key, jpeg = self._member(row, "image")
+            if depth_key != image_key:
+                raise ValueError(f"the index pairs the depth of {depth_key} with the image of {image_key}")
+            decode_pair(jpeg, encoded, self.manifest.codec, image, target)
         except (ValueError, OSError) as error:
-            raise self._damaged(sample, error) from None
+            raise self.damaged(sample, error) from None
+
+    def meta(self, sample: int) -> dict[str, str]:
+        """The sample's own record: scene, source, split; empty where it has none. Raises DamagedSample."""
+        try:
+            row = self._index[sample]
+            return json.loads(bytes(self._member(row, "meta")[1])) if row["meta_bytes"] else {}
+        except (ValueError, OSError) as error:
+            raise self.damaged(sample, error) from None
+
+    def key(self, sample: int) -> str:
+        """The sample's key, from the first header of it that is whole; the sample's number where none is."""
+        for member in MEMBERS:
+            try:
+                row = self._index[sample]
+                with self._handles.use(int(row["shard"])) as file:
+                    header = os.pread(file, TAR_BLOCK, int(row[f"{member}_offset"]) - TAR_BLOCK)
+                tarfile.TarInfo.frombuf(header, "utf-8", "replace")  # which checks the header's own sum
+                return "".join(letter if letter.isprintable() else "?" for letter in _key_in(header))
+            except (tarfile.HeaderError, ValueError, OSError, UserError):
+                continue
+        return f"of sample {sample}"
+
+    @property
+    def advice(self) -> str:
+        """What a user can do about damage."""
+        return f"see what is whole with: {command_for('verify', self.manifest.place)}"
 
     def shard_of(self, sample: int) -> str:
-        """Path of the tar that holds the sample."""
-        return str(self.manifest.path / self.info.shards[self._index[sample]["shard"]]["name"])
+        """Path or URL of the tar that holds the sample."""
+        return f"{self.manifest.place}/{self.info.shards[self._number(sample)].name}"
 
-    def _damaged(self, sample: int, error: Exception) -> DamagedSample:
+    def damaged(self, sample: int, error: object) -> DamagedSample:
+        """What is wrong with a sample, in words."""
         return DamagedSample(f"{self.shard_of(sample)}, key {self.key(sample)}: {error}")
+
+    def shards_of(self, ranges: np.ndarray) -> list[int]:
+        """Numbers of the shards that hold the samples of `ranges`, int64 (n, 2), first and end of each."""
+        spans = ((self._number(first), self._number(end - 1)) for first, end in ranges)
+        return list(dict.fromkeys(shard for first, last in spans for shard in range(first, last + 1)))
+
+    def in_order(self) -> Iterator[tuple[int, list[int]]]:
+        """Every shard once: (the sample where it ends, its number)."""
+        ends = itertools.accumulate(shard.samples for shard in self.info.shards)
+        return ((end, [number]) for number, end in enumerate(ends))
+
+    def end_readers(self, threads: Sequence[threading.Thread], work: queue.SimpleQueue) -> None:
+        """End threads that read from here what a queue tells them; None in it is their end.
+
+        What they are fetching from a server is given up. A read that hangs in the system cannot be ended: its thread is
+        left to die with the process.
+        """
+        self._closing.set()
+        for _ in threads:
+            work.put(None)
+        end = time.monotonic() + _LEAVE_AFTER
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._closing.clear()
+
+    def prefetch(self, shard: int) -> None:
+        """Have a shard on this machine's disks before it is read. Raises UserError."""
+        self._store.prefetch(self.info.shards[shard], self._closing)
 
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, float32 metres (height, width)."""
-        stored = np.empty(self.size, np.uint16)
+        stored, info = np.empty(self.size, np.uint16), self.info.mean_map
         try:
-            depth.decode((self.manifest.path / self.info.mean_map).read_bytes(), self.manifest.codec, stored)
+            data = self._store.locate(info, self._closing).read_bytes()
+            if hashlib.sha256(data).hexdigest() != info.sha256:
+                raise ValueError("not the mean map that the manifest names")
+            depth.decode(data, self.manifest.codec, stored)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.manifest.path / self.info.mean_map}: {error}; pack the shards again") from None
+            raise self._broken(info, error) from None
         return depth.to_metres(stored)
 
-    def _payload(self, sample: int, member: str) -> bytes:
-        row = self._index[sample]
+    def _number(self, sample: int) -> int:
+        """The shard of a sample."""
+        return int(np.searchsorted(self._ends, sample, side="right"))
+
+    def _member(self, row: np.void, member: str) -> tuple[str, memoryview]:
+        """(key, payload) of a member, checked. Raises ValueError or OSError."""
         offset, size, crc = (int(row[f"{member}_{what}"]) for what in ("offset", "bytes", "crc"))
-        data = os.pread(self._files[row["shard"]], size, offset)
-        if zlib.crc32(data) != crc or len(data) != size:
+        with self._handles.use(int(row["shard"])) as file:
+            data = os.pread(file, TAR_BLOCK + size, offset - TAR_BLOCK)
+        if len(data) != TAR_BLOCK + size or zlib.crc32(data) != crc:
             raise ValueError(f"{member} fails its checksum")
-        return data
+        return _key_in(data), memoryview(data)[TAR_BLOCK:]
 
-    def _open_index(self) -> np.ndarray:
-        path = self.manifest.path / self.info.index["name"]
+    def _open_index(self) -> Index:
+        info = self.info.index
+        self._store.check(info)
         try:
-            whole = hashlib.sha256(path.read_bytes()).hexdigest() == self.info.index["sha256"]
-            index = np.load(path, mmap_mode="r", allow_pickle=False) if whole else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {error}; pack the shards again") from None
-        if index is None or index.dtype != INDEX or len(index) != self.info.samples:
-            raise UserError(f"{path} is not the index that the manifest names; pack the shards again")
-        return index
+            return Index(self._store.locate(info, self._closing), info, self.info.shards)
+        except (OSError, ValueError, EOFError) as error:
+            raise self._broken(info, error) from None
 
-    @staticmethod
-    def _open_shard(path: Path, size: int) -> int:
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}, but the manifest names it; pack the shards again") from None
-        if os.fstat(file).st_size != size:
-            os.close(file)
-            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}; pack the shards again")
-        return file
+    def _broken(self, info: FileInfo, error: object) -> UserError:
+        what = error.strerror if isinstance(error, OSError) else error
+        return UserError(
+            f"{self.manifest.place}/{info.name}: {what}; repair the shards with: "
+            f"{command_for('repair', self.manifest.place)}"
+        )
+
+    def _open_shard(self, number: int) -> int:
+        """A descriptor of a shard. Raises OSError or ValueError; UserError where a server does not give it."""
+        info = self.info.shards[number]
+        for _ in range(3):
+            path = self._store.locate(info, self._closing)
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if not self.remote:
+                    raise
+                continue  # another process needed its place in the cache just now
+            if os.fstat(file).st_size != info.bytes:
+                os.close(file)
+                raise ValueError(f"the shard's size is not the {info.bytes} bytes that the manifest states")
+            return file
+        raise UserError(f"{path} is taken out of the cache at once; give it more room with --data.cache-gb")
 
 
-def open_split(directory: Path, split: str) -> ShardSet:
-    """Open one split of a directory of shards. Raises UserError."""
-    return ShardSet(read_manifest(directory), split)
+def open_split(place: str | os.PathLike[str], split: str, cache: CacheOptions = CacheOptions()) -> ShardSet:  # noqa: B008
+    """Open one split of a directory of shards, or of a URL. Raises UserError."""
+    manifest, store = open_store(place, cache)
+    return ShardSet(manifest, store, split)

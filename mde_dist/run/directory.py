@@ -60,6 +60,12 @@ class RunDirectory:
             )
         return found
 
+    def note_change(self, checkpoint: Checkpoint, values: Mapping[str, Any], say: Any = print) -> None:
+        """Say which of these config values the checkpoint was made with others of: they may change, but they matter."""
+        before = {name: checkpoint.state["config"][name] for name in values}
+        for change in differences(before, values) if self._writes else ():
+            say(f"note: {change} from sample {checkpoint.state['samples_seen']} on")
+
     def start(self) -> None:
         """Note the config; a run that goes on is not preempted any more."""
         if self._writes:

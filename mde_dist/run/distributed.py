@@ -1,25 +1,28 @@
 """Processes and devices: the one file besides train.py and evaluate.py that knows accelerate and torch.distributed."""
 
 import gc
+import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import distributed, nn
 
-from ..errors import UserError
+from ..errors import OtherRankError, RankError, UserError
 
 SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
 """The way to start several processes that works with and without GPUs."""
 
 Precision = Literal["auto", "bf16", "fp32"]
+
+T = TypeVar("T")
 
 # how launchers other than torchrun and accelerate tell a process that it has siblings
 _SIBLINGS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
@@ -87,6 +90,42 @@ def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def agree(accelerator: Accelerator, error: UserError | None) -> None:
+    """Where one rank has an error, end all of them: the first such rank raises its own, the others OtherRankError.
+
+    To be called by every rank. Without it the others would wait in their next collective for one that is gone.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    first = torch.tensor(world if error is None else rank, device=accelerator.device)
+    if world > 1:
+        distributed.all_reduce(first, distributed.ReduceOp.MIN)
+    if error is not None and first.item() == rank:
+        raise error if rank == 0 else RankError(str(error))
+    if first.item() < world:
+        raise OtherRankError(f"rank {int(first)} stopped the run")
+
+
+def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """The action's result; a UserError of it on one rank ends all ranks, see `agree`."""
+    error, result = None, None
+    try:
+        result = action()
+    except UserError as failure:
+        error = failure
+    agree(accelerator, error)
+    return cast(T, result)
+
+
+def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
+    """Refuse to go on where the ranks do not all have this text. Raises UserError."""
+    mine = torch.tensor(int(hashlib.sha256(value.encode()).hexdigest()[:15], 16), device=accelerator.device)
+    first = mine.clone()
+    if accelerator.num_processes > 1:
+        distributed.broadcast(first, src=0)
+    error = None if first.equal(mine) else UserError(f"{what} differ from those of rank 0 ({value} here)")
+    agree(accelerator, error)
 
 
 def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:

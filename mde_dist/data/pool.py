@@ -1,0 +1,47 @@
+"""Jobs over worker processes, with a count of the samples done so far."""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Called a few times a second with the samples done and their total."""
+
+
+def run_jobs(
+    function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]], workers: int, progress: Progress, total: int
+) -> Iterator[Result]:
+    """`function(*job)` for every job, in any order, as they are done. What a job raises is raised here.
+
+    The function counts its samples with `count`. Raises BrokenProcessPool where a worker is killed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
+    done = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, context, initializer=_set_counter, initargs=(done,)) as pool:
+        try:
+            pending = {pool.submit(function, *job) for job in jobs}
+            while pending:
+                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                progress(done.value, total)
+                for future in finished:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counter: Any = None  # samples done, shared by the workers
+
+
+def _set_counter(counter: Any) -> None:
+    global _counter
+    _counter = counter
+
+
+def count(samples: int) -> None:
+    """Note that so many more samples are done; outside a worker nobody listens."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += samples

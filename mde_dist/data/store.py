@@ -1,0 +1,107 @@
+"""Where the files of a directory of shards lie: on this machine, or on a server with a cache on this machine."""
+
+import os
+import stat
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import UserError
+from .cache import Cache
+from .manifest import NAME, FileInfo, Manifest, command_for, parse_manifest
+from .remote import PATIENCE, Remote, is_remote, open_remote, read_whole
+
+_MAX_MANIFEST = 2**28  # bytes; that of 48,000 samples has 40 KB
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Where whole files of remote shards are kept."""
+
+    directory: Path = Path("~/.cache/mde_dist")
+    """One per node, for all its processes; best on a local disk."""
+    limit: int = 100 * 10**9
+    """Bytes; the files used longest ago go first."""
+    patience: float = PATIENCE
+    """Seconds without a byte from a server after which it is given up."""
+
+
+class Store(Protocol):
+    """The files of a manifest."""
+
+    remote: bool
+
+    def check(self, info: FileInfo) -> None:
+        """Refuse what contradicts the manifest and can be seen without reading. Raises UserError."""
+
+    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+        """The file on this machine's disks, fetched if need be. Raises UserError."""
+
+    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
+        """Have the file on this machine's disks some time before `locate` asks for it. Raises UserError."""
+
+
+class LocalStore:
+    """A directory."""
+
+    remote = False
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def check(self, info: FileInfo) -> None:
+        path = self._directory / info.name
+        repair = f"see what is whole with: {command_for('verify', str(self._directory))}"
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}, but the manifest names it; {repair}") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a regular file; {repair}")
+        if found.st_size != info.bytes:
+            raise UserError(f"{path}: {found.st_size} bytes, the manifest says {info.bytes}; {repair}")
+
+    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+        return self._directory / info.name
+
+    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
+        """Nothing to do: the system reads ahead."""
+
+
+class RemoteStore:
+    """A directory on a server; whole files come into the cache and are checked there."""
+
+    remote = True
+
+    def __init__(self, remote: Remote, cache: Cache):
+        self._remote, self._cache = remote, cache
+
+    def check(self, info: FileInfo) -> None:
+        """Nothing: a file is checked when it is fetched."""
+
+    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+        return self._cache.find(info) or self._cache.fetch(self._remote, info, closing)
+
+    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
+        self.locate(info, closing)
+
+
+def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:
+    """The manifest of the shards at a directory or URL, and their files. Raises UserError."""
+    if is_remote(str(place)):
+        remote = open_remote(str(place))
+        data = read_whole(remote, NAME, _MAX_MANIFEST, cache.patience)
+        manifest = parse_manifest(data, remote.url("").rstrip("/"))
+        return manifest, RemoteStore(remote, Cache(cache.directory.expanduser(), cache.limit, cache.patience))
+    directory = Path(place)
+    try:
+        data = (directory / NAME).read_bytes()
+    except FileNotFoundError:
+        advice = f"pack a data set into it with: python -m mde_dist.shard --source DIR --output {directory}"
+        if any(directory.glob("*.tar")):
+            advice = f"index the tars in it with: {command_for('index', str(directory))}"
+        raise UserError(f"{directory} holds no shards (no {NAME}); {advice}") from None
+    except OSError as error:
+        raise UserError(f"{directory / NAME}: {error.strerror}") from None
+    return parse_manifest(data, str(directory)), LocalStore(directory)

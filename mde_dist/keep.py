@@ -1,0 +1,89 @@
+"""Shards that are there: verified, repaired, indexed, and shown. The part of `mde_dist.shard` behind the packing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .data.depth import DepthScale
+from .data.manifest import Manifest, command_for
+from .data.probe import INDOOR_METRES
+from .data.verify import QUARANTINE, index, repair, verify
+from .errors import UserError
+from .progress import shown
+
+_SHOWN = 20  # problems that are listed
+
+
+def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -> int:
+    """Check a directory of shards, with `mend` repair it; returns the exit code: 1 where something is left wrong."""
+    with shown(console, "verifying") as progress:
+        verdict = verify(directory, workers, progress)
+    splits = verdict.manifest.splits.values()
+    total, shards = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
+    if not verdict.problems:
+        say(f"{directory}: {total:,} samples in {shards:,} shards, all whole")
+        return 0
+    whole = sum(len(report.rows) for reports in verdict.reports.values() for report in reports)
+    say(*verdict.problems[:_SHOWN])
+    if len(verdict.problems) > _SHOWN:
+        say(f"and {len(verdict.problems) - _SHOWN:,} more")
+    problems = "1 problem" if len(verdict.problems) == 1 else f"{len(verdict.problems):,} problems"
+    say(f"{directory}: {problems}; {whole:,} of {total:,} samples are whole")
+    if not mend:
+        say(
+            f"repair: {command_for('repair', str(directory))}  (sets damaged files aside and keeps the whole samples), "
+            "or pack again from the source"
+        )
+        return 1
+    show_splits(console, repair(directory, verdict), directory)
+    say(f"repaired; what was damaged is in {directory / QUARANTINE}, to be removed when nobody needs it")
+    say("the manifest is a new one: runs that were begun on the old one cannot be continued on these shards")
+    return 0
+
+
+def index_shards(
+    console: Console, directory: Path, workers: int, skip_bad: bool, scales: Mapping[str, DepthScale]
+) -> None:
+    """Make index and manifest for tars from elsewhere. Raises UserError."""
+    for name, scale in scales.items():
+        if scale.metres_per_unit != 1e-3:
+            raise UserError(
+                f"--depth-scale {name or scale.metres_per_unit}: tars are indexed as they are, and their depth is read "
+                "as uint16 millimetres (0.001); pack from the source to convert it"
+            )
+
+    def check(split: str, median: float) -> None:
+        low, high = INDOOR_METRES
+        if not low <= median <= high and not {split, ""} & set(scales):
+            raise UserError(
+                f"split {split}: the median depth is {median:g} m if it is stored in millimetres; an indoor median "
+                f"lies within {low:g}..{high:g} m; if they are millimetres, say --depth-scale {split}=0.001"
+            )
+
+    with shown(console, "indexing") as progress:
+        manifest, problems = index(directory, workers, progress, skip_bad, check)
+    show_splits(console, manifest, directory)
+    if problems:
+        say(f"{len(problems):,} left out:", *problems[:_SHOWN])
+    say(f"next: accelerate launch -m mde_dist.train --data.shards {directory}")
+
+
+def show_splits(console: Console, manifest: Manifest, place: Path) -> None:
+    """The table of what a directory of shards holds."""
+    height, width = manifest.size
+    table = Table(title=f"{place} ({height}x{width}, depth as {manifest.codec})", title_justify="left")
+    for column in ("split", "pairs", "shards", "MB", "metres: min, median, mean, max", "holes"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for name, split in manifest.splits.items():
+        size = sum(shard.bytes for shard in split.shards) / 1e6
+        metres = "  ".join(f"{split.depth[what]:.3f}" for what in ("min", "median", "mean", "max"))
+        holes = f"{split.depth['holes']:.1%}"
+        table.add_row(name, f"{split.samples:,}", f"{len(split.shards):,}", f"{size:.1f}", metres, holes)
+    console.print(table)
+
+
+def say(*lines: str) -> None:
+    """Plain lines, as long as they are: paths and commands stay whole for copying."""
+    print(*lines, sep="\n  ", flush=True)
