@@ -3,12 +3,14 @@
 Samples 0..n-1 are cut into blocks of about one shard. Per epoch the blocks are permuted, and the samples are shuffled
 inside windows of a few permuted blocks: reading stays near-sequential, and both the sample at a position and the way
 back to any position cost the same wherever it lies. Blocks are equal but for the last, whatever the sizes of shards:
-that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal.
+that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal. Memory is
+that of the window that is laid out, however many samples there are.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -83,9 +85,12 @@ class Order:
         positions = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(positions, self.samples)
         samples = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            samples[here] = self._in_epoch(places[here], int(epoch))
+        for epoch in np.unique(epochs).tolist():
+            windows = np.where(epochs == epoch, _epoch(self, epoch).slot_of(places) // self.window, -1)
+            for number in np.unique(windows).tolist():
+                if number >= 0:
+                    window, here = _window(self, epoch, number), windows == number
+                    samples[here] = window.samples[places[here] - window.first]
         return epochs, samples
 
     def windows(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -94,26 +99,13 @@ class Order:
         The latter are the sample ranges of its blocks, int64 (blocks, 2), first and end of each.
         """
         for epoch in itertools.count(position // self.samples):
-            start = epoch * self.samples
-            plan = _Epoch(self, epoch)
+            start, plan = epoch * self.samples, _epoch(self, epoch)
             first = int(plan.slot_of(np.array(max(position - start, 0)))) // self.window
             for slot in range(first * self.window, plan.blocks, self.window):
                 slots = np.arange(slot, min(slot + self.window, plan.blocks))
                 samples = plan.block_in(slots) * self.block
                 end = int(plan.start_of(slots[-1:] + 1)[0])
                 yield start + end, np.stack([samples, np.minimum(samples + self.block, self.samples)], axis=1)
-
-    def _in_epoch(self, place: np.ndarray, epoch: int) -> np.ndarray:
-        plan = _Epoch(self, epoch)
-        window = plan.slot_of(place) // self.window
-        result = np.empty_like(place)
-        for w in np.unique(window):
-            here = window == w
-            first, end = plan.start_of(np.minimum(np.array([w, w + 1]) * self.window, plan.blocks))
-            shuffled = first + permute(place[here] - first, int(end - first), int(mix(plan.key, int(w), 2)))
-            slot = plan.slot_of(shuffled)
-            result[here] = plan.block_in(slot) * self.block + shuffled - plan.start_of(slot)
-        return result
 
 
 class _Epoch:
@@ -137,6 +129,32 @@ class _Epoch:
     def slot_of(self, place: np.ndarray) -> np.ndarray:
         behind = place >= (self._short + 1) * self._size - self._missing
         return np.where(behind, place + self._missing, place) // self._size
+
+
+@lru_cache(maxsize=8)
+def _epoch(order: Order, epoch: int) -> _Epoch:
+    return _Epoch(order, epoch)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A stretch of an epoch, laid out: all that is ever held of the order."""
+
+    first: int
+    """Its place in the epoch."""
+    samples: np.ndarray
+    """int64, in their order."""
+
+
+@lru_cache(maxsize=4)  # batches come from one window, and from the next where they straddle
+def _window(order: Order, epoch: int, number: int) -> _Window:
+    plan = _epoch(order, epoch)
+    slots = np.arange(number * order.window, min((number + 1) * order.window, plan.blocks))
+    starts = plan.start_of(slots)
+    first, end = int(starts[0]), int(plan.start_of(slots[-1:] + 1)[0])
+    shuffled = permute(np.arange(end - first), end - first, int(mix(plan.key, number, 2)))
+    slot = np.searchsorted(starts - first, shuffled, side="right") - 1
+    return _Window(first, plan.block_in(slots)[slot] * order.block + shuffled - (starts - first)[slot])
 
 
 def share(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:
