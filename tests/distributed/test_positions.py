@@ -10,7 +10,7 @@ from commands import run
 pytestmark = pytest.mark.distributed
 
 SAMPLES = 30  # of the training split of `room_shards`: shards of 8, 8, 8 and 6
-SCRIPT = Path(__file__).with_name("stream_log.py")
+SCRIPT = Path(__file__).with_name("log_positions.py")
 
 
 def job(name, samples_seen=0, batches=8, batch_size=12, accumulate=1, threads=1):
