@@ -144,11 +144,12 @@ def read_config(argv: Sequence[str]) -> Config:
         if not low <= value <= high:  # false for nan, too
             limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
             raise UserError(f"{name} = {value}: must be {limits}")
-    if config.data.read_timeout >= config.train.timeout:
-        raise UserError(
-            f"data.read_timeout = {config.data.read_timeout:g}: must be less than train.timeout = "
-            f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
-        )
+    for name in ("read_timeout", "patience"):
+        if getattr(config.data, name) >= config.train.timeout:
+            raise UserError(
+                f"data.{name} = {getattr(config.data, name):g}: must be less than train.timeout = "
+                f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
+            )
     if config.debug:
         config = _debug(config)
     return config

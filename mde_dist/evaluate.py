@@ -104,10 +104,13 @@ def main(argv: list[str]) -> None:
             bar.update(task, completed=len(shards))
         baselines: dict[str, list[torch.Tensor]] = {}
         trained_on = config["data.shards"]
-        # a checkpoint may be far from where it was trained
-        if is_remote(trained_on) or Path(trained_on, "manifest.json").is_file():
-            with open_split(trained_on, config["data.train_split"], cache) as train:
-                baselines = score_baselines(accelerator, shards, train, protocols)
+        # a checkpoint may be far from where it was trained, on some of the nodes or on all
+        at_hand = is_remote(trained_on) or Path(trained_on, "manifest.json").is_file()
+        absent = torch.tensor(float(not at_hand), device=accelerator.device)
+        if not all_sum(accelerator, absent).item():
+            names = trained_on, config["data.train_split"]
+            train = together(accelerator, lambda: opened.enter_context(open_split(*names, cache)))
+            baselines = score_baselines(accelerator, shards, train, protocols)
         if accelerator.is_main_process:
             results = {"model": rows, **baselines}
             summaries = {

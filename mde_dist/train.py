@@ -157,6 +157,9 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
                         evaluate(config, accelerator, bare, held_out, size, state, monitor, stop)
                     except Interrupted:
                         break
+                    except UserError:
+                        save()  # what was learned is whole, what it was to be scored on is not
+                        raise
                     save()
                 if state.samples_seen >= total:
                     break
@@ -165,7 +168,7 @@ def train(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: 
                 if config.debug and state.step == 0 and share.views:
                     describe_batch(monitor, share.samples, *share.views[0])
                 news = all_sum(accelerator, step_news(share, stop, device))
-                pixels, stops, failures, batch_hash, replaced = news
+                pixels, (_, stops, failures, batch_hash, replaced) = news[0], news.tolist()
                 if stops > 0:
                     break
                 bad = state.replaced + int(replaced)

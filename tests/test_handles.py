@@ -65,7 +65,7 @@ def in_threads(*work: Callable[[], None]) -> None:
 
 
 def test_each_number_has_its_own_file_which_is_opened_once(files: Files) -> None:
-    handles = Handles(files.open)
+    handles = Handles(files.open, 32)
     for number in [3, 7, 3, 3, 7, 0]:
         assert read(handles, number) == number
     assert files.opened == [3, 7, 0]
@@ -83,8 +83,8 @@ def test_no_more_are_open_than_the_limit(files: Files) -> None:
         assert files.count() == 0
 
 
-def test_the_limit_is_32_unless_told(files: Files) -> None:
-    handles = Handles(files.open)
+def test_no_more_than_the_limit_are_open(files: Files) -> None:
+    handles = Handles(files.open, 32)
     for number in range(100):
         read(handles, number)
     assert files.count() == 32
@@ -122,7 +122,7 @@ def test_a_file_in_use_is_not_closed_however_many_others_are_asked_for(files: Fi
 
 
 def test_closing_while_a_file_is_in_use_closes_it_when_its_user_has_done(files: Files) -> None:
-    handles = Handles(files.open)
+    handles = Handles(files.open, 32)
     read(handles, 1)
     with handles.use(0) as file:
         handles.close()
@@ -133,7 +133,7 @@ def test_closing_while_a_file_is_in_use_closes_it_when_its_user_has_done(files: 
 
 
 def test_nothing_is_opened_any_more_once_closed(files: Files) -> None:
-    handles = Handles(files.open)
+    handles = Handles(files.open, 32)
     read(handles, 0)
     with handles.use(1):
         handles.close()
@@ -194,7 +194,7 @@ def test_two_threads_that_open_one_number_at_once_share_one_file(files: Files) -
             barrier.wait(2)  # all four are opening it
         return files.open(number)
 
-    handles = Handles(slowly)
+    handles = Handles(slowly, 32)
     done = threading.Barrier(4)
 
     def work() -> None:
@@ -244,7 +244,7 @@ def test_closing_while_a_file_is_being_opened_leaves_none_open(files: Files) -> 
         assert wake.wait(20)
         return files.open(number)
 
-    handles = Handles(stuck)
+    handles = Handles(stuck, 32)
 
     def slow() -> None:
         with pytest.raises(OSError, match="closed"), handles.use(0):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -177,6 +178,26 @@ def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
         expected.append((end, f"{total:x}"))
     assert logged == expected
     assert expected[-1][0] >= 60
+
+
+def test_an_evaluation_that_fails_loses_nothing_that_was_learned(undisturbed, room_shards, tmp_path):
+    shards, directory = shutil.copytree(room_shards, tmp_path / "rooms"), tmp_path / "run"
+    given = small(data_shards=shards, train_checkpoint_every=1000)  # only evaluations save
+    process = start("train", run=directory, **given)
+    wait_for(lambda: (directory / "metrics.jsonl").is_file() and records(directory)[2:], process)  # past the baselines
+    tar = shards / "test-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:2000] + bytes(3000) + whole[5000:])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: damaged sample: " in output
+    assert checkpoints(directory) != []
+    tar.write_bytes(whole)
+    done = run("train", run=directory, **given)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at sample" in done.stdout
+    assert learned(directory) == learned(undisturbed)
+    assert same_weights(directory, undisturbed)
 
 
 def test_debug_describes_the_first_batch_and_leaves_no_run(room_shards, tmp_path):

@@ -17,7 +17,7 @@ class _Handle:
 class Handles:
     """File descriptors by number, opened when asked for; the least recently used beyond `limit` are closed."""
 
-    def __init__(self, open_file: Callable[[int], int], limit: int = 32):
+    def __init__(self, open_file: Callable[[int], int], limit: int):
         """`open_file(number)` may take its time: other numbers are served meanwhile."""
         self._open, self._limit = open_file, limit
         self._handles: OrderedDict[int, _Handle] = OrderedDict()

@@ -3,8 +3,8 @@
 Samples 0..n-1 are cut into blocks of about one shard. Per epoch the blocks are permuted, and the samples are shuffled
 inside windows of a few permuted blocks: reading stays near-sequential, and both the sample at a position and the way
 back to any position cost the same wherever it lies. Blocks are equal but for the last, whatever the sizes of shards:
-that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal. Memory is
-that of the window that is laid out, however many samples there are.
+that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal. The
+memory is that of the window that is laid out, however many samples there are.
 """
 
 import itertools

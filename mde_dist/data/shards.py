@@ -78,7 +78,8 @@ class ShardSet:
             store.check(shard)
         self._ends = np.cumsum([shard.samples for shard in self.info.shards])
         self._index = self._open_index()
-        self._handles = Handles(self._open_shard)
+        # a file that is open keeps its room on the disk even when the cache has thrown it out
+        self._handles = Handles(self._open_shard, 16 if store.remote else 256)
 
     def __len__(self) -> int:
         return self.info.samples

@@ -1,4 +1,4 @@
-"""One rank of a training stream that writes down what it gets: `accelerate launch log_positions.py SHARDS OUT JOBS.json`.
+"""One rank of a training stream that writes down what it gets: log_positions.py SHARDS OUT JOBS.json
 
 Each job is a dict: name, samples_seen, batches, batch_size, accumulate, threads. A line of OUT/NAME.RANK.jsonl is one
 sample as it reached the loop: stream position, key, crc32 of the stored image and depth, and of the augmented view.
