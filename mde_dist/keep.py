@@ -1,15 +1,18 @@
 """Shards that are there: verified, repaired, indexed, and shown. The part of `mde_dist.shard` behind the packing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from .data.adopt import adopt
 from .data.depth import DepthScale
 from .data.manifest import Manifest, command_for
 from .data.probe import INDOOR_METRES
-from .data.verify import QUARANTINE, index, repair, verify
+from .data.repair import QUARANTINE, repair
+from .data.verify import verify
 from .errors import UserError
 from .progress import shown
 
@@ -37,7 +40,9 @@ def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -
             "or pack again from the source"
         )
         return 1
-    show_splits(console, repair(directory, verdict), directory)
+    with _writing(directory):
+        repaired = repair(directory, verdict)
+    show_splits(console, repaired, directory)
     say(f"repaired; what was damaged is in {directory / QUARANTINE}, to be removed when nobody needs it")
     say("the manifest is a new one: runs that were begun on the old one cannot be continued on these shards")
     return 0
@@ -62,12 +67,21 @@ def index_shards(
                 f"lies within {low:g}..{high:g} m; if they are millimetres, say --depth-scale {split}=0.001"
             )
 
-    with shown(console, "indexing") as progress:
-        manifest, problems = index(directory, workers, progress, skip_bad, check)
+    with _writing(directory), shown(console, "indexing") as progress:
+        manifest, problems = adopt(directory, workers, progress, skip_bad, check)
     show_splits(console, manifest, directory)
     if problems:
         say(f"{len(problems):,} left out:", *problems[:_SHOWN])
     say(f"next: accelerate launch -m mde_dist.train --data.shards {directory}")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """A disk that does not take it is one line: the manifest is written last, so what was there is as it was."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}; what was there is as it was") from None
 
 
 def show_splits(console: Console, manifest: Manifest, place: Path) -> None:

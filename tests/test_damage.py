@@ -47,10 +47,12 @@ from trees import (
 from mde_dist.config import Config
 from mde_dist.data import depth as depth_module
 from mde_dist.data import shards as shards_module
+from mde_dist.data.adopt import adopt
 from mde_dist.data.loader import Loader
 from mde_dist.data.pack import PackOptions
+from mde_dist.data.repair import repair
 from mde_dist.data.shards import DamagedSample, ShardSet, open_split
-from mde_dist.data.verify import index, repair, verify
+from mde_dist.data.verify import verify
 from mde_dist.errors import RankError, UserError
 from mde_dist.stream import poisoned
 
@@ -598,12 +600,12 @@ def test_damage_without_a_manifest(name: str, base: Path, truth: list[tuple[str,
     pairs = {key: pair for key, pair in truth}
     if damage.index:
         with pytest.raises(UserError, match="--skip-bad") as error:
-            index(directory, 1, silent, False, lambda split, median: None)
+            adopt(directory, 1, silent, False, lambda split, median: None)
         said = str(error.value)
         assert str(directory) in said
         assert "\n" not in said
         assert not (directory / "manifest.json").exists()
-    index(directory, 1, silent, True, lambda split, median: None)
+    adopt(directory, 1, silent, True, lambda split, median: None)
     after = contents(directory)
     assert {name: after[name] for name in before} == before  # tars are never touched
     with open_split(directory, "train") as shards:
@@ -622,7 +624,7 @@ def test_a_sample_that_lost_a_member_never_gets_that_of_its_namesake(tmp_path: P
         directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         content = [*sample_members("0000", 0), *order, *sample_members("0003", 3)]
         write_tar(directory / "train-000000.tar", content)
-        index(directory, 1, silent, True, lambda split, median: None)
+        adopt(directory, 1, silent, True, lambda split, median: None)
         right = [decoded(seed) for seed in range(4)]
         with open_split(directory, "train") as shards:
             assert all(read(shards, sample) in right for sample in range(len(shards)))

@@ -27,13 +27,15 @@ import pytest
 import torch
 from trees import SIZE, bts, members, packed, silent, vouch, write_tar
 
+from mde_dist.data.adopt import adopt
 from mde_dist.data.examine import examine
 from mde_dist.data.loader import Loader
 from mde_dist.data.pack import PackOptions
+from mde_dist.data.repair import repair
 from mde_dist.data.shards import DamagedSample, ShardSet, open_split
 from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.data.tars import scan
-from mde_dist.data.verify import index, repair, verify
+from mde_dist.data.verify import verify
 from mde_dist.errors import RankError, UserError
 
 SECONDS = float(os.environ.get("MDE_DIST_FUZZ_SECONDS", "20"))
@@ -310,7 +312,7 @@ def go_through_the_commands(directory: Path, whole: Whole, exact: bool) -> None:
     elif verdict is not None and not verdict.problems:
         check_left(directory, whole, exact)
     (directory / "manifest.json").unlink(missing_ok=True)
-    if attempt(index, directory, 1, silent, True, lambda split, median: None) is not None:
+    if attempt(adopt, directory, 1, silent, True, lambda split, median: None) is not None:
         check_left(directory, whole, False)
 
 

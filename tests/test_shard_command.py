@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import SIZE, bts, contents, densedepth, eight_bit, folder, jpeg_bytes, millimetres, picture, write
+from trees import SIZE, bts, contents, densedepth, eight_bit, folder, jpeg_bytes, millimetres, packed, picture, write
 
 from mde_dist.command import run_command
 from mde_dist.data.shards import open_split
@@ -101,6 +101,20 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     said = refused(run)
     assert "File too large" in said
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_disk_that_does_not_take_a_repair_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "shards"
+    packed(bts(tmp_path / "tree"), directory)
+    tar = directory / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(data)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    said = refused(shard("--repair", directory, before="ulimit -f 8"))
+    assert f"cannot write to {directory}: File too large" in said
+    after = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert after == before
 
 
 # --- the same entry, in this process ---

@@ -41,11 +41,14 @@ from trees import (
 )
 
 from mde_dist.command import run_command
-from mde_dist.data import verify as verify_module
+from mde_dist.data import examine as examine_module
+from mde_dist.data import repair as repair_module
+from mde_dist.data.adopt import adopt
 from mde_dist.data.examine import examine
 from mde_dist.data.pack import PackOptions
+from mde_dist.data.repair import repair
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.verify import index, repair, verify
+from mde_dist.data.verify import verify
 from mde_dist.errors import UserError
 from mde_dist.shard import main
 
@@ -403,10 +406,10 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, target: object, name: str, call: in
 @pytest.mark.parametrize(
     ("target", "name", "call"),
     [
-        (verify_module, "_rewrite", 2),
-        (verify_module, "write_split", 1),
-        (verify_module, "write_atomic", 1),
-        (verify_module, "write_manifest", 1),
+        (repair_module, "_rewrite", 2),
+        (examine_module, "write_split", 1),
+        (repair_module, "write_atomic", 1),
+        (repair_module, "write_manifest", 1),
         (Path, "replace", 1),  # every file that takes its name
         (Path, "replace", 3),
         (Path, "replace", 5),
@@ -465,7 +468,7 @@ def test_what_is_repaired_is_read_by_plain_webdataset(copy: Path) -> None:
 def test_an_index_made_of_the_packers_tars_is_the_packers_own(whole: Path, tmp_path: Path) -> None:
     directory = bare(Path(shutil.copytree(whole, tmp_path / "tars")))
     before = contents(directory)
-    made, problems = index(directory, 2, silent, False, accept)
+    made, problems = adopt(directory, 2, silent, False, accept)
     assert problems == []
     after = contents(directory)
     assert {name: after[name] for name in before} == before
@@ -510,7 +513,7 @@ def test_the_index_command_says_what_it_made_and_what_to_do_next(copy: Path, cap
 def test_keys_as_other_tools_write_them(tmp_path: Path, key: str, form: int) -> None:
     content = [member for seed in range(4) for member in sample_members(key.format(seed), seed)]
     write_tar(tmp_path / "set-000000.tar", content, form)
-    made, problems = index(tmp_path, 1, silent, False, accept)
+    made, problems = adopt(tmp_path, 1, silent, False, accept)
     assert (problems, made.splits["set"].samples) == ([], 4)
     assert verify(tmp_path, 1, silent).problems == []
     with open_split(tmp_path, "set") as shards:
@@ -538,7 +541,7 @@ def test_tars_of_webdatasets_own_writer_with_members_that_are_not_ours(tmp_path:
             sample |= {"depth.png": depth_bytes(millimetres(seed), "png"), "json": {"scene": f"s{seed}"}}
             sample |= {"pickle": pickle.dumps(Trap(tmp_path / "ran"))}
             writer.write(sample)
-    made, problems = index(tmp_path, 1, silent, False, accept)
+    made, problems = adopt(tmp_path, 1, silent, False, accept)
     assert (problems, made.codec, list(made.splits)) == ([], "png", ["nyu"])
     with open_split(tmp_path, "nyu") as shards:
         assert len(shards) == 7
@@ -603,7 +606,7 @@ def test_an_archive_of_arrays_in_place_of_the_index_is_a_problem(copy: Path) -> 
 def test_tars_of_one_name_before_their_number_are_a_split(tmp_path: Path, names: list[str], splits: list[str]) -> None:
     for number, name in enumerate(names):
         write_tar(tmp_path / name, sample_members(f"{number}", number))
-    made, _ = index(tmp_path, 1, silent, False, accept)
+    made, _ = adopt(tmp_path, 1, silent, False, accept)
     assert list(made.splits) == splits
     assert sum(split.samples for split in made.splits.values()) == len(names)
 
@@ -664,7 +667,7 @@ def test_index_refuses_pictures_of_another_size_than_most(tmp_path: Path, capfd:
     odd = sample_members("odd", 0, size=(32, 48))
     write_tar(tmp_path / "t-0.tar", odd + [m for i in range(3) for m in sample_members(f"{i}", i)])
     assert "key odd: " in refused_index(tmp_path, capfd)
-    made, problems = index(tmp_path, 1, silent, True, accept)
+    made, problems = adopt(tmp_path, 1, silent, True, accept)
     assert (made.size, made.splits["t"].samples, len(problems)) == (SIZE, 3, 1)
 
 
@@ -724,14 +727,14 @@ def test_index_refuses_problems_unless_told_to_leave_them_out(
 
 def test_what_was_left_out_when_indexing_is_no_problem_later(tmp_path: Path) -> None:
     """The index leaves it out and the manifest says so: every sample that it names is whole."""
-    index(with_problems(tmp_path), 1, silent, True, accept)
+    adopt(with_problems(tmp_path), 1, silent, True, accept)
     assert verify(tmp_path, 1, silent).problems == []
 
 
 def test_a_tar_without_samples_is_left_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "t-0.tar", [m for i in range(3) for m in sample_members(f"{i}", i)])
     write_tar(tmp_path / "t-1.tar", [])
-    made, _ = index(tmp_path, 1, silent, True, accept)
+    made, _ = adopt(tmp_path, 1, silent, True, accept)
     assert [shard.name for shard in made.splits["t"].shards] == ["t-0.tar"]
 
 

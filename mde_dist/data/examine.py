@@ -1,13 +1,17 @@
-"""One shard, looked at in full: every header, checksum and picture. The ground of --verify, --repair and --index."""
+"""Shards, looked at in full: every header, checksum and picture. The ground of --verify, --repair and --index."""
 
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from ..files import sha256_of
-from .manifest import INDEX, MEMBERS, ShardInfo
-from .pool import count
+from .manifest import INDEX, MEMBERS, ShardInfo, write_split
+from .pool import Progress, count, run_jobs
 from .shards import decode_pair
 from .statistics import Statistics
 from .tars import TarSample, index_rows, scan
@@ -92,3 +96,47 @@ def _unreadable(file: int, sample: TarSample, codec: str, size: tuple[int, int],
         return "depth has no valid pixel"
     statistics.add(target, reencoded=False)
     return None
+
+
+def examine_all(jobs: Sequence[tuple], workers: int, progress: Progress, total: int) -> dict[Path, Report]:
+    """`examine` with the arguments of each job, in parallel; by path. `total`: samples. Raises UserError."""
+    try:
+        return {report.path: report for report in run_jobs(examine, jobs, workers, progress, total)}
+    except BrokenProcessPool:
+        raise UserError("a process was killed (out of memory?); nothing was changed") from None
+
+
+def unique(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list[Report]:
+    """The reports of a split, less the samples whose key is in an earlier shard, which become problems."""
+    seen: set[str] = set()
+    result = []
+    for report in reports:
+        twice = [key in seen for key in report.keys]
+        seen.update(report.keys)
+        if any(twice):
+            again = examine(report.path, codec, size, report.rows[~np.array(twice)])
+            said = (key for key, double in zip(report.keys, twice, strict=True) if double)
+            again.problems = report.problems + [f"{report.path}, key {key}: in an earlier shard, too" for key in said]
+            report = again
+        result.append(report)
+    return result
+
+
+def record(directory: Path, split: str, reports: Sequence[Report], codec: str, revision: str) -> dict[str, Any]:
+    """Write index and mean map of a split that is these shards; its record for the manifest. Raises OSError."""
+    shards = [(report.info, report.rows) for report in reports]
+    return write_split(directory, split, shards, statistics_of(reports), codec, revision)
+
+
+def statistics_of(reports: Sequence[Report]) -> Statistics:
+    """Of all whole samples."""
+    parts = [report.statistics for report in reports if report.statistics is not None]
+    total = Statistics.empty(parts[0].total.shape)
+    for part in parts:
+        total.merge(vars(part))
+    return total
+
+
+def within(directory: Path, problem: str) -> str:
+    """A problem without the place of the directory, which may move."""
+    return problem.removeprefix(f"{directory}/")
