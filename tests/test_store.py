@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
-import moto.server
 import numpy as np
 import pytest
 from commands import learned, run, small
@@ -18,7 +16,9 @@ from mde_dist.errors import UserError
 @pytest.fixture
 def bucket(room_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The rooms in a bucket of a real S3 server, which the environment names."""
-    server = moto.server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    pytest.importorskip("s3fs")
+    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     settings = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
