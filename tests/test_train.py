@@ -180,6 +180,24 @@ def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
     assert expected[-1][0] >= 60
 
 
+def test_a_run_that_failed_before_its_first_step_begins_anew_with_one_line_per_baseline(room_shards, tmp_path):
+    shards, directory = shutil.copytree(room_shards, tmp_path / "rooms"), tmp_path / "run"
+    for tar in shards.glob("train-*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[700] ^= 1  # in the first depth map of each
+        tar.write_bytes(data)
+    given = small(data_shards=shards, train_samples=12, train_batch_size=60)
+    done = run("train", run=directory, **given, **{"data.max-bad-fraction": 0})
+    assert done.returncode == 2
+    assert "more than data.max_bad_fraction" in done.stderr
+    done = run("train", run=directory, **given, **{"data.max-bad-fraction": 1})
+    assert done.returncode == 0, done.stderr
+    assert [r["baseline"] for r in records(directory) if "baseline" in r] == [
+        "training mean everywhere",
+        "mean map of training",
+    ]
+
+
 def test_an_evaluation_that_fails_loses_nothing_that_was_learned(undisturbed, room_shards, tmp_path):
     shards, directory = shutil.copytree(room_shards, tmp_path / "rooms"), tmp_path / "run"
     given = small(data_shards=shards, train_checkpoint_every=1000)  # only evaluations save

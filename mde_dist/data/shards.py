@@ -7,7 +7,6 @@ DIR/manifest.json        counts, bytes, sha256, codec, image size, depth statist
 """
 
 import hashlib
-import itertools
 import json
 import os
 import queue
@@ -157,8 +156,7 @@ class ShardSet:
 
     def in_order(self) -> Iterator[tuple[int, list[int]]]:
         """Every shard once: (the sample where it ends, its number)."""
-        ends = itertools.accumulate(shard.samples for shard in self.info.shards)
-        return ((end, [number]) for number, end in enumerate(ends))
+        return ((end, [number]) for number, end in enumerate(self._ends.tolist()))
 
     def end_readers(self, threads: Sequence[threading.Thread], work: queue.SimpleQueue) -> None:
         """End threads that read from here what a queue tells them; None in it is their end.
@@ -176,7 +174,7 @@ class ShardSet:
 
     def prefetch(self, shard: int) -> None:
         """Have a shard on this machine's disks before it is read. Raises UserError."""
-        self._store.prefetch(self.info.shards[shard], self._closing)
+        self._store.locate(self.info.shards[shard], self._closing)
 
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, float32 metres (height, width)."""

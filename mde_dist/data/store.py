@@ -38,9 +38,6 @@ class Store(Protocol):
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         """The file on this machine's disks, fetched if need be. Raises UserError."""
 
-    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
-        """Have the file on this machine's disks some time before `locate` asks for it. Raises UserError."""
-
 
 class LocalStore:
     """A directory."""
@@ -65,9 +62,6 @@ class LocalStore:
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._directory / info.name
 
-    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
-        """Nothing to do: the system reads ahead."""
-
 
 class RemoteStore:
     """A directory on a server; whole files come into the cache and are checked there."""
@@ -82,9 +76,6 @@ class RemoteStore:
 
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._cache.find(info) or self._cache.fetch(self._remote, info, closing)
-
-    def prefetch(self, info: FileInfo, closing: threading.Event) -> None:
-        self.locate(info, closing)
 
 
 def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
 from . import depth
 from .examine import Report, examine_all, statistics_of, unique, within
-from .manifest import INDEX, NAME, Manifest, SplitInfo, command_for, file_info, parse_manifest
+from .manifest import INDEX, NAME, Manifest, SplitInfo, file_info
 from .pool import Progress
 from .statistics import Statistics
+from .store import CacheOptions, open_store
 
 
 @dataclass
@@ -29,11 +29,7 @@ class Verdict:
 
 def verify(directory: Path, workers: int, progress: Progress) -> Verdict:
     """Check every byte of a directory of shards. Raises UserError where its manifest cannot be read."""
-    try:
-        manifest = parse_manifest((directory / NAME).read_bytes(), str(directory))
-    except OSError as error:
-        advice = f"index the tars in it with: {command_for('index', str(directory))}"
-        raise UserError(f"{directory / NAME}: {error.strerror}; {advice}") from None
+    manifest, _ = open_store(directory, CacheOptions())
     verdict = Verdict(manifest)
     jobs = []
     unindexed = {}

@@ -77,10 +77,11 @@ class Monitor:
 
 
 def keep_until(path: Path, samples_seen: int, evaluated: int) -> None:
-    """Drop the lines of metrics.jsonl that the checkpoint to go on from knows nothing of."""
+    """Drop the lines of metrics.jsonl that the checkpoint to go on from knows nothing of; at sample 0 all of them."""
     if path.is_file():
         kept = (r for r in read_records(path) if r["samples"] <= (evaluated if "evaluation" in r else samples_seen))
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
+        # a run that begins anew scores the baselines again
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept if samples_seen))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
