@@ -20,6 +20,9 @@ SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
 
 
+Switch = Literal["auto", "on", "off"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which shards, and how they are streamed."""
@@ -69,6 +72,10 @@ class TrainConfig:
     """Parts of a rank's share of the batch that go through the model one after another, to save memory."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
+    channels_last: Switch = "auto"
+    """Memory layout of images and features with the channels innermost; auto = what is faster on the device: on."""
+    compile: Switch = "auto"
+    """torch.compile of the model, which takes a minute at the start; auto = off."""
     sync_bn: bool = True
     """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
     seed: int = 0
@@ -83,8 +90,18 @@ class TrainConfig:
     """Samples between lines of metrics.jsonl."""
     cpu_threads: int = 0
     """Threads of a rank on a CPU; 0 = cores of the machine / ranks on it."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When the loss or the gradient of a batch is not finite on any rank: stop, naming the batch, or leave it out."""
+    max_skipped: int = 10
+    """Batches that may be left out so in all; one more ends the run."""
+    save_errors: Literal["stop", "continue"] = "stop"
+    """When a checkpoint or metrics.jsonl cannot be written (disk full, read-only): stop, or say so, train on, and try
+    again at the next one. What was written before stays whole."""
+    lost_after: float = 30
+    """Seconds without a sign of life after which a rank counts as lost, which ends the others. A rank whose process
+    ends is noticed at once."""
     timeout: float = 600
-    """Seconds after which a rank that waits in vain for another gives up."""
+    """Seconds after which a collective that waits in vain for another rank gives up."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,9 @@ class Config:
 
     run: Path = Path("runs/rooms")
     """Run directory. One with checkpoints of the same config is resumed; of another config it is refused."""
+    debug_from: Path | None = None
+    """With --debug: begin where the newest checkpoint in this directory is (RUN/checkpoints, or RUN/failed after a loss
+    that was not finite)."""
     debug: bool = False
     """Single process, no threads, deterministic, anomaly detection, a handful of steps, first batch described, full
     tracebacks; works under a debugger. Writes to a temporary directory."""
@@ -117,9 +137,20 @@ class Config:
 
 
 FREE = {
-    *("run", "debug", "data.shards", "data.eval_shards", "data.threads", "data.ahead", "data.read_timeout"),
+    *(
+        "run",
+        "debug",
+        "debug_from",
+        "data.shards",
+        "data.eval_shards",
+        "data.threads",
+        "data.ahead",
+        "data.read_timeout",
+    ),
     *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction", "train.batch_size", "train.accumulate"),
     *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
+    *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.lost_after"),
+    *("train.channels_last", "train.compile"),
 }
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size does change what is learned from them; the run says so."""
@@ -129,9 +160,12 @@ _AT_LEAST: dict[str, float] = {
     **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
     **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
+    **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "train.max_skipped": 0, "train.lost_after": 3},
     **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }
-_AT_MOST: dict[str, float] = {"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1}
+_AT_MOST: dict[str, float] = {
+    **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
+}
 
 
 def read_config(argv: Sequence[str]) -> Config:
@@ -150,20 +184,20 @@ def read_config(argv: Sequence[str]) -> Config:
                 f"data.{name} = {getattr(config.data, name):g}: must be less than train.timeout = "
                 f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
             )
+    if config.debug_from is not None and not config.debug:
+        raise UserError("debug_from is for --debug only")
     if config.debug:
         config = _debug(config)
     return config
 
 
 def _debug(config: Config) -> Config:
-    """A handful of steps that go through everything: train, log, evaluate, checkpoint."""
+    """Everything comes soon: log, evaluate, checkpoint."""
     batch = config.train.batch_size
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, threads=0),
-        train=dataclasses.replace(
-            config.train, samples=4 * batch, evaluate_every=2 * batch, checkpoint_every=2 * batch, log_every=batch
-        ),
+        train=dataclasses.replace(config.train, evaluate_every=2 * batch, checkpoint_every=2 * batch, log_every=batch),
         evaluate=dataclasses.replace(config.evaluate, limit=8),
     )
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from . import __version__
 from .command import Size, parse, run_command
 from .data.augment import normalise, prepare_depth, prepare_images
-from .data.loader import Draw, Loader, Stopped
+from .data.loader import Batch, Draw, Loader, Stopped
 from .data.manifest import Manifest
 from .data.prefetch import Prefetch
 from .data.remote import is_remote
@@ -33,7 +33,9 @@ from .files import write_atomic
 from .learning.metrics import PROTOCOLS, Protocol, Summary, score, summarise
 from .learning.model import restore
 from .run.checkpoint import find_model, read_model
-from .run.distributed import Precision, all_sum, processes, same_everywhere, together
+from .run.distributed import Precision, agree, all_sum, processes, same_everywhere, together
+from .run.peers import watched_peers
+from .run.preemption import StopFlag
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 """image float32 (batch, 3, h, w), normalised -> depth (batch, h', w') metres."""
@@ -84,6 +86,7 @@ def main(argv: list[str]) -> None:
     if command.batch_size < 1:
         raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
     with processes(command.precision) as accelerator, contextlib.ExitStack() as opened:
+        opened.enter_context(watched_peers(accelerator, StopFlag()))
         cache = CacheOptions(command.cache, int(command.cache_gb * 1e9))
         place = command.shards or held_out_shards(config)
         shards = together(accelerator, lambda: opened.enter_context(open_split(place, split, cache)))
@@ -146,8 +149,8 @@ def score_split(
 
     Batches are the same images for every number of ranks (batch b goes to rank b % world), so that each image meets the
     same arithmetic; each rank fills its rows of one table of zeros, and one sum over the ranks puts them together.
-    `stop` is asked once a batch; where it is true on any rank, all raise Interrupted after the last one.
-    `progress(done, images)` is called after each batch.
+    `stop` is asked once a round of batches; where it is true on any rank, all raise Interrupted. A UserError on one
+    rank ends all, see `agree`. `progress(done, images)` is called after each batch.
     """
     images = min(len(shards), limit or len(shards))
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -161,30 +164,36 @@ def score_split(
             samples = np.arange(start, min(start + batch_size, images))
             yield np.zeros_like(samples), samples
 
-    def fill_table() -> bool:
-        """This rank's rows; returns whether it was stopped before the end."""
-        with (
-            contextlib.suppress(Stopped),
-            Prefetch(shards, shards.in_order()) as prefetch,
-            Loader(shards, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
-            torch.inference_mode(),
-        ):
-            for batch in loader:
-                if stop():
-                    raise Stopped
-                image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
-                with accelerator.autocast():
-                    prediction = predict(image)
-                scores = [score(prediction, truth, protocol) for protocol in protocols]
-                ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
-                table[torch.from_numpy(batch.sample).to(table.device)] = torch.cat([*scores, ones], dim=1)
-                progress(int(batch.sample[-1]) + 1, images)
-            return False
-        return True
+    def score_batch(batch: Batch) -> None:
+        image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
+        with accelerator.autocast():
+            prediction = predict(image)
+        scores = [score(prediction, truth, protocol) for protocol in protocols]
+        ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
+        table[torch.from_numpy(batch.sample).to(table.device)] = torch.cat([*scores, ones], dim=1)
+        progress(int(batch.sample[-1]) + 1, images)
 
-    stopped = torch.tensor(float(together(accelerator, fill_table)), device=accelerator.device)
-    if all_sum(accelerator, stopped).item():
-        raise Interrupted
+    with (
+        Prefetch(shards, shards.in_order()) as prefetch,
+        Loader(shards, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+        torch.inference_mode(),
+    ):
+        for _ in range(-(-images // (world * batch_size))):
+            error = None
+            try:
+                batch = next(loader, None)  # in the last round some ranks have none
+                if batch is not None and not stop():
+                    score_batch(batch)
+            except Stopped:
+                pass  # `stop` says so
+            except UserError as failure:
+                error = failure
+            told = torch.tensor([float(stop()), float(error is not None)], device=accelerator.device)
+            stops, failures = all_sum(accelerator, told).tolist()
+            if failures:
+                agree(accelerator, error)
+            if stops:
+                raise Interrupted
     table = all_sum(accelerator, table).cpu()
     if not (table[:, -1] == 1).all():
         raise RuntimeError("an image was not scored exactly once")
@@ -197,6 +206,7 @@ def score_baselines(
     train: ShardSet,
     protocols: Sequence[Protocol],
     limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[torch.Tensor]]:
     """Rows as of `score_split` for predicting without looking: the training mean, and its mean map."""
     mean_map = torch.from_numpy(train.mean_map()).to(accelerator.device)
@@ -214,6 +224,7 @@ def score_baselines(
             batch_size=4,
             threads=1,
             limit=limit,
+            stop=stop,
         )
         for name, blind in maps.items()
     }

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UserError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
@@ -27,6 +29,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file, or leave what was there."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def writing(what: str | Path, hint: str = "") -> Iterator[None]:
+    """A disk that does not take it is one line: raises UserError in place of OSError. `hint`: what that means."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written ({error.strerror or error}){hint and '; ' + hint}") from None
 
 
 def sync_directory(path: Path) -> None:

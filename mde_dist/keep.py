@@ -1,7 +1,6 @@
 """Shards that are there: verified, repaired, indexed, and shown. The part of `mde_dist.shard` behind the packing."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -14,9 +13,11 @@ from .data.probe import INDOOR_METRES
 from .data.repair import QUARANTINE, repair
 from .data.verify import verify
 from .errors import UserError
+from .files import writing
 from .progress import shown
 
 _SHOWN = 20  # problems that are listed
+_AS_IT_WAS = "what was there is as it was"  # the manifest is written last
 
 
 def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -> int:
@@ -40,7 +41,7 @@ def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -
             "or pack again from the source"
         )
         return 1
-    with _writing(directory):
+    with writing(directory, _AS_IT_WAS):
         repaired = repair(directory, verdict)
     show_splits(console, repaired, directory)
     say(f"repaired; what was damaged is in {directory / QUARANTINE}, to be removed when nobody needs it")
@@ -67,21 +68,12 @@ def index_shards(
                 f"lies within {low:g}..{high:g} m; if they are millimetres, say --depth-scale {split}=0.001"
             )
 
-    with _writing(directory), shown(console, "indexing") as progress:
+    with writing(directory, _AS_IT_WAS), shown(console, "indexing") as progress:
         manifest, problems = adopt(directory, workers, progress, skip_bad, check)
     show_splits(console, manifest, directory)
     if problems:
         say(f"{len(problems):,} left out:", *problems[:_SHOWN])
     say(f"next: accelerate launch -m mde_dist.train --data.shards {directory}")
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """A disk that does not take it is one line: the manifest is written last, so what was there is as it was."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; what was there is as it was") from None
 
 
 def show_splits(console: Console, manifest: Manifest, place: Path) -> None:

@@ -1,7 +1,7 @@
 """This rank's part of the global batches: which samples, as which views, and what all ranks have to agree on."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,8 @@ from .data.prefetch import AHEAD, Prefetch
 from .data.shards import ShardSet
 from .errors import UserError
 from .learning.losses import valid_pixels
-from .run.monitor import Account
+from .run.account import Account
+from .run.distributed import all_sum
 from .run.preemption import StopFlag
 
 View = tuple[torch.Tensor, torch.Tensor]
@@ -31,7 +32,7 @@ def training_stream(
     """The loader of this rank's batches from `samples_seen` on, without end: one per accumulation step."""
     world, rank = accelerator.num_processes, accelerator.process_index
     batch, accumulate = config.train.batch_size, config.train.accumulate
-    order = Order(len(shards), shards.block, config.data.window, config.train.seed)
+    order = training_order(config, shards)
     windows = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(samples_seen))
     check_room(config, shards, order)
 
@@ -56,6 +57,19 @@ def training_stream(
         ) as loader,
     ):
         yield loader
+
+
+def training_order(config: Config, shards: ShardSet) -> Order:
+    """Which sample stands at which place of the stream."""
+    return Order(len(shards), shards.block, config.data.window, config.train.seed)
+
+
+def batch_keys(config: Config, shards: ShardSet, samples_seen: int, world: int, ranks: Sequence[int]) -> list[str]:
+    """Keys of the samples that these ranks see of the global batch at `samples_seen`."""
+    batch, accumulate = config.train.batch_size, config.train.accumulate
+    parts = [share(samples_seen, batch, accumulate, world, step, r) for r in ranks for step in range(accumulate)]
+    _, samples = training_order(config, shards).at(np.concatenate(parts))
+    return [shards.key(sample) for sample in samples.tolist()]
 
 
 def check_room(config: Config, shards: ShardSet, order: Order) -> None:
@@ -94,7 +108,8 @@ def take_share(loader: Loader, config: Config, size: tuple[int, int], account: A
         for _ in range(config.train.accumulate):
             with account.waiting():
                 batch = next(loader)
-            share.views.append(prepare(batch, size, config.augment, config.train.seed))
+            with account.working():
+                share.views.append(prepare(batch, size, config.augment, config.train.seed))
             share.samples = np.concatenate([share.samples, np.stack([batch.epoch, batch.sample], axis=1)])
             share.replaced += batch.replaced
     except Stopped:
@@ -104,16 +119,28 @@ def take_share(loader: Loader, config: Config, size: tuple[int, int], account: A
     return share
 
 
-def step_news(share: Share, stop: StopFlag, device: torch.device) -> torch.Tensor:
-    """What all ranks sum before a step: valid pixels, wishes to stop, failures, a hash of the samples, and how many of
-    them were replaced; float64 (5,).
+@dataclass(frozen=True)
+class News:
+    """What all ranks know before a step of the global batch."""
 
-    The hash adds up the same in any order: equal values in two runs say that both saw the same global batch.
-    """
+    pixels: torch.Tensor
+    """Valid pixels, float64 scalar on the device."""
+    stopped: bool
+    failed: bool
+    batch_hash: int
+    """Of its samples; adds up the same in any order: equal values in two runs say that both saw the same batch."""
+    replaced: int
+
+
+def share_news(accelerator: Accelerator, share: Share, stop: StopFlag) -> News:
+    """Sum over the ranks what each has to say before the step: one small collective, the only one beside DDP's."""
     batch_hash = int((mix(share.samples[:, 0], share.samples[:, 1]) >> np.uint64(32)).sum())
     rest = [float(bool(stop)), float(share.error is not None), float(batch_hash), float(share.replaced)]
+    device = accelerator.device
     pixels = sum((valid_pixels(depth) for _, depth in share.views), torch.zeros((), dtype=torch.float64, device=device))
-    return torch.cat([pixels[None], torch.tensor(rest, dtype=torch.float64, device=device)])
+    told = all_sum(accelerator, torch.cat([pixels[None], torch.tensor(rest, dtype=torch.float64, device=device)]))
+    _, stops, failures, batch_hash, replaced = map(int, told.tolist())
+    return News(told[0], stops > 0, failures > 0, batch_hash, replaced)
 
 
 def poisoned(config: Config, replaced: int, samples_seen: int, shards: ShardSet) -> UserError | None:

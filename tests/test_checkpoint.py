@@ -18,18 +18,24 @@ from mde_dist.run.checkpoint import (
     STATE,
     Checkpoint,
     find_model,
+    host_copy,
     load_checkpoint,
     load_newest,
     model_bytes,
     read_model,
     save_checkpoint,
 )
+from mde_dist.run.state import State
 
 
 def write(directory: Path, step: int, keep: int = 2, best: int | None = None) -> Path:
     tensors = {"w": torch.full((3,), float(step))}
     files = {MODEL: save(tensors, {"mde_dist": "{}"}), OPTIMIZER: save(tensors)}
-    return save_checkpoint(directory, step, files, {"samples_seen": step * 10}, keep, best)
+    return save_checkpoint(directory, files, record(step), keep, best)
+
+
+def record(step: int) -> dict:
+    return {**vars(State(samples_seen=step * 10, step=step)), "config": {}, "identity": {}}
 
 
 def newest(directory: Path) -> tuple[int | None, list[str]]:
@@ -37,9 +43,9 @@ def newest(directory: Path) -> tuple[int | None, list[str]]:
     said: list[str] = []
     for item in load_newest(directory):
         if isinstance(item, Checkpoint):
-            assert item.model["w"].eq(item.state["step"]).all()
-            assert item.state["samples_seen"] == item.state["step"] * 10
-            return item.state["step"], said
+            assert item.tensors[MODEL]["w"].eq(item.state.step).all()
+            assert item.state.samples_seen == item.state.step * 10
+            return item.state.step, said
         said.append(item)
     return None, said
 
@@ -67,7 +73,7 @@ def test_a_second_checkpoint_of_a_step_takes_the_place_of_the_first_only_once_it
     write(tmp_path, 3)
     assert newest(tmp_path) == (3, [])
     assert steps(tmp_path) == ["step-00000003.1"]
-    assert first.state["step"] == 3
+    assert first.state.step == 3
 
 
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE])
@@ -141,7 +147,7 @@ def test_a_disk_that_takes_nothing_is_one_line_and_the_old_ones_stay(tmp_path):
     blocked = tmp_path / ".step-00000002.tmp"
     blocked.write_text("a file where the temporary directory has to go")
     with pytest.raises(UserError, match="cannot write the checkpoint"):
-        save_checkpoint(tmp_path, 2, files, {}, 2, None)
+        save_checkpoint(tmp_path, files, record(2), 2, None)
     assert newest(tmp_path) == (1, [])
 
 
@@ -154,9 +160,12 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path):
 def test_a_model_file_carries_what_rebuilds_it(tmp_path):
     model = nn.BatchNorm2d(3)
     path = tmp_path / MODEL
-    path.write_bytes(model_bytes(model, {"config": {"model.backbone": "resnet18"}}))
+    names = ("data.shards", "data.eval_shards", "data.train_split", "data.eval_split")
+    config = {"model.backbone": "resnet18", **dict.fromkeys(names, "x")}
+    path.write_bytes(model_bytes(host_copy(model.state_dict()), {"config": config, "size": (240, 320)}))
     metadata, tensors = read_model(path)
-    assert metadata["config"] == {"model.backbone": "resnet18"}
+    assert metadata["config"] == config
+    assert metadata["size"] == [240, 320]
     assert tensors.keys() == model.state_dict().keys()
 
 

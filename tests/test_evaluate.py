@@ -25,7 +25,7 @@ def checkpoint(room_shards, tmp_path_factory):
         **{"data.train_split": "train", "data.eval_split": "test"},
     }
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3), {"config": config, "size": [48, 64]}))
+    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}))
     return path
 
 
@@ -79,7 +79,7 @@ def test_a_checkpoint_far_from_its_shards_is_scored_without_baselines(checkpoint
     config = {"model.backbone": "resnet18", "data.shards": "/gone", "data.eval_shards": None}
     config |= {"data.train_split": "train", "data.eval_split": "test"}
     path = tmp_path / "model.safetensors"
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3), {"config": config, "size": [48, 64]}))
+    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}))
     with pytest.raises(UserError, match="/gone holds no shards"):
         results(path, tmp_path)
     moved = results(path, tmp_path, "--shards", str(room_shards))
@@ -120,7 +120,8 @@ def test_mistakes_are_one_line(checkpoint, arguments, words):
 def test_weights_of_another_model_are_refused(checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
     metadata = (
-        '{"config": {"model.backbone": "resnet18", "data.shards": "x", "data.eval_shards": null}, "size": [1, 1]}'
+        '{"config": {"model.backbone": "resnet18", "data.shards": "x", "data.eval_shards": null, '
+        '"data.train_split": "train", "data.eval_split": "test"}, "size": [1, 1]}'
     )
     path.write_bytes(save({"w": torch.zeros(1)}, {"mde_dist": metadata}))
     with pytest.raises(UserError, match="do not fit"):

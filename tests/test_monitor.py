@@ -2,7 +2,9 @@
 
 import json
 
-from mde_dist.run.monitor import Account, Monitor, keep_until, read_records
+from mde_dist.run.monitor import Monitor, keep_until, progress_text, read_records
+
+SPEED = {"images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 
 
 def lines(path):
@@ -31,30 +33,28 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert path.read_text() == '{"samples": 10}\n'
 
 
-def test_ranks_other_than_0_say_and_write_nothing(tmp_path, capsys):
+def test_ranks_other_than_0_write_nothing_but_their_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with Monitor(None, 0, 0, 100) as monitor:
         monitor.say("hello")
-        monitor.step(10, loss=1.0, images_per_second=1.0, data_wait=0.0)
-    assert capsys.readouterr().out == ""
+        monitor.record(samples=0)
+        monitor.step(10, loss=1.0, **SPEED)
+    assert capsys.readouterr().out.splitlines()[0] == "hello"  # stdout is this rank's log by then
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
     with Monitor(tmp_path / "metrics.jsonl", 0, 0, 100) as monitor:
         for step in range(50):
-            monitor.step(step, loss=1.0, images_per_second=1.0, data_wait=0.0)
-    assert capsys.readouterr().out.splitlines() == ["samples 0/100 loss 1.0000, 1.0 images/s, 0% waiting for data"]
+            monitor.step(step, loss=1.0, **SPEED)
+    line = "samples 0/100 loss 1.0000, 1.0 images/s, 0% waiting for data, 0.5 GB, 1:01:01 left"
+    assert capsys.readouterr().out.splitlines() == [line]
     assert len(read_records(tmp_path / "metrics.jsonl")) == 50
 
 
-def test_account_counts_images_and_waiting():
-    account = Account()
-    with account.waiting():
-        sum(range(100_000))
-    account.step(8)
-    account.step(8)
-    rates = account.rates()
-    assert rates["images_per_second"] > 0
-    assert 0 < rates["data_wait"] <= 1
-    account.restart()
-    assert account.rates() == {"images_per_second": 0.0, "data_wait": 0.0}
+def test_what_is_worth_saying_is_said_and_what_is_not_known_is_left_out():
+    said = progress_text({"loss": None, **SPEED, "mfu": 0.123, "slowest_rank": 3, "slower": 0.2, "seconds_left": None})
+    assert said == (
+        "loss not finite, 1.0 images/s, 0% waiting for data, MFU 12.3%, rank 3 is 20% slower than the mean, 0.5 GB"
+    )
+    assert "slower" not in progress_text({"loss": 1.0, **SPEED, "slowest_rank": 0, "slower": 0.01})

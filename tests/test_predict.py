@@ -17,7 +17,7 @@ def checkpoint(tmp_path_factory):
     """model.safetensors alone, in a folder of its own: predict needs nothing else."""
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     config = {"model.backbone": "resnet18"}
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3), {"config": config, "size": [48, 64]}))
+    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}))
     return path
 
 

@@ -20,8 +20,8 @@ def run(room_shards, tmp_path):
         **{"model.backbone": "resnet18", "data.shards": str(room_shards), "data.eval_shards": None},
         **{"data.train_split": "train", "data.eval_split": "test"},
     }
-    weights = model_bytes(build(ModelConfig(), seed=3), {"config": config, "size": [32, 32]})
-    save_checkpoint(tmp_path / "checkpoints", 1, {MODEL: weights, OPTIMIZER: b""}, {}, 1, None)
+    weights = model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [32, 32]})
+    save_checkpoint(tmp_path / "checkpoints", {MODEL: weights, OPTIMIZER: b""}, {"step": 1}, 1, None)
     scores = {"evaluation": "eigen", "images": 8}
     records = [{"samples": 0, "baseline": "training mean everywhere", "abs_rel": 0.5, "delta1": 0.3, **scores}]
     for samples, abs_rel in ((10, 0.4), (20, 0.25), (30, 0.3)):

@@ -1,7 +1,8 @@
 """The seed model: a ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +17,13 @@ from torch import nn
 from ..errors import UserError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
+Norm = Literal["batch", "group", "frozen"]
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": partial(nn.GroupNorm, 32),
+    "frozen": torchvision.ops.FrozenBatchNorm2d,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,9 @@ class ModelConfig:
     weights: str = "none"
     """Where the encoder starts: none (random), imagenet (torchvision's), or the path of a safetensors file with the
     tensors of a torchvision ResNet or of a whole model of ours."""
+    norm: Norm = "batch"
+    """Normalisation in the encoder: batch statistics; group = 32 groups of channels of one image, so that every number
+    of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it."""
 
 
 class DepthModel(nn.Module):
@@ -37,9 +48,9 @@ class DepthModel(nn.Module):
     1/4, brought bilinearly to the image's size. Any image size from 32x32 on.
     """
 
-    def __init__(self, backbone: Backbone = "resnet18"):
+    def __init__(self, backbone: Backbone = "resnet18", norm: Norm = "batch"):
         super().__init__()
-        self.encoder = torchvision.models.get_model(backbone, weights=None)
+        self.encoder = torchvision.models.get_model(backbone, weights=None, norm_layer=_NORMS[norm])
         del self.encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
         stages = (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4)
         channels = [_out_channels(stage) for stage in stages]
@@ -66,8 +77,13 @@ class DepthModel(nn.Module):
 
 
 def _out_channels(stage: nn.Module) -> int:
-    """Channels of a ResNet stage: those of its last normalisation."""
-    return [module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)][-1].num_features
+    """Channels of a ResNet stage: those of its last convolution, which is none of a skip connection."""
+    return [module for module in stage.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
+
+
+def skeleton(config: ModelConfig) -> DepthModel:
+    """The model that a config names, with random weights."""
+    return DepthModel(config.backbone, config.norm)
 
 
 def build(config: ModelConfig, seed: int) -> DepthModel:
@@ -77,7 +93,7 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DepthModel(config.backbone)
+        model = skeleton(config)
     if config.weights == "imagenet":
         _load_encoder(model, _imagenet(config.backbone), "torchvision's ImageNet weights")
     elif config.weights != "none":
@@ -88,12 +104,12 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
 def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
     """The model that the metadata and tensors of a model.safetensors describe. Raises UserError."""
     try:
-        backbone = metadata["config"]["model.backbone"]
-        if backbone not in get_args(Backbone):
-            raise ValueError(f"unknown backbone {backbone!r}")
-        model = DepthModel(backbone)
+        backbone, norm = metadata["config"]["model.backbone"], metadata["config"].get("model.norm", "batch")
+        if backbone not in get_args(Backbone) or norm not in get_args(Norm):
+            raise ValueError(f"unknown backbone or norm: {backbone!r:.40}, {norm!r:.40}")
+        model = DepthModel(backbone, norm)
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights do not fit the model they name: {str(error).splitlines()[-1]}") from None
     return model
 

@@ -17,12 +17,22 @@ class OptimConfig:
     """Highest learning rate."""
     weight_decay: float = 1e-2
     """Of the matrices and kernels; norms and biases are not decayed."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """After warm-up: constant, or half a cosine down to 1 % of lr at the end of training."""
+    schedule: Literal["constant", "cosine", "poly"] = "cosine"
+    """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
     warmup: int = 240
     """Samples over which the rate rises linearly from 0."""
+    final: float = 0.01
+    """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
+    power: float = 0.9
+    """Of the schedule poly; 1 = a straight line."""
     clip: float = 10.0
     """Largest norm of the whole gradient; 0 = no clipping."""
+    ema: int = 0
+    """Evaluate and publish a moving average of the weights: after so many samples an old one counts 1/e. 0 = none."""
+
+
+ADAMW = ("step", "exp_avg", "exp_avg_sq")
+"""What the optimizer keeps of each parameter."""
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -39,8 +49,9 @@ def learning_rate(config: OptimConfig, samples_seen: int, total: int) -> float:
         return config.lr * (samples_seen + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
-    done = (samples_seen - config.warmup) / max(1, total - config.warmup)
-    return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    done = min(1.0, (samples_seen - config.warmup) / max(1, total - config.warmup))
+    fallen = (1 - done) ** config.power if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.final + (1 - config.final) * fallen)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -55,9 +66,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave. Raises KeyError or ValueError where the tensors are of another model."""
+    """Put back what `optimizer_tensors` gave. Raises ValueError where the tensors are not of this model and AdamW."""
     parameters = dict(model.named_parameters())
-    if tensors and {name.split("|")[0] for name in tensors} != parameters.keys():
+    if tensors and tensors.keys() != {f"{name}|{key}" for name in parameters for key in ADAMW}:
         raise ValueError("the optimizer's state is not of these parameters")
     for name, value in tensors.items():
         owner, key = name.split("|")

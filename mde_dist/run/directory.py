@@ -5,6 +5,8 @@ RUN/metrics.jsonl    a line per log interval and per evaluation
 RUN/checkpoints/     see checkpoint.py
 RUN/model.safetensors  the last weights, once training has ended
 RUN/PREEMPTED        there while a run that a signal stopped waits to be continued
+RUN/logs/            the output of each rank, see logs.py
+RUN/failed/          the state before a batch whose loss or gradient was not finite, to look at with --debug-from
 """
 
 import fcntl
@@ -16,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import write_atomic, writing
 from .checkpoint import MODEL, Checkpoint, load_newest, save_checkpoint
 
 PREEMPTED = "PREEMPTED"
@@ -32,10 +34,8 @@ class RunDirectory:
 
     def __enter__(self) -> "RunDirectory":
         if self._writes:
-            try:
+            with writing(f"--run {self.path}"):
                 self._claim()
-            except OSError as error:
-                raise UserError(f"--run {self.path}: cannot be written ({error.strerror})") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -52,7 +52,7 @@ class RunDirectory:
                 say(item)
         if found is None:
             return None
-        changed = differences(found.state["identity"], self._identity)
+        changed = differences(found.identity, self._identity)
         if changed:
             raise UserError(
                 f"--run {self.path} holds a run of another config: {'; '.join(changed)}; choose another --run for this "
@@ -62,30 +62,38 @@ class RunDirectory:
 
     def note_change(self, checkpoint: Checkpoint, values: Mapping[str, Any], say: Any = print) -> None:
         """Say which of these config values the checkpoint was made with others of: they may change, but they matter."""
-        before = {name: checkpoint.state["config"][name] for name in values}
+        before = {name: checkpoint.config.get(name) for name in values}
         for change in differences(before, values) if self._writes else ():
-            say(f"note: {change} from sample {checkpoint.state['samples_seen']} on")
+            say(f"note: {change} from sample {checkpoint.state.samples_seen} on")
 
     def start(self) -> None:
         """Note the config; a run that goes on is not preempted any more."""
         if self._writes:
-            write_atomic(self.path / "config.toml", self._toml)
-            (self.path / PREEMPTED).unlink(missing_ok=True)
+            with writing(f"--run {self.path}"):
+                write_atomic(self.path / "config.toml", self._toml)
+                (self.path / PREEMPTED).unlink(missing_ok=True)
 
-    def save(
-        self, step: int, files: Mapping[str, bytes], state: Mapping[str, Any], keep: int, best: int | None
-    ) -> None:
+    def save(self, files: Mapping[str, bytes], record: Mapping[str, Any], keep: int, best: int | None) -> Path:
         """Write a checkpoint; see `save_checkpoint`."""
-        save_checkpoint(self.path / "checkpoints", step, files, {**state, "identity": self._identity}, keep, best)
+        return self._save("checkpoints", files, record, keep, best)
+
+    def save_failed(self, files: Mapping[str, bytes], record: Mapping[str, Any]) -> Path:
+        """Write down the state before a step that failed, where no run goes on from."""
+        return self._save("failed", files, record, 1, None)
+
+    def _save(self, name: str, files: Mapping[str, bytes], record: Mapping[str, Any], *keep: Any) -> Path:
+        return save_checkpoint(self.path / name, files, {**record, "identity": self._identity}, *keep)
 
     def mark_preempted(self, text: str) -> None:
         """For job scripts: this run wants to be continued."""
         if self._writes:
-            write_atomic(self.path / PREEMPTED, text + "\n")
+            with writing(self.path / PREEMPTED, "the checkpoint stands; the same command goes on from it"):
+                write_atomic(self.path / PREEMPTED, text + "\n")
 
     def publish_model(self, data: bytes) -> Path:
         """Put the final weights where predict expects them."""
-        write_atomic(self.path / MODEL, data)
+        with writing(self.path / MODEL, "the checkpoint stands; the same command tries again"):
+            write_atomic(self.path / MODEL, data)
         return self.path / MODEL
 
     def _claim(self) -> None:

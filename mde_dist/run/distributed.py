@@ -5,14 +5,14 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
 from ..errors import OtherRankError, RankError, UserError
@@ -39,11 +39,17 @@ def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: floa
     cpu = not torch.cuda.is_available() and not _other_accelerator()
     # the CPU's 1x1 convolutions give channels-last gradients, which DDP copies: right, and too small to matter
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     accelerator = Accelerator(
         # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
         cpu=cpu,
         mixed_precision=_mixed_precision(precision),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            # buffers are needed alike for evaluating and saving only: see `share_buffers`
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
     )
     check_world(accelerator.num_processes, promised)
     if cpu:
@@ -92,6 +98,13 @@ def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gather_rows(accelerator: Accelerator, row: Sequence[float]) -> torch.Tensor:
+    """The rows of all ranks -> float64 (world, len(row)), on the CPU."""
+    table = torch.zeros((accelerator.num_processes, len(row)), dtype=torch.float64, device=accelerator.device)
+    table[accelerator.process_index] = torch.tensor(row, dtype=torch.float64)
+    return all_sum(accelerator, table).cpu()
+
+
 def agree(accelerator: Accelerator, error: UserError | None) -> None:
     """Where one rank has an error, end all of them: the first such rank raises its own, the others OtherRankError.
 
@@ -129,11 +142,8 @@ def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
 
 
 def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0.
-
-    DDP does so before each forward pass only, so after a step the running statistics of batch norm differ over the
-    ranks, and with them what each rank would score.
-    """
+    """Give every rank the buffers of rank 0: the running statistics of batch norm differ over the ranks, and with them
+    what each rank would score."""
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, src=0)

@@ -1,32 +1,44 @@
-"""What a run says while it works: a progress bar or plain lines, and metrics.jsonl. Rank 0 only."""
+"""What a run says while it works: a progress bar or plain lines, and metrics.jsonl."""
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..files import write_atomic
+from ..errors import UserError
+from ..files import write_atomic, writing
 
 PLAIN_SECONDS = 5.0
 """Least time between progress lines where the output is no terminal."""
 
 
 class Monitor:
-    """Use it in a `with`. With `path=None` (ranks other than 0) it says and writes nothing."""
+    """Use it in a `with`. Ranks other than 0 have `path=None`: no metrics.jsonl and no bar."""
 
-    def __init__(self, path: Path | None, samples_seen: int, evaluated: int, total: int):
+    def __init__(
+        self,
+        path: Path | None,
+        samples_seen: int,
+        evaluated: int,
+        total: int,
+        complain: Callable[[UserError], None] = lambda error: None,
+    ):
         """`path`: metrics.jsonl; lines from after `samples_seen` (evaluations: after `evaluated`) are dropped:
-        a run that was cut off wrote them, and they will be written again."""
-        self._quiet = path is None
+        a run that was cut off wrote them, and they will be written again. `complain`: called when it can no longer be
+        written. Raises UserError."""
+        self.error: UserError | None = None
+        """Why the last lines of metrics.jsonl could not be written; they are kept and tried again with the next."""
+        self._complain = complain
         self._total = total
         self._spoken = 0.0
-        self._console = Console(quiet=self._quiet, highlight=False, soft_wrap=True)
+        console = Console(highlight=False, soft_wrap=True)
+        self._plain = not console.is_terminal
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -34,14 +46,16 @@ class Monitor:
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self._console,
-            disable=self._quiet or not self._console.is_terminal,
+            console=console,
+            disable=path is None or self._plain,
         )
         self._task = self._bar.add_task("", total=total, completed=samples_seen, text="")
-        self._file = None
+        self._file: BinaryIO | None = None
+        self._pending = b""
         if path is not None:
-            keep_until(path, samples_seen, evaluated)
-            self._file = path.open("a")
+            with writing(path):
+                keep_until(path, samples_seen, evaluated)
+                self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> "Monitor":
         self._bar.start()
@@ -53,27 +67,52 @@ class Monitor:
             self._file.close()
 
     def say(self, text: str) -> None:
-        """A line for the user."""
-        self._console.print(text, markup=False)
+        """A line for the user: above the bar, and in this rank's log."""
+        print(text, flush=True)
 
     def record(self, **values: Any) -> None:
         """A line of metrics.jsonl."""
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._pending += json.dumps(values).encode() + b"\n"
+        try:
+            while self._pending:  # a disk that fills takes a part
+                self._pending = self._pending[self._file.write(self._pending) :]
+            self.error = None
+        except OSError as error:
+            before, self.error = self.error, UserError(f"{self._file.name}: cannot be written ({error.strerror})")
+            if before is None:
+                self._complain(self.error)
+
+    def finish(self) -> None:
+        """Raises UserError where metrics.jsonl lacks lines."""
+        if self.error is not None:
+            raise self.error
 
     def step(self, samples_seen: int, **values: Any) -> None:
         """A line of metrics.jsonl about a step; moves the bar, or without a terminal prints a line now and then."""
         self.record(samples=samples_seen, **values)
-        if self._quiet:
-            return
-        speed = f"{values['images_per_second']:.1f} images/s, {values['data_wait']:.0%} waiting for data"
-        text = f"loss {values['loss']:.4f}, {speed}"
+        text = progress_text(values)
         self._bar.update(self._task, completed=samples_seen, text=text)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._spoken > PLAIN_SECONDS:
+        if self._plain and now - self._spoken > PLAIN_SECONDS:
             self._spoken = now
             self.say(f"samples {samples_seen}/{self._total} {text}")
+
+
+def progress_text(values: Mapping[str, Any]) -> str:
+    """What a line of metrics.jsonl about a step says to the user."""
+    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    parts = [f"loss {loss}", f"{values['images_per_second']:.1f} images/s"]
+    parts.append(f"{values['data_wait']:.0%} waiting for data")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("slower", 0) > 0.05:
+        parts.append(f"rank {values['slowest_rank']} is {values['slower']:.0%} slower than the mean")
+    parts.append(f"{values['memory_gb']:.1f} GB")
+    if values["seconds_left"] is not None:
+        parts.append(f"{timedelta(seconds=values['seconds_left'])} left")
+    return ", ".join(parts)
 
 
 def keep_until(path: Path, samples_seen: int, evaluated: int) -> None:
@@ -93,28 +132,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break  # cut off in mid-line: the process died while writing it
     return records
-
-
-class Account:
-    """Where the time goes, since the last `restart`."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._since, self._wait, self._images = time.perf_counter(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in the block is time without data."""
-        start = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - start
-
-    def step(self, images: int) -> None:
-        self._images += images
-
-    def rates(self) -> dict[str, float]:
-        """images_per_second over all ranks, and data_wait, the share of time spent waiting for data."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        return {"images_per_second": round(self._images / seconds, 2), "data_wait": round(self._wait / seconds, 4)}

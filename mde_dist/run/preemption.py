@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,10 +13,12 @@ _LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by tor
 
 
 class StopFlag:
-    """Raised by a signal, or by the death of the launcher; read by the loop."""
+    """Raised by a signal to this process or (see peers.py) to another rank, or by the death of the launcher."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        """The first one that came."""
+        self._interrupted = False
         # ranks live in sessions of their own: a launcher that is killed leaves them training on, unseen
         self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
 
@@ -23,19 +27,48 @@ class StopFlag:
             self.signal = signal.SIGTERM
         return self.signal is not None
 
+    @contextmanager
+    def catching(self) -> Iterator[None]:
+        """Within the block the signals of schedulers and Ctrl-C raise the flag; after one did, they do no more harm."""
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        try:
+            with self._hearing():
+                yield
+        finally:
+            for number, handler in before.items():
+                # what is left to do after a stop takes seconds: a second signal must not cut it
+                signal.signal(number, handler if self.signal is None or number == signal.SIGINT else signal.SIG_IGN)
+
+    @contextmanager
+    def _hearing(self) -> Iterator[None]:
+        """Note signals at once. Python runs a handler in the main thread only when that comes back from native code,
+        and a collective that waits for another rank comes back when the other rank does; that one waits for us."""
+        ear, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+
+        def listen() -> None:
+            while number := ear.recv(1)[0]:
+                if number in STOP_SIGNALS:
+                    self._note(number)
+
+        thread = threading.Thread(target=listen, name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            mouth.send(b"\0")
+            thread.join()
+            ear.close()
+            mouth.close()
+
+    def _note(self, number: int) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.signal = signal.Signals(number)
-
-
-@contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """Catch the signals of schedulers and of Ctrl-C within the block."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag._handle) for number in STOP_SIGNALS}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self._note(number)

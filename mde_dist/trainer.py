@@ -1,0 +1,220 @@
+"""What a training holds open, and what it does beside its steps: go on, evaluate, log, save, reject, finish."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+
+from .config import Config, as_json, as_toml, identity
+from .data.shards import ShardSet
+from .errors import UserError
+from .evaluate import score_baselines, score_split
+from .learner import Learner
+from .learning.flops import training_flops
+from .learning.metrics import PROTOCOLS, summarise
+from .run.account import Account, peak_flops
+from .run.checkpoint import newest_checkpoint, versions
+from .run.directory import RunDirectory
+from .run.distributed import gather_rows, same_everywhere, share_buffers, together
+from .run.logs import rank_log
+from .run.monitor import Monitor
+from .run.preemption import StopFlag
+from .run.saver import Saver
+from .run.state import State
+from .stream import News, batch_keys
+
+DEBUG_STEPS = 4
+_KEYS_SAID = 16
+
+
+@dataclass
+class Trainer:
+    """One training, from `opened_trainer`."""
+
+    config: Config
+    accelerator: Accelerator
+    shards: ShardSet
+    held_out: ShardSet
+    size: tuple[int, int]
+    """Of the training images, pixels."""
+    total: int
+    """samples_seen at which training ends."""
+    directory: RunDirectory
+    learner: Learner
+    state: State
+    monitor: Monitor
+    saver: Saver
+    account: Account
+    troubles: list[UserError] = field(default_factory=list)
+    """What the disk did not take, where that is to end the run."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.accelerator.is_main_process
+
+    def save(self) -> None:
+        """Write a checkpoint of this very state, beside the loop, unless that has been done."""
+        if self.writes:
+            record, best = self._record(), self.state.best.get("step")
+
+            def write(tensors: dict) -> None:
+                self.directory.save(self.learner.as_files(tensors), record, self.config.train.keep, best)
+
+            self.saver.start((self.state.samples_seen, self.state.evaluated), self.learner.snapshot, write)
+
+    def evaluation_due(self) -> bool:
+        """Whether the model of this very sample has to be evaluated and was not yet."""
+        state = self.state
+        wanted = state.samples_seen >= self.total or state.due(self.config.train.evaluate_every, state.evaluated)
+        return wanted and state.evaluated < state.samples_seen
+
+    def evaluate(self, stop: StopFlag) -> None:
+        """Score the held-out split, note it, remember it if it is the best so far, and save. Raises Interrupted."""
+        config, state, model = self.config, self.state, self.learner.scored
+        protocol = PROTOCOLS[config.evaluate.protocol]
+        options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
+        share_buffers(self.accelerator, model)
+        model.eval()
+        try:
+            # forward, not the call: a compiled model would be compiled again for these batches
+            (rows,) = score_split(
+                self.accelerator, model.forward, self.held_out, [protocol], self.size, *options, stop=lambda: bool(stop)
+            )
+        except UserError:
+            self.save()  # what was learned is whole, what it was to be scored on is not
+            raise
+        model.train()
+        summary = summarise(rows, protocol)
+        score = summary.metrics["abs_rel"]
+        best = score < state.best.get("abs_rel", float("inf"))
+        if best:
+            state.best = {"abs_rel": score, "samples": state.samples_seen, "step": state.step}
+        state.evaluated = state.samples_seen
+        self.monitor.record(
+            samples=state.samples_seen, evaluation=protocol.name, images=summary.images, **summary.metrics
+        )
+        self.monitor.say(
+            f"evaluated at sample {state.samples_seen}: {protocol.name} abs_rel {score:.4f}, "
+            f"delta1 {summary.metrics['delta1']:.4f}{' (best so far)' if best else ''}"
+        )
+        self.save()
+        self.account.restart()
+
+    def record_baselines(self, stop: StopFlag) -> None:
+        """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""
+        protocol, limit = PROTOCOLS[self.config.evaluate.protocol], self.config.evaluate.limit
+        tables = score_baselines(
+            self.accelerator, self.held_out, self.shards, [protocol], limit, stop=lambda: bool(stop)
+        )
+        for name, (rows,) in tables.items():
+            summary = summarise(rows, protocol)
+            self.monitor.record(
+                samples=0, baseline=name, evaluation=protocol.name, images=summary.images, **summary.metrics
+            )
+
+    def log(self, losses: torch.Tensor, norm: torch.Tensor, rate: float, news: News) -> None:
+        """A line about the step that was just done and about the speed since the last one. Called by every rank."""
+        state = self.state
+        rows = gather_rows(self.accelerator, [losses.item(), *self.account.row()])
+        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(norm)}
+        values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
+        rates = self.account.rates(rows[:, 1:], self.total - state.samples_seen)
+        self.monitor.step(state.samples_seen, **values, batch=f"{news.batch_hash:x}", **rates)
+        self.account.restart()
+
+    def reject(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Leave out a batch whose loss or gradient is not finite on some rank. Called by every rank.
+
+        Raises UserError, which names the batch, where that is not wanted or was done too often.
+        """
+        config, state, world = self.config, self.state, self.accelerator.num_processes
+        bad = gather_rows(self.accelerator, [float(not losses.isfinite())])[:, 0].nonzero()[:, 0].tolist()
+        keys = batch_keys(config, self.shards, state.samples_seen, world, bad or range(world))
+        which = ", ".join(keys[:_KEYS_SAID]) + (f" and {len(keys) - _KEYS_SAID} more" if keys[_KEYS_SAID:] else "")
+        where = f"of rank {', '.join(map(str, bad))} is" if world > 1 else "is"
+        what = f"the loss {where} not finite" if bad else f"the gradient is not finite ({norm.item()})"
+        what = f"{what} at sample {state.samples_seen} (keys: {which})"
+        state.skipped += 1
+        if config.train.nonfinite == "skip" and state.skipped <= config.train.max_skipped:
+            self.monitor.say(f"batch {state.skipped} left out of at most {config.train.max_skipped}: {what}")
+            return
+        left_out = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
+        together(self.accelerator, lambda: self._save_failed(keys))
+        raise UserError(
+            f"{what}{left_out}; it was not learned from, and the checkpoints before it are whole; "
+            f"--train.nonfinite skip leaves such batches out; look inside: python -m mde_dist.train --debug "
+            f"--debug-from {config.run}/failed --config {config.run}/config.toml"
+        )
+
+    def _save_failed(self, keys: list[str]) -> None:
+        """Keep the state before the step, for a look inside; it is none to go on from."""
+        if self.writes:
+            files = self.learner.as_files(self.learner.snapshot())
+            self.directory.save_failed(files, {**self._record(), "batch": keys})
+
+    def finish(self) -> None:
+        """Wait until everything is written. Raises UserError on every rank where it is not."""
+
+        def written() -> None:
+            self.saver.finish()
+            self.monitor.finish()
+
+        together(self.accelerator, written)
+
+    def _record(self) -> dict:
+        return {**vars(self.state), "config": as_json(self.config), **versions()}
+
+
+@contextmanager
+def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet) -> Iterator[Trainer]:
+    """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
+    size = config.data.size or shards.size
+    rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    learner = Learner(config, accelerator, size)
+    this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
+    directory = RunDirectory(config.run, this_run, as_toml(config), writes)
+    troubles: list[UserError] = []
+
+    def complain(error: UserError) -> None:
+        if config.train.save_errors == "stop":
+            troubles.append(error)
+        else:
+            print(f"warning: {error}; training goes on", flush=True)
+
+    with contextlib.ExitStack() as opened:
+        together(accelerator, lambda: opened.enter_context(directory))
+        state = together(accelerator, lambda: resume(directory, config, learner))
+        same_everywhere(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
+        total = state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.samples
+        metrics = config.run / "metrics.jsonl" if writes else None
+        monitor = together(accelerator, lambda: Monitor(metrics, state.samples_seen, state.evaluated, total, complain))
+        opened.enter_context(monitor)
+        if not config.debug:  # a debugger wants the terminal itself
+            together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
+        learner.wrap()
+        flops = training_flops(config.model, size)
+        account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
+        saver = opened.enter_context(Saver(complain))
+        yield Trainer(
+            *(config, accelerator, shards, held_out, size, total, directory, learner, state, monitor, saver, account),
+            troubles,
+        )
+
+
+def resume(directory: RunDirectory, config: Config, learner: Learner) -> State:
+    """Put back the newest whole checkpoint, if there is one. Raises UserError."""
+    checkpoint = newest_checkpoint(config.debug_from) if config.debug_from else directory.resume()
+    if checkpoint is not None:
+        directory.note_change(checkpoint, {"train.batch_size": config.train.batch_size})
+        learner.load(checkpoint)
+    directory.start()
+    return State() if checkpoint is None else checkpoint.state
+
+
+def _number(value: torch.Tensor) -> float | None:
+    """JSON knows no nan."""
+    return value.item() if value.isfinite() else None
