@@ -166,6 +166,7 @@ def score_split(
 
     def score_batch(batch: Batch) -> None:
         image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
+        image = image.contiguous(memory_format=torch.channels_last)  # as while training: it shows in the last digits
         with accelerator.autocast():
             prediction = predict(image)
         scores = [score(prediction, truth, protocol) for protocol in protocols]

@@ -1,6 +1,7 @@
 """What training changes: the model, its moving average, the optimizer; and all of it as the files of a checkpoint."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Learner:
         self.ema = Ema(self.bare, config.optim.ema) if config.optim.ema else None
         self.model = self.bare
         """What a training step calls: the model compiled and wrapped for its ranks."""
+        self._buffers: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
 
     @property
     def scored(self) -> nn.Module:
@@ -53,9 +56,14 @@ class Learner:
 
     def wrap(self) -> None:
         """Compile it where that is wanted, and let its gradients be reduced over the ranks."""
+        if self._config.debug:
+            for name, module in self.bare.named_modules():
+                module.register_forward_hook(partial(_name_the_first_bad, name or "the model"))
         if self._config.train.compile == "on":
             self.bare.compile()
         self.model = self._accelerator.prepare_model(self.bare)
+        self._buffers = list(self.bare.buffers())  # not before: they may be others now
+        self._kept = [buffer.clone() for buffer in self._buffers]
         if self._accelerator.num_processes > 1:
             self._settle_buckets()
 
@@ -65,6 +73,16 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def keep_buffers(self) -> None:
+        """Remember the statistics that a forward pass changes; for a batch that turns out to be none to learn from."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+
+    def restore_buffers(self) -> None:
+        """Put back what `keep_buffers` remembered."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
 
     def step(self, batch: int, step: int) -> None:
         """Learn from the gradients that are there: the `step`-th step, over a `batch` of samples."""
@@ -100,12 +118,16 @@ class Learner:
         DDP lays out its buckets anew after the first backward pass, and a sum over three ranks and more is rounded by
         the place in a bucket: without this, the first step of a run that goes on would differ in the last digits.
         """
-        before = host_copy(dict(self.bare.named_buffers()))
+        self.keep_buffers()
         parts = self._accelerator.num_processes * self._config.train.accumulate
         image = torch.zeros(self._config.train.batch_size // parts, 3, *self._size, device=self._accelerator.device)
         with self._accelerator.autocast():
             prediction = self.model(image.contiguous(memory_format=self.layout))
         self._accelerator.backward(prediction.sum())
         self.optimizer.zero_grad(set_to_none=True)
-        for name, buffer in self.bare.named_buffers():
-            buffer.copy_(before[name])
+        self.restore_buffers()
+
+
+def _name_the_first_bad(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:
+    if not output.isfinite().all():
+        raise UserError(f"{name} ({type(module).__name__}) gives values that are not finite, from inputs that are")

@@ -135,6 +135,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
                 trainer.save()  # what was learned so far is whole
                 agree(accelerator, error)
             rate = learner.set_rate(state.samples_seen)
+            learner.keep_buffers()
             losses = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             for number, (image, depth) in enumerate(share.views, 1):
                 with contextlib.nullcontext() if number == accumulate else accelerator.no_sync(learner.model):

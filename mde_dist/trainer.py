@@ -132,6 +132,7 @@ class Trainer:
         Raises UserError, which names the batch, where that is not wanted or was done too often.
         """
         config, state, world = self.config, self.state, self.accelerator.num_processes
+        self.learner.restore_buffers()
         bad = gather_rows(self.accelerator, [float(not losses.isfinite())])[:, 0].nonzero()[:, 0].tolist()
         keys = batch_keys(config, self.shards, state.samples_seen, world, bad or range(world))
         which = ", ".join(keys[:_KEYS_SAID]) + (f" and {len(keys) - _KEYS_SAID} more" if keys[_KEYS_SAID:] else "")

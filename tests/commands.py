@@ -1,5 +1,7 @@
 """Start the commands as a user does: real processes, on one rank or several over gloo."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -7,7 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from warm import Warm
+
+# threads that wait for work sleep instead of turning in circles, which on a busy machine takes the time of those that
+# have some; OpenMP reads this when it is loaded, so this module is imported before torch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # few samples at the smallest size, so that a run takes seconds; 60 are two epochs, and a batch straddles them
 SMALL = {
@@ -20,6 +29,10 @@ SMALL = {
     "evaluate.batch-size": 3,
     "data.size": "32x32",
 }
+
+
+SPEEDS = {"images_per_second", "data_wait", "slowest_rank", "slower", "memory_gb", "seconds_left"}
+"""What two equal runs differ in."""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -61,7 +74,7 @@ def start(module: str, *arguments: Any, processes: int = 1, **options: Any) -> s
     )
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | Warm, seconds: float = 120) -> None:
     """Wait until the running process has brought something about."""
     end = time.monotonic() + seconds
     while not condition():
@@ -81,7 +94,7 @@ def records(run_directory: Path) -> list[dict[str, Any]]:
 
 def learned(run_directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what may differ between two equal runs: speeds."""
-    return [{k: v for k, v in r.items() if k not in ("images_per_second", "data_wait")} for r in records(run_directory)]
+    return [{k: v for k, v in r.items() if k not in SPEEDS} for r in records(run_directory)]
 
 
 def files_below(folder: Path) -> set[str]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import run, small
 
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.sources import rooms
@@ -16,6 +17,15 @@ def room_shards(tmp_path_factory) -> Path:
     options = PackOptions(size=(48, 64), samples_per_shard=8)
     pack(rooms({"train": 30, "test": 8}), output, options, workers=2, progress=lambda done, total: None)
     return output
+
+
+@pytest.fixture(scope="session")
+def undisturbed(room_shards, tmp_path_factory) -> Path:
+    """The directory of a small training on one process, as a user starts it, that nothing happens to."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run("train", run=directory, **small(data_shards=room_shards))
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 import zlib
@@ -21,6 +17,7 @@ import webdataset
 import zstandard
 from PIL import Image, JpegImagePlugin
 from trees import SIZE, bts, contents, densedepth, folder, jpeg_bytes, millimetres, packed, picture, silent, write
+from warm import warm_run, warm_start
 
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.manifest import INDEX
@@ -424,24 +421,19 @@ def slow_tree(root: Path) -> Path:
 
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     root, partial = slow_tree(tmp_path / "tree"), tmp_path / ".shards.partial"
-    options = ["--samples-per-shard", "16", "--size", "240x320", "--workers", "2"]
-    command = [sys.executable, "-m", "mde_dist.shard", "--source", str(root), *options]
-    command += ["--output", str(tmp_path / "shards")]
-    run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    options = {"source": root, "output": tmp_path / "shards", "workers": 2}
+    options |= {"samples-per-shard": 16, "size": "240x320"}
+    with warm_start("shard", **options) as run:  # which kills it, and its workers
         deadline = time.monotonic() + 60
         while not (any(partial.glob("*.part")) and any(partial.glob(".*tar*.tmp"))):  # one done, one in the middle
             assert run.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
-    finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
     assert not (tmp_path / "shards").exists()
     before = finished(partial)
     assert 0 < len(before) < 4
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    again = warm_run("shard", **options)
     assert again.returncode == 0, again.stderr
     assert before.items() <= identity(tmp_path / "shards").items()  # not done anew
     assert not partial.exists()

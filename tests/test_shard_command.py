@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import command, run
 from trees import SIZE, bts, contents, densedepth, eight_bit, folder, jpeg_bytes, millimetres, packed, picture, write
+from warm import warm_run
 
 from mde_dist.command import run_command
 from mde_dist.data.shards import open_split
@@ -20,12 +22,10 @@ from mde_dist.errors import UserError
 from mde_dist.shard import ShardConfig, main
 
 
-def shard(*arguments: object, cwd: Path | None = None, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own; `before` are shell words before it."""
-    command = [sys.executable, "-m", "mde_dist.shard", *map(str, arguments)]
-    if before:
-        command = ["/bin/sh", "-c", f'{before}; exec "$@"', "sh", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+def on_a_full_disk(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command where no file can grow beyond 8 x 512 bytes, which stands for a full disk."""
+    limited = ["/bin/sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command("shard", *arguments)]
+    return subprocess.run(limited, capture_output=True, text=True, timeout=120)
 
 
 def one_line(stderr: str) -> str:
@@ -36,9 +36,9 @@ def one_line(stderr: str) -> str:
     return stderr
 
 
-def refused(run: subprocess.CompletedProcess[str]) -> str:
-    assert run.returncode == 2, run.stderr
-    return one_line(run.stderr)
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2, done.stderr
+    return one_line(done.stderr)
 
 
 def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -55,29 +55,29 @@ def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
 
 
 def test_help_names_every_option_and_its_meaning() -> None:
-    run = shard("--help")
-    assert run.returncode == 0
-    assert run.stderr == ""
-    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run.stdout).split())
+    done = run("shard", "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.stdout).split())
     for field in dataclasses.fields(ShardConfig):
         assert f"--{field.name.replace('_', '-')}" in words
     assert "The bytes do not depend on it" in words  # the docstrings are the help
 
 
 def test_embedded_rooms_from_nothing_to_shards_with_a_table_and_the_next_command(tmp_path: Path) -> None:
-    run = shard("--layout", "rooms", "--limit", 3, "--output", "my/shards", "--workers", 2, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    done = warm_run("shard", "--layout", "rooms", "--limit", 3, "--output", "my/shards", "--workers", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     manifest = json.loads((tmp_path / "my/shards/manifest.json").read_text())
     for split, said in manifest["splits"].items():
-        line = next(line for line in run.stdout.splitlines() if re.search(rf"│\s*{split}\s*│", line))
+        line = next(line for line in done.stdout.splitlines() if re.search(rf"│\s*{split}\s*│", line))
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         assert cells[1:3] == ["3", "1"]
         assert cells[4].split() == [f"{said['depth'][what]:.3f}" for what in ("min", "median", "mean", "max")]
         assert 0.5 < said["depth"]["median"] < 8
         assert cells[5] == f"{said['depth']['holes']:.1%}"
-    assert "6 pairs in" in run.stdout
-    assert run.stdout.splitlines()[-1] == "next: accelerate launch -m mde_dist.train --data.shards my/shards"
+    assert "6 pairs in" in done.stdout
+    assert done.stdout.splitlines()[-1] == "next: accelerate launch -m mde_dist.train --data.shards my/shards"
     assert [path.name for path in (tmp_path / "my").iterdir()] == ["shards"]
     with open_split(tmp_path / "my/shards", "test") as shards:
         assert len(shards) == 3
@@ -88,17 +88,16 @@ def test_a_bad_pair_that_turns_up_while_packing_is_one_line(tmp_path: Path) -> N
     root = bts(tmp_path / "tree", 6, 3)
     bad = root / "sync/basement_0001a/sync_depth_00002.png"
     bad.write_bytes(bad.read_bytes()[:200])
-    run = shard("--source", root, "--output", tmp_path / "shards")
-    said = refused(run)
+    done = warm_run("shard", "--source", root, "--output", tmp_path / "shards")
+    said = refused(done)
     assert str(bad) in said
     assert "--skip-bad" in said
     assert not (tmp_path / "shards").exists()
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """Stood in for by a limit of 8 x 512 bytes on the size of files."""
-    run = shard("--source", bts(tmp_path / "tree"), "--output", tmp_path / "shards", before="ulimit -f 8")
-    said = refused(run)
+    done = on_a_full_disk("--source", bts(tmp_path / "tree"), "--output", tmp_path / "shards")
+    said = refused(done)
     assert "File too large" in said
     assert not (tmp_path / "shards").exists()
 
@@ -111,8 +110,8 @@ def test_a_disk_that_does_not_take_a_repair_is_one_line_and_changes_nothing(tmp_
     data[700] ^= 1
     tar.write_bytes(data)
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    said = refused(shard("--repair", directory, before="ulimit -f 8"))
-    assert f"cannot write to {directory}: File too large" in said
+    said = refused(on_a_full_disk("--repair", directory))
+    assert f"{directory}: cannot be written (File too large)" in said
     after = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     assert after == before
 

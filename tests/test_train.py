@@ -1,6 +1,8 @@
-"""Training as a user starts it: real processes, killed and resumed, and every mistake in one line."""
+"""Training in real processes, killed and resumed, and every mistake in one line.
 
-import os
+What comes out of forked processes has to equal what the session's `undisturbed` run left, which is started cold.
+"""
+
 import re
 import shutil
 import signal
@@ -9,23 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import files_below, learned, records, run, small, start, wait_for
+from commands import files_below, learned, records, run, small, wait_for
 from safetensors.torch import load_file
+from warm import warm_run, warm_start, without_pictures
 
 from mde_dist import train
 from mde_dist.data.order import Order, mix
 from mde_dist.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def undisturbed(room_shards, tmp_path_factory) -> Path:
-    """A small run that nothing happens to."""
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run("train", run=directory, **small(data_shards=room_shards))
-    assert done.returncode == 0, done.stderr
-    return directory
 
 
 def checkpoints(directory: Path) -> list[str]:
@@ -55,7 +49,8 @@ def test_metrics_have_every_interval_once(undisturbed):
 
 
 def test_the_same_command_gives_the_same_bits(undisturbed, room_shards, tmp_path):
-    done = run("train", run=tmp_path / "again", **small(data_shards=room_shards, data_threads=0))
+    options = small(data_shards=room_shards, data_threads=0)
+    done = warm_run("train", run=tmp_path / "again", before=without_pictures, **options)
     assert done.returncode == 0, done.stderr
     assert learned(tmp_path / "again") == learned(undisturbed)
     assert same_weights(tmp_path / "again", undisturbed)
@@ -65,12 +60,11 @@ def test_the_same_command_gives_the_same_bits(undisturbed, room_shards, tmp_path
 def test_sigkill_and_the_same_command_end_bit_for_bit_as_undisturbed(undisturbed, room_shards, tmp_path, after):
     directory = tmp_path / "run"
     options = small(data_shards=room_shards)
-    process = start("train", run=directory, **options)
+    process = warm_start("train", run=directory, **options)
     wait_for(lambda: (directory / "checkpoints" / after).is_dir(), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert not (directory / "model.safetensors").exists()
-    done = run("train", run=directory, **options)
+    done = warm_run("train", run=directory, **options)
     assert done.returncode == 0, done.stderr
     assert "resumed at sample" in done.stdout
     assert learned(directory) == learned(undisturbed)
@@ -82,14 +76,14 @@ def test_sigkill_and_the_same_command_end_bit_for_bit_as_undisturbed(undisturbed
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(undisturbed, room_shards, tmp_path, number):
     directory = tmp_path / "run"
     options = small(data_shards=room_shards)
-    process = start("train", run=directory, **options)
+    process = warm_start("train", run=directory, **options)
     wait_for(lambda: checkpoints(directory), process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert "Traceback" not in output
     assert (directory / "PREEMPTED").is_file()
-    done = run("train", run=directory, **options)
+    done = warm_run("train", run=directory, before=without_pictures, **options)
     assert done.returncode == 0, done.stderr
     assert not (directory / "PREEMPTED").exists()
     assert learned(directory) == learned(undisturbed)
@@ -105,7 +99,7 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_taken(undistu
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    done = run("train", run=directory, **options)
+    done = warm_run("train", run=directory, before=without_pictures, **options)
     assert done.returncode == 0, done.stderr
     assert "step-00000005 is not whole" in done.stdout
     assert "resumed at sample 48" in done.stdout
@@ -115,14 +109,15 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_taken(undistu
 
 def test_a_finished_run_is_shown_again_and_not_changed(undisturbed, room_shards):
     before = (undisturbed / "metrics.jsonl").read_bytes(), checkpoints(undisturbed)
-    done = run("train", run=undisturbed, **small(data_shards=room_shards))
+    done = warm_run("train", run=undisturbed, **small(data_shards=room_shards))
     assert done.returncode == 0, done.stderr
     assert "abs_rel" in done.stdout
     assert ((undisturbed / "metrics.jsonl").read_bytes(), checkpoints(undisturbed)) == before
 
 
 def test_the_resolved_config_is_saved_and_starts_the_same_run(undisturbed, tmp_path):
-    done = run("train", config=undisturbed / "config.toml", run=tmp_path / "run")
+    given = {"config": undisturbed / "config.toml", "run": tmp_path / "run"}
+    done = warm_run("train", before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
     assert learned(tmp_path / "run") == learned(undisturbed)
 
@@ -139,7 +134,7 @@ def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
 
 def test_a_run_of_another_config_is_refused_and_named(undisturbed, room_shards):
     before = files_below(undisturbed)
-    done = run("train", run=undisturbed, **small(data_shards=room_shards, optim_lr=0.5))
+    done = warm_run("train", run=undisturbed, **small(data_shards=room_shards, optim_lr=0.5))
     one_line(done, "optim.lr was 0.0006, is 0.5", str(undisturbed))
     assert files_below(undisturbed) == before
 
@@ -147,24 +142,21 @@ def test_a_run_of_another_config_is_refused_and_named(undisturbed, room_shards):
 def test_two_trainings_in_one_directory_are_refused(room_shards, tmp_path):
     directory = tmp_path / "run"
     options = small(data_shards=room_shards, train_samples=100_000)
-    process = start("train", run=directory, **options)
-    try:
+    with warm_start("train", run=directory, **options) as process:
         wait_for(lambda: checkpoints(directory), process)
-        one_line(run("train", run=directory, **options), "another training is at work", str(process.pid))
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        done = warm_run("train", run=directory, **options)
+        one_line(done, "another training is at work", str(process.ranks[0].pid))
 
 
 def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
     """The stream goes on at the very next sample, in batches of the new size."""
     directory = tmp_path / "run"
-    process = start("train", run=directory, **small(data_shards=room_shards))
+    process = warm_start("train", run=directory, **small(data_shards=room_shards))
     wait_for(lambda: "step-00000001" in checkpoints(directory), process)
     process.terminate()
     process.communicate(timeout=60)
     changed = small(data_shards=room_shards, train_batch_size=8, train_accumulate=2, train_log_every=8)
-    done = run("train", run=directory, **changed)
+    done = warm_run("train", run=directory, before=without_pictures, **changed)
     assert done.returncode == 0, done.stderr
     stopped = int(re.search(r"resumed at sample (\d+)", done.stdout)[1])
     assert f"note: train.batch_size was 12, is 8 from sample {stopped} on" in done.stdout
@@ -187,10 +179,10 @@ def test_a_run_that_failed_before_its_first_step_begins_anew_with_one_line_per_b
         data[700] ^= 1  # in the first depth map of each
         tar.write_bytes(data)
     given = small(data_shards=shards, train_samples=12, train_batch_size=60)
-    done = run("train", run=directory, **given, **{"data.max-bad-fraction": 0})
+    done = warm_run("train", run=directory, **given, **{"data.max-bad-fraction": 0})
     assert done.returncode == 2
     assert "more than data.max_bad_fraction" in done.stderr
-    done = run("train", run=directory, **given, **{"data.max-bad-fraction": 1})
+    done = warm_run("train", run=directory, before=without_pictures, **given, **{"data.max-bad-fraction": 1})
     assert done.returncode == 0, done.stderr
     assert [r["baseline"] for r in records(directory) if "baseline" in r] == [
         "training mean everywhere",
@@ -201,7 +193,7 @@ def test_a_run_that_failed_before_its_first_step_begins_anew_with_one_line_per_b
 def test_an_evaluation_that_fails_loses_nothing_that_was_learned(undisturbed, room_shards, tmp_path):
     shards, directory = shutil.copytree(room_shards, tmp_path / "rooms"), tmp_path / "run"
     given = small(data_shards=shards, train_checkpoint_every=1000)  # only evaluations save
-    process = start("train", run=directory, **given)
+    process = warm_start("train", run=directory, **given)
     wait_for(lambda: (directory / "metrics.jsonl").is_file() and records(directory)[2:], process)  # past the baselines
     tar = shards / "test-000000.tar"
     whole = tar.read_bytes()
@@ -211,7 +203,7 @@ def test_an_evaluation_that_fails_loses_nothing_that_was_learned(undisturbed, ro
     assert "error: damaged sample: " in output
     assert checkpoints(directory) != []
     tar.write_bytes(whole)
-    done = run("train", run=directory, **given)
+    done = warm_run("train", run=directory, before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
     assert "resumed at sample" in done.stdout
     assert learned(directory) == learned(undisturbed)
@@ -219,7 +211,7 @@ def test_an_evaluation_that_fails_loses_nothing_that_was_learned(undisturbed, ro
 
 
 def test_debug_describes_the_first_batch_and_leaves_no_run(room_shards, tmp_path):
-    done = run("train", "--debug", cwd=tmp_path, **small(data_shards=room_shards, train_batch_size=2))
+    done = warm_run("train", "--debug", cwd=tmp_path, **small(data_shards=room_shards, train_batch_size=2))
     assert done.returncode == 0, done.stderr
     for words in ("image: (2, 3, 32, 32) float32 on cpu", "depth: (2, 32, 32) float32 on cpu", "abs_rel"):
         assert words in done.stdout
@@ -227,7 +219,7 @@ def test_debug_describes_the_first_batch_and_leaves_no_run(room_shards, tmp_path
 
 
 def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
-    done = run("train", "--debug", **{"data.shards": tmp_path / "nowhere"})
+    done = warm_run("train", "--debug", **{"data.shards": tmp_path / "nowhere"})
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "nowhere holds no shards" in done.stderr
@@ -267,5 +259,5 @@ def test_a_mistake_ends_the_command_with_exit_code_2(room_shards, tmp_path):
 
 def test_a_folder_that_is_no_run_is_not_taken_for_one(room_shards, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    one_line(run("train", run=tmp_path, **small(data_shards=room_shards)), "not a run directory")
+    one_line(warm_run("train", run=tmp_path, **small(data_shards=room_shards)), "not a run directory")
     assert files_below(tmp_path) == {"thesis.tex"}

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from commands import run
 from PIL import Image
 from trees import (
     SIZE,
@@ -39,6 +38,7 @@ from trees import (
     vouch,
     write_tar,
 )
+from warm import warm_run
 
 from mde_dist.command import run_command
 from mde_dist.data import examine as examine_module
@@ -137,7 +137,7 @@ def one_line(said: str) -> str:
 def test_verify_and_repair_as_a_user_runs_them(copy: Path) -> None:
     key = damage(copy, 4)
     before = contents(copy)
-    found = run("shard", verify=copy)
+    found = warm_run("shard", verify=copy)
     assert found.returncode == 1
     assert found.stderr == ""
     lines = found.stdout.splitlines()
@@ -145,7 +145,7 @@ def test_verify_and_repair_as_a_user_runs_them(copy: Path) -> None:
     assert lines[1].strip() == f"{copy}: 1 problem; 10 of 11 samples are whole"
     assert f"python -m mde_dist.shard --repair {copy}" in lines[2]
     assert contents(copy) == before
-    mended = run("shard", repair=copy)
+    mended = warm_run("shard", repair=copy)
     assert mended.returncode == 0, mended.stderr
     assert mended.stderr == ""
     assert f"what was damaged is in {copy}/quarantine" in mended.stdout

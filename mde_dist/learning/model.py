@@ -102,13 +102,14 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
 
 
 def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
-    """The model that the metadata and tensors of a model.safetensors describe. Raises UserError."""
+    """The model that the metadata and tensors of a model.safetensors describe, channels last. Raises UserError."""
     try:
         backbone, norm = metadata["config"]["model.backbone"], metadata["config"].get("model.norm", "batch")
         if backbone not in get_args(Backbone) or norm not in get_args(Norm):
             raise ValueError(f"unknown backbone or norm: {backbone!r:.40}, {norm!r:.40}")
         model = DepthModel(backbone, norm)
         model.load_state_dict(tensors)
+        model.to(memory_format=torch.channels_last)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights do not fit the model they name: {str(error).splitlines()[-1]}") from None
     return model

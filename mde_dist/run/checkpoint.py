@@ -55,7 +55,8 @@ def host_copy(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def model_bytes(tensors: Tensors, metadata: Mapping[str, Any]) -> bytes:
     """A model's weights and buffers as safetensors; `metadata` (JSON) is what rebuilds it."""
-    return save(dict(tensors), {"format": "pt", "mde_dist": json.dumps({"version": __version__, **metadata})})
+    # one entry of metadata only: safetensors writes several in random order, and equal models should be equal files
+    return save(dict(tensors), {"mde_dist": json.dumps({"version": __version__, **metadata})})
 
 
 def versions() -> dict[str, Any]:

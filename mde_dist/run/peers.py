@@ -159,13 +159,16 @@ class _Peers:
             line.socket.close()
 
     def _talk(self) -> None:
-        lost_since = 0.0
+        next_beat = lost_since = 0.0
         while not self._closed:
-            self._tell(_BEAT, self._rank)
+            now = time.monotonic()
+            if now >= next_beat:  # not whenever something was heard, or signs of life would answer one another
+                next_beat = now + _TICK
+                self._tell(_BEAT, self._rank)
             if self._stop.signal is not None and not self._told_stop:
                 self._told_stop = True
                 self._tell(_STOP, self._stop.signal)
-            for key, _ in self._selector.select(_TICK):
+            for key, _ in self._selector.select(next_beat - now):
                 self._hear(key.data, self._lines[key.data])
             now = time.monotonic()
             for peer, line in self._lines.items():
@@ -228,4 +231,5 @@ class _Peers:
     def _end_here(self) -> None:
         """The main thread hangs in a collective, from which nothing else can call it back."""
         alarm(f"error (rank {self._rank}): {self._sentence()}", terminal=self._speaks())
+        self._tell(_BYE, self._rank)  # this one is not the culprit: those who know of the loss do not name it as well
         os._exit(2)

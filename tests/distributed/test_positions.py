@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from commands import run
+from warm import warm_run
 
 pytestmark = pytest.mark.distributed
 
@@ -35,7 +35,7 @@ def logs(room_shards, tmp_path_factory):
     for ranks in (1, 2, 3, 4):
         out = root / str(ranks)
         out.mkdir()
-        done = run(SCRIPT, room_shards, out, root / "jobs.json", processes=ranks)
+        done = warm_run(SCRIPT, room_shards, out, root / "jobs.json", processes=ranks)
         assert done.returncode == 0, done.stderr
         found[ranks] = {}
         for name in JOBS:

@@ -1,4 +1,7 @@
-"""One training on several ranks: real processes over gloo."""
+"""One training on several ranks: real processes over gloo.
+
+`runs` has one training of each kind that a user starts, on one process and through the launcher; the others are forked.
+"""
 
 import json
 import signal
@@ -8,6 +11,7 @@ import psutil
 import pytest
 from commands import environment, files_below, learned, records, run, small, start, wait_for
 from safetensors.torch import load_file
+from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.errors import UserError
 from mde_dist.run.distributed import check_world
@@ -16,16 +20,20 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def runs(room_shards, tmp_path_factory):
-    """The same small training on 1, 2 and 3 ranks, and on 2 ranks with 3 accumulation steps."""
-    root = tmp_path_factory.mktemp("ranks")
-    for name, processes, changes in (("1", 1, {}), ("2", 2, {}), ("3", 3, {}), ("2x3", 2, {"train_accumulate": 3})):
-        done = run("train", processes=processes, run=root / name, **small(data_shards=room_shards, **changes))
+def runs(undisturbed, room_shards, tmp_path_factory):
+    """The same small training on 1, 2 and 3 ranks, and on 2 ranks with 3 accumulation steps: directories by name."""
+    root, options = tmp_path_factory.mktemp("ranks"), small(data_shards=room_shards)
+    outcomes = {
+        "2": run("train", processes=2, run=root / "2", **options),
+        "3": warm_run("train", processes=3, run=root / "3", **options),
+        "2x3": warm_run("train", processes=2, run=root / "2x3", **options, **{"train.accumulate": 3}),
+    }
+    shapes = {"2": "6 per rank x 2 ranks", "3": "4 per rank x 3 ranks", "2x3": "2 per rank x 2 ranks"}
+    for name, done in outcomes.items():
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("made: ") == 3, "the summary has to appear once"
-        shape = f"{12 // processes // changes.get('train_accumulate', 1)} per rank x {processes} ranks"
-        assert shape in done.stdout
-    return root
+        assert shapes[name] in done.stdout
+    return {"1": undisturbed} | {name: root / name for name in outcomes}
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
@@ -38,22 +46,24 @@ def batches(directory) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("other", ["2", "3", "2x3"])
 def test_every_topology_sees_the_same_global_batches(runs, other):
-    assert batches(runs / other) == batches(runs / "1")
-    assert len({batch for _, batch in batches(runs / "1")}) == 5
+    assert batches(runs[other]) == batches(runs["1"])
+    assert len({batch for _, batch in batches(runs["1"])}) == 5
 
 
 @pytest.mark.parametrize("other", ["2", "3", "2x3"])
 def test_every_topology_leaves_one_set_of_files(runs, other):
-    assert files_below(runs / other) == files_below(runs / "1")
-    assert [r["samples"] for r in records(runs / other)] == [r["samples"] for r in records(runs / "1")]
+    logs = {name for name in files_below(runs[other]) if name.startswith("logs/")}
+    assert logs == {f"logs/rank-{rank}.log" for rank in range(int(other[0]))}
+    assert files_below(runs[other]) - logs == files_below(runs["1"]) - logs
+    assert [r["samples"] for r in records(runs[other])] == [r["samples"] for r in records(runs["1"])]
 
 
 def test_a_checkpoint_scores_the_same_digits_on_1_2_and_3_ranks(runs, tmp_path):
     results = []
     for processes in (1, 2, 3):
         target = tmp_path / f"{processes}.json"
-        options = {"checkpoint": runs / "3/model.safetensors", "json": target, "batch-size": 3}
-        done = run("evaluate", "--protocols", "eigen", "full", "blog", processes=processes, **options)
+        options = {"checkpoint": runs["3"] / "model.safetensors", "json": target, "batch-size": 3}
+        done = warm_run("evaluate", "--protocols", "eigen", "full", "blog", processes=processes, **options)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(target.read_text()))
     assert results[0] == results[1] == results[2]
@@ -62,7 +72,7 @@ def test_a_checkpoint_scores_the_same_digits_on_1_2_and_3_ranks(runs, tmp_path):
 
 def test_the_baselines_do_not_depend_on_the_ranks(runs):
     def of(name):
-        return [r for r in records(runs / name) if "baseline" in r]
+        return [r for r in records(runs[name]) if "baseline" in r]
 
     assert of("1") == of("2") == of("3")
     assert len(of("1")) == 2
@@ -71,15 +81,13 @@ def test_the_baselines_do_not_depend_on_the_ranks(runs):
 def test_killed_on_two_ranks_it_goes_on_on_one_with_the_same_batches(runs, room_shards, tmp_path):
     directory = tmp_path / "run"
     options = small(data_shards=room_shards)
-    process = start("train", processes=2, run=directory, **options)
+    process = warm_start("train", processes=2, run=directory, **options)
     wait_for(lambda: (directory / "checkpoints/step-00000002").is_dir(), process)
-    for victim in [*ranks_of(process), psutil.Process(process.pid)]:
-        victim.kill()
-    process.wait()
-    done = run("train", run=directory, **options)
+    process.kill()
+    done = warm_run("train", run=directory, before=without_pictures, **options)
     assert done.returncode == 0, done.stderr
     assert "resumed at sample" in done.stdout
-    assert batches(directory) == batches(runs / "1")
+    assert batches(directory) == batches(runs["1"])
 
 
 def test_ranks_whose_launcher_is_killed_stop_by_themselves_and_leave_a_checkpoint(runs, room_shards, tmp_path):
@@ -91,25 +99,26 @@ def test_ranks_whose_launcher_is_killed_stop_by_themselves_and_leave_a_checkpoin
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
     assert (directory / "PREEMPTED").is_file()
-    done = run("train", processes=2, run=directory, **small(data_shards=room_shards))
+    done = warm_run("train", processes=2, before=without_pictures, run=directory, **small(data_shards=room_shards))
     assert done.returncode == 0, done.stderr
-    assert learned(directory) == learned(runs / "2")
+    assert learned(directory) == learned(runs["2"])
 
 
 def test_two_ranks_give_the_same_bits_twice(runs, room_shards, tmp_path):
-    done = run("train", processes=2, run=tmp_path / "again", **small(data_shards=room_shards))
+    options = small(data_shards=room_shards)
+    done = warm_run("train", processes=2, before=without_pictures, run=tmp_path / "again", **options)
     assert done.returncode == 0, done.stderr
-    assert learned(tmp_path / "again") == learned(runs / "2")
-    one, other = load_file(tmp_path / "again/model.safetensors"), load_file(runs / "2/model.safetensors")
+    assert learned(tmp_path / "again") == learned(runs["2"])
+    one, other = load_file(tmp_path / "again/model.safetensors"), load_file(runs["2"] / "model.safetensors")
     assert all(one[name].equal(other[name]) for name in one)
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_once(room_shards, tmp_path):
-    done = run("train", processes=3, run=tmp_path / "run", **small(data_shards=room_shards, train_batch_size=10))
+    done = run("train", processes=2, run=tmp_path / "run", **small(data_shards=room_shards, train_batch_size=9))
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1
-    assert "does not divide by 3 ranks" in lines[0]
+    assert "does not divide by 2 ranks" in lines[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -117,7 +126,7 @@ def test_processes_that_would_train_independently_are_refused(room_shards, tmp_p
     """As `srun -n 2 python -m mde_dist.train` would start them: siblings, but nobody gave them a rank."""
     options = small(data_shards=room_shards)
     for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        done = run("train", run=tmp_path / "run", env=environment(**{variable: "2"}), **options)
+        done = warm_run("train", run=tmp_path / "run", env=environment(**{variable: "2"}), **options)
         assert done.returncode == 2
         assert "2 independent trainings" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -137,6 +146,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs, room_shards, tmp_
     ranks_of(process)[1].send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=60)
     assert (directory / "PREEMPTED").is_file(), output
-    done = run("train", processes=2, run=directory, **options)
+    done = warm_run("train", processes=2, before=without_pictures, run=directory, **options)
     assert done.returncode == 0, done.stderr
-    assert learned(directory) == learned(runs / "2")
+    assert learned(directory) == learned(runs["2"])

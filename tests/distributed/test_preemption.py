@@ -1,0 +1,100 @@
+"""Signals, to one rank or to all, whatever a run is doing: all stop at the same step and leave one whole checkpoint."""
+
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import learned, small
+from faults import no_data, signalled, slow, together
+from warm import Warm, warm_run, warm_start, without_pictures
+
+from mde_dist.run.checkpoint import newest_checkpoint
+
+pytestmark = pytest.mark.distributed
+
+SECONDS = 30  # a stop takes one or two on an idle machine
+
+
+def options(shards: Path, directory: Path, **changes):
+    """Three steps on two ranks, an evaluation after the second and the last."""
+    return small(data_shards=shards, train_samples=36, **changes) | {"run": directory / "run"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(room_shards, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    done = warm_run("train", processes=2, before=without_pictures, **options(room_shards, root))
+    assert done.returncode == 0, done.stderr
+    return learned(root / "run")
+
+
+def check_stop(process: Warm, run: Path, number: int) -> int:
+    """What every stop leaves; returns the sample at which it was."""
+    assert [rank.returncode for rank in process.ranks] == [128 + number] * 2, process.output()
+    said = process.output(0)
+    assert "Traceback" not in process.output()
+    assert said.count("stopped at sample ") == 1
+    sample = int((run / "PREEMPTED").read_text().removeprefix("stopped at sample "))
+    assert f"stopped at sample {sample} by a signal" in said
+    assert newest_checkpoint(run / "checkpoints").state.samples_seen == sample
+    assert not list(run.glob("checkpoints/.*"))
+    return sample
+
+
+CASES = {
+    # name: (faults, the signal that shows in the exit code, the sample at which the run stops)
+    "to all in a step": (partial(signalled, "backward", 3, signal.SIGTERM), signal.SIGTERM, 24),
+    "to one in a step": (partial(signalled, "backward", 3, signal.SIGUSR1, rank=1), signal.SIGUSR1, 24),
+    "to rank 0, and another one": (
+        partial(signalled, "backward", 2, signal.SIGUSR2, rank=0, again=signal.SIGTERM),
+        signal.SIGUSR2,
+        12,
+    ),
+    "to one while the baselines are scored": (
+        partial(signalled, "evaluation", 1, signal.SIGTERM, rank=1),
+        signal.SIGTERM,
+        0,
+    ),
+    "to one while evaluating": (partial(signalled, "evaluation", 3, signal.SIGUSR1, rank=1), signal.SIGUSR1, 24),
+    "to all while a checkpoint is being written": (
+        partial(together, partial(slow, "file of a checkpoint", 1), partial(signalled, "backward", 3, signal.SIGUSR2)),
+        signal.SIGUSR2,
+        24,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on_from_it(undisturbed, room_shards, tmp_path, case):
+    faults, number, expected = CASES[case]
+    given = options(room_shards, tmp_path)
+    with warm_start("train", processes=2, before=faults, **given) as process:
+        process.wait(120)
+        assert check_stop(process, tmp_path / "run", number) == expected
+    done = warm_run("train", processes=2, before=without_pictures, **given)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "run/PREEMPTED").exists()
+    assert learned(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("signalled_rank", [0, 1])
+def test_a_signal_ends_a_wait_for_data_on_another_rank(undisturbed, room_shards, tmp_path, signalled_rank):
+    """Rank 1 waits for a disk that does not answer, rank 0 in a collective for rank 1; one of them is told to stop."""
+    given, mark = options(room_shards, tmp_path, data_threads=1, data_ahead=1), tmp_path / "waiting"
+    faults = partial(no_data, after=17, rank=1, mark=mark)  # eight for the baselines, six in a step
+    with warm_start("train", processes=2, before=faults, **given) as process:
+        end = time.monotonic() + 120
+        while not (mark.exists() and (tmp_path / "run/checkpoints/step-00000001").is_dir()):
+            assert time.monotonic() < end and process.poll() is None, process.output()
+            time.sleep(0.05)
+        time.sleep(1)  # until rank 0 is in the collective
+        start = time.monotonic()
+        process.ranks[signalled_rank].send_signal(signal.SIGUSR1)
+        process.wait(120)
+        assert time.monotonic() - start < SECONDS
+        assert check_stop(process, tmp_path / "run", signal.SIGUSR1) == 12
+    done = warm_run("train", processes=2, before=without_pictures, **given)
+    assert done.returncode == 0, done.stderr
+    assert learned(tmp_path / "run") == undisturbed

@@ -1,0 +1,86 @@
+"""Killed at any point, a run goes on with the same command and ends bit for bit where the undisturbed one ends."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import files_below, learned, small
+from faults import die, together
+from warm import warm_run, without_pictures
+
+from mde_dist.files import sha256_of
+
+pytestmark = pytest.mark.slow
+
+POINTS = [
+    # point, which call of it, when
+    ("file of the run", 1, "in"),
+    ("evaluation", 2, "before"),  # while the baselines are scored
+    ("line of metrics", 1, "in"),
+    ("forward", 2, "before"),
+    ("backward", 2, "after"),
+    ("optimizer", 2, "before"),
+    ("optimizer", 2, "after"),
+    ("line of metrics", 4, "in"),
+    ("line of metrics", 4, "after"),
+    ("evaluation", 8, "after"),  # of the model: the baselines take six
+    ("file of a checkpoint", 1, "in"),
+    ("file of a checkpoint", 6, "in"),
+    ("file of a checkpoint", 7, "after"),
+    ("file of a checkpoint", 8, "in"),
+    ("rename of a checkpoint", 2, "before"),
+    ("rename of a checkpoint", 2, "after"),
+    ("flush of a directory", 2, "after"),
+    ("removal of a checkpoint", 3, "before"),
+    ("removal of a checkpoint", 3, "in"),
+    ("removal of a checkpoint", 3, "after"),
+    ("file of the run", 2, "in"),  # the published model
+    ("file of the run", 2, "after"),
+    ("pictures", 1, "before"),
+]
+
+
+def options(shards: Path, **changes):
+    """Five steps, an evaluation after the second, the fourth and the last; one checkpoint is kept."""
+    return small(data_shards=shards, **{"train_keep": 1, "optim_ema": 24, "evaluate_batch_size": 3} | changes)
+
+
+def end(directory: Path) -> tuple:
+    """All that a run leaves, but for its logs and its speed."""
+    weights = {path.name: sha256_of(path) for path in directory.glob("checkpoints/*/*.safetensors")}
+    files = {name for name in files_below(directory) if not name.startswith("logs/")}
+    return files, learned(directory), weights, sha256_of(directory / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(room_shards, tmp_path_factory) -> Path:
+    # in a directory of the same name, since that stands in the config that the weights carry along
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = warm_run("train", cwd=directory.parent, before=without_pictures, run="run", **options(room_shards))
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.parametrize(("point", "call", "when"), POINTS, ids=lambda value: str(value).replace(" ", "-"))
+def test_killed_at_any_point_it_ends_bit_for_bit_as_undisturbed(undisturbed, room_shards, tmp_path, point, call, when):
+    given = {"cwd": tmp_path, "run": "run", **options(room_shards)}
+    fault = partial(together, without_pictures, partial(die, point, call, when))
+    if point == "pictures":
+        fault = partial(die, point, call, when)
+    done = warm_run("train", before=fault, **given)
+    assert done.returncode == -9, f"it was not struck: {done.stdout}{done.stderr}"
+    done = warm_run("train", before=without_pictures, **given)
+    assert done.returncode == 0, done.stderr
+    assert end(tmp_path / "run") == end(undisturbed)
+
+
+def test_the_average_is_what_is_evaluated_and_published(undisturbed, tmp_path):
+    _, lines, weights, published = end(undisturbed)
+    assert published == weights["ema.safetensors"] != weights["model.safetensors"]
+    target = tmp_path / "scores.json"
+    done = warm_run("evaluate", checkpoint=undisturbed / "model.safetensors", json=target, **{"batch-size": 3})
+    assert done.returncode == 0, done.stderr
+    scored = json.loads(target.read_text())["results"]["model"]["eigen"]
+    last = [line for line in lines if "evaluation" in line][-1]
+    assert {name: last[name] for name in scored} == scored
