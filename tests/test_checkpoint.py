@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, whatever happens while they are written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from torch import nn
 from mde_dist.errors import UserError
 from mde_dist.run import checkpoint
 from mde_dist.run.checkpoint import (
+    EMA,
     MODEL,
     OPTIMIZER,
     STATE,
@@ -187,3 +189,123 @@ def test_find_model_takes_a_file_or_the_newest_of_a_run(tmp_path):
             find_model(run, file)
     with pytest.raises(UserError, match="no checkpoint"):
         find_model(tmp_path / "nowhere", None)
+
+
+# --- what is read may be anything ---
+
+
+def rewrite(path: Path, **changes) -> None:
+    """Change state.json of a checkpoint; `None` removes an entry."""
+    whole = json.loads((path / STATE).read_text()) | changes
+    (path / STATE).write_text(json.dumps({name: value for name, value in whole.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples_seen": -1},
+        {"samples_seen": 2**70},
+        {"samples_seen": "20"},
+        {"samples_seen": True},
+        {"samples_seen": 1.5},
+        {"samples_seen": None},
+        {"step": 3},
+        {"evaluated": 21},
+        {"replaced": [1]},
+        {"skipped": {"a": 1}},
+        {"best": {"abs_rel": float("nan"), "samples": 1, "step": 1}},
+        {"best": {"abs_rel": 0.1}},
+        {"best": "good"},
+        {"config": ["a"]},
+        {"identity": 1},
+        {"format": "other"},
+        {"version": 1},
+        {"files": {}},
+        {"files": []},
+        {"files": {MODEL: {"bytes": 1, "sha256": "0"}}},
+        {"files": {"../../../etc/passwd": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"/etc/hostname": {"bytes": 1, "sha256": "0"}}},
+        {"files": {MODEL: "x", OPTIMIZER: "y"}},
+    ],
+    ids=str,
+)
+def test_a_hostile_state_is_refused_and_the_one_before_is_taken(tmp_path, changes):
+    write(tmp_path, 1)
+    rewrite(write(tmp_path, 2), **changes)
+    step, said = newest(tmp_path)
+    assert step == 1
+    assert len(said) == 1
+    assert "step-00000002 is not whole" in said[0]
+    assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"1", b"null", b"\xff\xfe", b" " * (2**24 + 1), b'{"a": ' * 50_000]
+)
+def test_a_state_that_is_no_table_or_has_no_end_is_refused(tmp_path, content):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / STATE).write_bytes(content)
+    step, said = newest(tmp_path)
+    assert (step, len(said)) == (1, 1)
+
+
+def header(text: str, data: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (2**63).to_bytes(8, "little") + b"{}",
+        header("{"),
+        header('{"w": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}', b"1234"),
+        header('{"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', b"1234"),
+        header('{"w": {"dtype": "PY", "shape": [1], "data_offsets": [0, 4]}}', b"1234"),
+        b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\x94\x93\x94.",  # a pickle
+    ],
+)
+def test_a_hostile_safetensors_file_with_the_right_checksum_is_refused(tmp_path, content):
+    write(tmp_path, 1)
+    victim = write(tmp_path, 2)
+    (victim / OPTIMIZER).write_bytes(content)
+    files = json.loads((victim / STATE).read_text())["files"]
+    files[OPTIMIZER] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite(victim, files=files)
+    step, said = newest(tmp_path)
+    assert (step, len(said)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"config": {}}',
+        '{"config": [], "size": [1, 1]}',
+        '{"config": {}, "size": [1, 99999]}',
+        '{"config": {}, "size": [true, 1]}',
+        '{"config": {}, "size": 7}',
+        '{"config": {"data.shards": {"a": 1}}, "size": [32, 32]}',
+    ],
+)
+def test_a_model_that_says_something_impossible_of_itself_is_refused(tmp_path, metadata):
+    path = tmp_path / MODEL
+    path.write_bytes(save({"w": torch.zeros(1)}, {"mde_dist": metadata}))
+    with pytest.raises(UserError, match="not a model of mde_dist"):
+        read_model(path)
+
+
+def test_what_a_writer_left_that_died_goes_with_the_next_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / ".step-00000007.tmp").mkdir()
+    (tmp_path / ".step-00000007.tmp" / MODEL).write_bytes(b"x")
+    write(tmp_path, 2)
+    assert steps(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_the_average_is_preferred_where_there_is_one(tmp_path):
+    target = write(tmp_path / "checkpoints", 1)
+    (target / EMA).write_bytes(b"x")
+    assert find_model(tmp_path, None) == target / EMA
+    write(tmp_path / "checkpoints", 2)
+    assert find_model(tmp_path, None).name == MODEL

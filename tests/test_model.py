@@ -9,7 +9,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from mde_dist.errors import UserError
-from mde_dist.learning.model import DepthModel, ModelConfig, build, restore
+from mde_dist.learning.model import DepthModel, ModelConfig, build, restore, skeleton
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
 URL = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
@@ -65,6 +65,19 @@ def test_every_parameter_gets_a_gradient(backbone):
     model(image(2, 3, 64, 64)).square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_without_batch_statistics_an_image_does_not_depend_on_its_batch(norm):
+    model = skeleton(ModelConfig(norm=norm)).train()
+    image = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    together, alone = model(image), torch.cat([model(part) for part in image.split(1)])
+    assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
+    together.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if norm == "frozen":
+        names = [name for name, _ in model.named_parameters() if ".bn" in name]
+        assert names == []  # statistics, scale and shift stay
 
 
 @pytest.mark.parametrize("size", [(45, 61), (240, 320), (32, 32), (33, 64), (64, 65)])
@@ -324,6 +337,7 @@ def test_damaged_cached_file_is_refused(imagenet_file, content):
 def test_restore_gives_the_model_back(backbone):
     model = build(ModelConfig(backbone), seed=4).train()
     model(image(2, 3, 64, 64))  # moves the batch statistics
+    model.to(memory_format=torch.channels_last)  # as what is restored
     metadata = {"config": {"model.backbone": backbone}}
     restored = restore(metadata, model.state_dict())
     assert type(restored) is DepthModel

@@ -54,6 +54,16 @@ def test_cosine_golden_points():
     assert learning_rate(config, 5000, 1100) == pytest.approx(2e-5)  # past the end it does not rise again
 
 
+def test_poly_golden_points():
+    config = OptimConfig(lr=2e-3, warmup=100, schedule="poly", power=0.9, final=0.0)
+    assert learning_rate(config, 100, 1100) == pytest.approx(2e-3)
+    assert learning_rate(config, 600, 1100) == pytest.approx(2e-3 * 0.5**0.9)
+    assert learning_rate(config, 1100, 1100) == 0
+    straight = OptimConfig(lr=1.0, warmup=0, schedule="poly", power=1, final=0.2)
+    assert learning_rate(straight, 25, 100) == pytest.approx(0.2 + 0.8 * 0.75)
+    assert learning_rate(straight, 400, 100) == pytest.approx(0.2)
+
+
 def test_cosine_falls_all_the_way():
     config = OptimConfig(warmup=50)
     rates = [learning_rate(config, seen, 2000) for seen in range(50, 2001)]
@@ -67,7 +77,7 @@ def test_constant_stays_after_warm_up():
     assert {learning_rate(config, seen, 100) for seen in (4, 50, 100, 10_000)} == {5e-4}
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 0), (10, 10), (10, 5)])
 def test_short_runs_have_a_rate(schedule, warmup, total):
     config = OptimConfig(lr=1e-3, schedule=schedule, warmup=warmup)

@@ -1,0 +1,47 @@
+"""The moving average, by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mde_dist.learning.ema import Ema
+
+
+def model(value: float) -> nn.Module:
+    made = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    with torch.no_grad():
+        made[0].weight.fill_(value)
+        made[1].running_mean.fill_(value)
+        made[1].num_batches_tracked.fill_(int(value))
+    return made
+
+
+def test_two_steps_by_hand():
+    ema = Ema(model(1.0), samples=1e9)
+    # early on the decay is step / (step + 9): 1/10, then 2/11
+    ema.update(model(11.0), batch=8, step=1)
+    assert ema.model[0].weight.item() == pytest.approx(0.1 * 1 + 0.9 * 11)
+    assert ema.model[1].running_mean.item() == pytest.approx(10.0)
+    assert ema.model[1].num_batches_tracked.item() == 11  # a count is no average
+    ema.update(model(21.0), batch=8, step=2)
+    assert ema.model[0].weight.item() == pytest.approx(2 / 11 * 10 + 9 / 11 * 21)
+
+
+@pytest.mark.parametrize("batch", [5, 10, 50])
+def test_after_its_samples_an_old_weight_counts_1_over_e_whatever_the_batch(batch):
+    ema, late = Ema(model(1.0), samples=1000), 10**6
+    for step in range(1000 // batch):
+        ema.update(model(0.0), batch, late + step)
+    assert ema.model[0].weight.item() == pytest.approx(math.exp(-1), rel=1e-4)
+
+
+def test_it_is_another_model_that_needs_no_gradient():
+    first = model(1.0)
+    ema = Ema(first, samples=10)
+    assert all(not p.requires_grad for p in ema.model.parameters())
+    assert all(p.requires_grad for p in first.parameters())
+    with torch.no_grad():
+        first[0].weight.fill_(5.0)
+    assert ema.model[0].weight.item() == 1.0

@@ -1,0 +1,96 @@
+"""A rank's output in its file; the terminal as before."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mde_dist.errors import UserError
+from mde_dist.run.logs import log_path, rank_log
+
+
+def run(code: str, *arguments) -> subprocess.CompletedProcess[str]:
+    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.run.logs import rank_log, alarm\n"
+    line = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def test_rank_0_shows_and_notes_what_it_says(tmp_path, capsys):
+    with rank_log(tmp_path, 0, 2):
+        print("hello")
+        print("careful", file=sys.stderr)
+    print("after")
+    assert capsys.readouterr() == ("hello\nafter\n", "careful\n")
+    first, *rest = log_path(tmp_path, 0).read_text().splitlines()
+    assert ", rank 0 of 2, process " in first
+    assert rest == ["hello", "careful"]
+
+
+def test_other_ranks_note_only_and_native_code_too(tmp_path):
+    done = run(
+        """
+        with rank_log(Path(sys.argv[1]), 1, 2):
+            print("hello")
+            os.write(2, b"from native code\\n")
+            alarm("last words", terminal=True)
+        print("after", flush=True)
+        """,
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "after\n", "last words\n")
+    assert log_path(tmp_path, 1).read_text().splitlines()[1:] == ["hello", "from native code", "last words"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_of_the_user_is_noted_and_left_to_the_terminal(tmp_path, rank):
+    code = """
+        from mde_dist.errors import UserError
+        try:
+            with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
+                raise UserError("no such thing")
+        except UserError as error:
+            print(error, file=sys.stderr)
+        """
+    done = run(code, tmp_path, rank)
+    assert done.stderr == "no such thing\n"
+    assert log_path(tmp_path, rank).read_text().splitlines()[1:] == ["error: no such thing"]
+
+
+def test_the_traceback_of_another_rank_is_in_its_log_alone(tmp_path):
+    code = "with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2): 1 / 0"
+    done = run(code, tmp_path, 1)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert log_path(tmp_path, 1).read_text().count("ZeroDivisionError") == 1
+    done = run(code, tmp_path, 0)
+    assert done.stderr.count("ZeroDivisionError") == 1
+    assert log_path(tmp_path, 0).read_text().count("ZeroDivisionError") == 1
+
+
+def test_a_crash_in_native_code_says_where(tmp_path):
+    done = run("with rank_log(Path(sys.argv[1]), 1, 2): os.abort()", tmp_path)
+    assert done.returncode == -6
+    assert "Fatal Python error: Aborted" in log_path(tmp_path, 1).read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_log_on_a_full_disk_is_done_without(tmp_path, rank):
+    (tmp_path / "logs").mkdir()
+    log_path(tmp_path, rank).symlink_to("/dev/full")
+    done = run(
+        """
+        with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
+            print("x" * 100_000)
+        print("after")
+        """,
+        tmp_path,
+        rank,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("after\n")
+
+
+def test_a_log_that_cannot_be_opened_is_one_line(tmp_path):
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), rank_log(tmp_path, 0, 1):
+        pass
