@@ -1,12 +1,15 @@
 """Signals, to one rank or to all, whatever a run is doing: all stop at the same step and leave one whole checkpoint."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import learned, small
+from commands import environment, learned, small, wait_for
 from faults import no_data, signalled, slow, together
 from warm import Warm, warm_run, warm_start, without_pictures
 
@@ -77,6 +80,29 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on_from_it(undist
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run/PREEMPTED").exists()
     assert learned(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_path, number):
+    """As from a scheduler: launch/one_node.sh becomes the launcher, which dies at USR1 by itself."""
+    run = tmp_path / "run"
+    flags = [text for name, value in options(room_shards, tmp_path).items() for text in (f"--{name}", str(value))]
+    env = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    script = Path(__file__).parents[2] / "launch/one_node.sh"
+    process = subprocess.Popen(
+        [script, "2", *flags, "--train.samples", "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+        start_new_session=True,
+    )
+    wait_for(lambda: (run / "checkpoints/step-00000001").is_dir(), process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert output.count("stopped at sample ") == 1, output
+    sample = int((run / "PREEMPTED").read_text().removeprefix("stopped at sample "))
+    assert newest_checkpoint(run / "checkpoints").state.samples_seen == sample
 
 
 @pytest.mark.parametrize("signalled_rank", [0, 1])
