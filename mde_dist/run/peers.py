@@ -146,6 +146,7 @@ class _Peers:
             # whose loss it was is known a moment later; if nobody's, it is an error of this rank's own
             if not isinstance(error, RuntimeError) or not self._found.wait(_VERDICT):
                 raise
+            time.sleep(_TICK)  # the ranks of a machine go together
             self.bye = True  # this one is not the culprit
             raise (RankError if self._speaks() else OtherRankError)(self._sentence()) from None
 
@@ -223,10 +224,10 @@ class _Peers:
         return self._rank == min(rank for rank in range(first, first + here) if rank not in self._lost)
 
     def _sentence(self) -> str:
-        ranks, how = list(self._lost), next(iter(self._lost.values()))
-        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-        log = f"; its log: {log_path(self._run, ranks[0])}" if self._run is not None else ""
-        return f"{who} {how if len(ranks) == 1 else 'are gone'}{log}; the same command goes on from the last checkpoint"
+        ranks, how = sorted(self._lost), next(iter(self._lost.values()))
+        who = f"rank {ranks[0]} {how}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are gone"
+        log = f"; log: {log_path(self._run, next(iter(self._lost)))}" if self._run is not None else ""
+        return f"{who}{log}; the same command goes on from the last checkpoint"
 
     def _end_here(self) -> None:
         """The main thread hangs in a collective, from which nothing else can call it back."""

@@ -36,7 +36,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(room_shards, tmp_pa
         others = [rank.returncode for number, rank in enumerate(process.ranks) if number != victim]
         assert others == [2, 2]
         (said,) = errors(process.output())
-        assert said.startswith(f"error (rank {speaker}): rank {victim} is gone; its log: {run}/logs/rank-{victim}.log")
+        assert said.startswith(f"error (rank {speaker}): rank {victim} is gone; log: {run}/logs/rank-{victim}.log")
         assert "Traceback" not in process.output()
         for number in {0, 1, 2} - {victim}:
             assert f"rank {victim} is gone" in (run / f"logs/rank-{number}.log").read_text()
@@ -49,7 +49,7 @@ def test_a_rank_that_hangs_is_missed_after_a_while_and_the_run_can_go_on(room_sh
         process.ranks[1].send_signal(signal.SIGSTOP)
         assert process.ranks[0].wait(60) == 2
         (said,) = errors(process.output())
-        assert "rank 1 has given no sign of life for 4 s; its log: " in said
+        assert "rank 1 has given no sign of life for 4 s; log: " in said
     done = warm_run("train", processes=2, before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
     assert [r["samples"] for r in records(run) if "loss" in r] == [12, 24, 36, 48, 60]
@@ -68,7 +68,7 @@ def test_a_rank_that_fails_has_its_traceback_in_its_log_and_is_named(room_shards
     done = warm_run("train", processes=3, before=partial(fail, 1), **given)
     assert done.returncode != 0
     (said,) = errors(done.stderr)
-    assert said.startswith(f"error (rank 0): rank 1 is gone; its log: {run}/logs/rank-1.log")
+    assert said.startswith(f"error (rank 0): rank 1 is gone; log: {run}/logs/rank-1.log")
     assert "Traceback" not in done.stderr
     assert "ValueError: a mistake in the code" in (run / "logs/rank-1.log").read_text()
 
@@ -122,6 +122,6 @@ def test_a_rank_that_dies_under_a_launcher_is_one_line_of_ours(room_shards, tmp_
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     (said,) = errors(output)
-    assert said.startswith(f"error (rank 0): rank 1 is gone; its log: {run}/logs/rank-1.log")
+    assert said.startswith(f"error (rank 0): rank 1 is gone; log: {run}/logs/rank-1.log")
     assert not any(rank.is_running() for rank in ranks)
     assert learned(run)
