@@ -1,4 +1,4 @@
-"""A disk that is full, a directory that may not be written: the run says so and stops or trains on, and nothing is lost.
+"""A disk that is full, a directory that may not be written: the run says so, stops or trains on, and nothing is lost.
 
 On real file systems of a limited size, which only root can mount.
 """

@@ -1,4 +1,4 @@
-"""One training, whatever the number of ranks: gradients, weights, averages and scores, the same to rounding or exactly."""
+"""One training, whatever the number of ranks: the same gradients, weights and scores, to rounding or exactly."""
 
 import json
 from functools import partial
