@@ -199,9 +199,3 @@ def forbid_pickle() -> None:
     for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
         setattr(pickle, name, refuse)
     torch.save = torch.load = refuse
-
-
-def as_nobody() -> None:
-    """As a user without rights; for tests that run as root, whom no permission stops."""
-    os.setgid(65534)
-    os.setuid(65534)
