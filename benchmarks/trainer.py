@@ -108,15 +108,15 @@ def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool,
 
     learner.build = Stub if stub else learner.build
     counted, loops = Rounds(*rounds), {}
-    found: dict[str, list] = {"bare loop, DDP as it comes": [], "bare loop, DDP as the trainer has it": []}
-    flags = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    ours = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    bare = {"bare loop, the trainer's DDP options": ours, "bare loop, DDP as it comes": {}}
+    found: dict[str, list] = {name: [] for name in bare}
 
     def pause(number: int, config: Any, accelerator: Any) -> bool:
         world = accelerator.num_processes
         if not loops:
-            for name, ddp in zip(found, ({}, flags), strict=True):
-                if world > 1 or not ddp:  # a lone rank needs no DDP
-                    loops[name] = bare_loop(config, world, learner.build, **ddp)
+            for name, ddp in list(bare.items())[: 2 if world > 1 else 1]:  # a lone rank needs no DDP
+                loops[name] = bare_loop(config, world, learner.build, **ddp)
         if number % block:
             return True
         if number > block:  # the first round warms up
