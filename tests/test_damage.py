@@ -51,7 +51,8 @@ from mde_dist.data.adopt import adopt
 from mde_dist.data.loader import Loader
 from mde_dist.data.pack import PackOptions
 from mde_dist.data.repair import repair
-from mde_dist.data.shards import DamagedSample, ShardSet, open_split
+from mde_dist.data.samples import DamagedSample
+from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.data.verify import verify
 from mde_dist.errors import RankError, UserError
 from mde_dist.stream import poisoned
@@ -471,7 +472,7 @@ def check_run(shards: ShardSet, damage: Damage, keys: list[str], pairs: dict[str
             with pytest.raises(DamagedSample) as error:
                 read(shards, sample)
             said = str(error.value)
-            assert shards.shard_of(sample) in said
+            assert shards.file_of(sample) in said
             assert re.search(damage.says, said)
             assert "\n" not in said
             if damage.keyless:

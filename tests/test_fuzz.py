@@ -32,7 +32,8 @@ from mde_dist.data.examine import examine
 from mde_dist.data.loader import Loader
 from mde_dist.data.pack import PackOptions
 from mde_dist.data.repair import repair
-from mde_dist.data.shards import DamagedSample, ShardSet, open_split
+from mde_dist.data.samples import DamagedSample
+from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.data.tars import scan
 from mde_dist.data.verify import verify
@@ -249,7 +250,7 @@ def use(
             meanwhile()
             for sample in range(len(shards)):
                 shards.key(sample)
-                shards.shard_of(sample)
+                shards.file_of(sample)
                 record = attempt(shards.meta, sample)
                 found = attempt(whole_sample, shards, sample)
                 seen["read" if found else "damaged"] += 1

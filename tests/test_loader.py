@@ -18,7 +18,7 @@ import torch
 from trees import SIZE, bts, depth_bytes, members, open_files, packed, vouch, write_tar
 
 from mde_dist.data import loader as loader_module
-from mde_dist.data import shards as shards_module
+from mde_dist.data import samples as samples_module
 from mde_dist.data.loader import Draw, Loader, Stopped
 from mde_dist.data.pack import PackOptions
 from mde_dist.data.shards import ShardSet, open_split
@@ -299,7 +299,7 @@ def hanging(path: Path) -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving waits for stuck threads as long as a test can."""
-    monkeypatch.setattr(shards_module, "_LEAVE_AFTER", 0.3)
+    monkeypatch.setattr(samples_module, "_LEAVE_AFTER", 0.3)
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -19,7 +19,8 @@ from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, pictur
 
 from mde_dist.data.manifest import INDEX, Manifest
 from mde_dist.data.pack import PackOptions
-from mde_dist.data.shards import DamagedSample, ShardSet, open_split
+from mde_dist.data.samples import DamagedSample
+from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.errors import UserError
 
@@ -545,5 +546,5 @@ def test_the_manifest_hash_tells_any_change(copy: Path) -> None:
 def test_a_shard_set_of_a_manifest_that_was_read_before(whole: Path) -> None:
     manifest, store = open_store(whole, CacheOptions())
     with ShardSet(manifest, store, "train") as train, ShardSet(manifest, store, "test") as test:
-        assert train.shard_of(6) == str(whole / "train-000002.tar")
-        assert test.shard_of(0) == str(whole / "test-000000.tar")
+        assert train.file_of(6) == str(whole / "train-000002.tar")
+        assert test.file_of(0) == str(whole / "test-000000.tar")

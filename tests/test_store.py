@@ -53,7 +53,7 @@ def test_a_server_gives_what_the_directory_gives(room_shards, tmp_path):
                 assert contents(remote) == contents(local)
                 assert (remote.mean_map() == local.mean_map()).all()
                 assert remote.manifest.sha256 == local.manifest.sha256
-                assert remote.shard_of(0) == f"{place}/{split}-000000.tar"
+                assert remote.file_of(0) == f"{place}/{split}-000000.tar"
         assert set(server.requests.values()) == {1, 2}  # the manifest once for each split
 
 
@@ -75,7 +75,7 @@ def test_training_from_s3_learns_the_same(bucket, room_shards, tmp_path):
 def test_a_query_that_holds_a_key_is_in_no_message(room_shards, tmp_path):
     options = CacheOptions(tmp_path / "cache", 10**8, patience=0.5)
     with FileServer(room_shards) as server, open_split(f"{server.url}/?token=secret", "train", options) as shards:
-        assert "secret" not in shards.manifest.place + shards.shard_of(3) + shards.advice
+        assert "secret" not in shards.manifest.place + shards.file_of(3) + shards.advice
         assert "secret" in server.targets[0]
         server.fail(Fault(status=403))
         with pytest.raises(UserError) as error:

@@ -86,7 +86,7 @@ def samples(directory: Path, split: str = "train") -> dict[str, tuple[Pair, dict
 def damage(directory: Path, sample: int, split: str = "train", member: str = "image") -> str:
     """Flip a bit of a sample -> its key."""
     with open_split(directory, split) as shards:
-        key, path = shards.key(sample), Path(shards.shard_of(sample))
+        key, path = shards.key(sample), Path(shards.file_of(sample))
     row = np.load(directory / manifest_of(directory)["splits"][split]["index"]["name"])[sample]
     data = bytearray(path.read_bytes())
     data[int(row[f"{member}_offset"]) + 20] ^= 1

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import RankError
-from .shards import DamagedSample, ShardSet
+from .samples import DamagedSample, Samples
 
 Draw = tuple[np.ndarray, np.ndarray]
 """What a batch consists of: (epochs, samples), int64 (batch,)."""
@@ -76,7 +76,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        samples: Samples,
         draws: Iterator[Draw],
         batch: int,
         device: torch.device,
@@ -91,11 +91,11 @@ class Loader:
         `stop` is asked while the loop waits, and where it is true the wait ends with Stopped."""
         self.damaged: dict[int, str] = {}
         """Sample -> what is wrong with it, where in the shards; the first hundred."""
-        self._shards, self._draws, self._device, self._replace = shards, draws, device, replace
+        self._samples, self._draws, self._device, self._replace = samples, draws, device, replace
         self._timeout, self._stop, self._say = timeout, stop, say
-        self._stride = next(s for s in itertools.count(shards.block + 1) if math.gcd(s, len(shards)) == 1)
+        self._stride = next(s for s in itertools.count(samples.block + 1) if math.gcd(s, len(samples)) == 1)
         pin = device.type == "cuda"
-        height, width = shards.size
+        height, width = samples.size
         self._free = deque(
             _Slot(
                 torch.empty((batch, height, width, 3), dtype=torch.uint8, pin_memory=pin),
@@ -118,7 +118,7 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._shards.end_readers(self._threads, self._work)
+        self._samples.end_readers(self._threads, self._work)
 
     def __iter__(self) -> "Loader":
         return self
@@ -170,12 +170,12 @@ class Loader:
             seconds = time.monotonic() - since
             if seconds > self._timeout:
                 raise RankError(
-                    f"{self._shards.shard_of(sample)}: a read has not come back for {seconds:.0f} s; is its disk or "
+                    f"{self._samples.file_of(sample)}: a read has not come back for {seconds:.0f} s; is its disk or "
                     "server well? (data.read_timeout is how long to wait)"
                 )
             if seconds > say_after:
                 say_after *= 2
-                self._say(f"waiting for {self._shards.shard_of(sample)} for {seconds:.0f} s now")
+                self._say(f"waiting for {self._samples.file_of(sample)} for {seconds:.0f} s now")
 
     def _deliver(self, slot: _Slot) -> Batch:
         epoch, sample = slot.draw
@@ -212,23 +212,23 @@ class Loader:
         try:
             for step in range(_SUBSTITUTES):
                 # one shard further on: damage comes by the shard, and neighbours would all be replaced by one sample
-                candidate = (sample + step * self._stride) % len(self._shards)
+                candidate = (sample + step * self._stride) % len(self._samples)
                 self._reading[reader] = time.monotonic(), candidate
                 try:
-                    self._shards.read_into(candidate, image, depth)
+                    self._samples.read_into(candidate, image, depth)
                     if self._replace and not depth.max():  # five times as fast as `any`
-                        raise self._shards.damaged(candidate, "depth has no valid pixel")
+                        raise self._samples.damaged(candidate, "depth has no valid pixel")
                     return step > 0
                 except DamagedSample as error:
                     self._note(candidate, error)
         finally:
             self._reading.pop(reader, None)
-        where = self._shards.shard_of(sample)
-        raise RankError(f"{where}: damaged, and so are the {_SUBSTITUTES - 1} to replace it; {self._shards.advice}")
+        where = self._samples.file_of(sample)
+        raise RankError(f"{where}: damaged, and so are the {_SUBSTITUTES - 1} to replace it; {self._samples.advice}")
 
     def _note(self, sample: int, error: DamagedSample) -> None:
         if not self._replace:
-            raise RankError(f"damaged sample: {error}; {self._shards.advice}")
+            raise RankError(f"damaged sample: {error}; {self._samples.advice}")
         with self._lock:
             new = sample not in self.damaged and len(self.damaged) < _NAMED
             if new:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from ..errors import UserError
 from .remote import Closed
-from .shards import ShardSet
+from .samples import Samples
 
 Stage = tuple[int, Iterable[int]]
 """Stream position where a stretch of the order ends, and the numbers of the shards that it reads."""
@@ -20,11 +20,11 @@ _CONNECTIONS = 4
 class Prefetch:
     """Fetches the shards of the coming stages in threads of its own. Use it in a `with`, which leaves none behind."""
 
-    def __init__(self, shards: ShardSet, stages: Iterator[Stage]):
-        self._shards, self._stages, self._closed = shards, stages, False
+    def __init__(self, samples: Samples, stages: Iterator[Stage]):
+        self._samples, self._stages, self._closed = samples, stages, False
         self._ends: deque[int] = deque()  # of the stages that are asked for
         self._work: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        count = _CONNECTIONS if shards.remote else 0
+        count = _CONNECTIONS if samples.remote else 0
         self._threads = [threading.Thread(target=self._fetch, name=f"prefetch-{i}", daemon=True) for i in range(count)]
         for thread in self._threads:
             thread.start()
@@ -34,7 +34,7 @@ class Prefetch:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._shards.end_readers(self._threads, self._work)
+        self._samples.end_readers(self._threads, self._work)
 
     def reached(self, position: int) -> None:
         """The loader draws samples from this stream position on."""
@@ -52,6 +52,6 @@ class Prefetch:
     def _fetch(self) -> None:
         while (shard := self._work.get()) is not None and not self._closed:
             try:
-                self._shards.prefetch(shard)
+                self._samples.prefetch(shard)
             except (UserError, Closed):
                 continue  # the reader of this shard meets the same and says so; until then the loop goes on

@@ -9,12 +9,9 @@ DIR/manifest.json        counts, bytes, sha256, codec, image size, depth statist
 import hashlib
 import json
 import os
-import queue
 import tarfile
-import threading
-import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -24,15 +21,10 @@ from . import depth
 from .handles import Handles
 from .index import Index
 from .manifest import MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
+from .samples import Samples
 from .store import CacheOptions, Store, open_store
 
-_LEAVE_AFTER = 12.0  # seconds that leaving waits for threads: longer than the time-out of a server
-
 Payload = bytes | memoryview
-
-
-class DamagedSample(Exception):
-    """A sample whose bytes are not what was packed; the message names shard, key and what is wrong."""
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -64,15 +56,17 @@ def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, 
     simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=image)
 
 
-class ShardSet:
-    """The samples of one split, readable at random and from several threads. Use it in a `with`."""
+class ShardSet(Samples):
+    """The samples of one split of a directory or URL of shards."""
 
     def __init__(self, manifest: Manifest, store: Store, split: str):
         if split not in manifest.splits:
             raise UserError(f"{manifest.place} has no split {split!r}; it has {', '.join(manifest.splits)}")
+        super().__init__()
         self.manifest, self.info, self.size = manifest, manifest.splits[split], manifest.size
-        self.remote = store.remote
-        self._store, self._closing = store, threading.Event()
+        self.place, self.remote = manifest.place, store.remote
+        self.advice = f"see what is whole with: {command_for('verify', manifest.place)}"
+        self._store = store
         for shard in self.info.shards:
             store.check(shard)
         self._ends = np.cumsum([shard.samples for shard in self.info.shards])
@@ -86,9 +80,6 @@ class ShardSet:
     def __enter__(self) -> "ShardSet":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close all files and end what is being fetched."""
         self._closing.set()
@@ -101,10 +92,7 @@ class ShardSet:
         return max(shard.samples for shard in self.info.shards)
 
     def read_into(self, sample: int, image: np.ndarray, target: np.ndarray) -> None:
-        """Read a sample into `image`, uint8 (height, width, 3), and `target`, uint16 millimetres (height, width).
-
-        Both must be contiguous. Raises DamagedSample where the bytes are not what was packed.
-        """
+        """As declared. Raises DamagedSample where the bytes are not what was packed."""
         try:
             row = self._index[sample]
             depth_key, encoded = self._member(row, "depth")
@@ -116,7 +104,6 @@ class ShardSet:
             raise self.damaged(sample, error) from None
 
     def meta(self, sample: int) -> dict[str, str]:
-        """The sample's own record: scene, source, split; empty where it has none. Raises DamagedSample."""
         try:
             row = self._index[sample]
             return json.loads(bytes(self._member(row, "meta")[1])) if row["meta_bytes"] else {}
@@ -136,18 +123,9 @@ class ShardSet:
                 continue
         return f"of sample {sample}"
 
-    @property
-    def advice(self) -> str:
-        """What a user can do about damage."""
-        return f"see what is whole with: {command_for('verify', self.manifest.place)}"
-
-    def shard_of(self, sample: int) -> str:
+    def file_of(self, sample: int) -> str:
         """Path or URL of the tar that holds the sample."""
         return f"{self.manifest.place}/{self.info.shards[self._number(sample)].name}"
-
-    def damaged(self, sample: int, error: object) -> DamagedSample:
-        """What is wrong with a sample, in words."""
-        return DamagedSample(f"{self.shard_of(sample)}, key {self.key(sample)}: {error}")
 
     def shards_of(self, ranges: np.ndarray) -> list[int]:
         """Numbers of the shards that hold the samples of `ranges`, int64 (n, 2), first and end of each."""
@@ -157,20 +135,6 @@ class ShardSet:
     def in_order(self) -> Iterator[tuple[int, list[int]]]:
         """Every shard once: (the sample where it ends, its number)."""
         return ((end, [number]) for number, end in enumerate(self._ends.tolist()))
-
-    def end_readers(self, threads: Sequence[threading.Thread], work: queue.SimpleQueue) -> None:
-        """End threads that read from here what a queue tells them; None in it is their end.
-
-        What they are fetching from a server is given up. A read that hangs in the system cannot be ended: its thread is
-        left to die with the process.
-        """
-        self._closing.set()
-        for _ in threads:
-            work.put(None)
-        end = time.monotonic() + _LEAVE_AFTER
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        self._closing.clear()
 
     def prefetch(self, shard: int) -> None:
         """Have a shard on this machine's disks before it is read. Raises UserError."""
