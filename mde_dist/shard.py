@@ -4,7 +4,8 @@
 
     python -m mde_dist.shard --verify DIR | --repair DIR | --index DIR
 
-Recognises NYU Depth v2 as people have it (densedepth, bts, plain folders) and the embedded rendered rooms, checks that
+Recognises NYU Depth v2 as people have it (densedepth, bts and NeWCRFs lists, HDF5 files and tars of them, the labelled
+.mat file, Marigold's files, plain folders, any of these folders as a ZIP) and the embedded rendered rooms, checks that
 its depths are metres of an indoor data set, and packs it into WebDataset tars with an index and a manifest.
 """
 
@@ -12,7 +13,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,17 +21,14 @@ import tyro
 from rich.console import Console
 
 from .command import Size, parse, run_command
-from .data.depth import DepthScale
 from .data.manifest import Manifest
 from .data.pack import PackOptions, pack
-from .data.probe import check_units, probe
 from .data.remote import is_remote
-from .data.sources import open_source
+from .data.sources import DepthMap
 from .errors import UserError
 from .keep import index_shards, say, show_splits, verify_shards
 from .progress import shown
-
-Layout = Literal["densedepth", "bts", "folder", "rooms"]
+from .source import Layout, given_scales, open_checked
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class ShardConfig:
     output: Path | None = None
     """Directory for the shards; it must not hold any yet."""
     source: Path | None = None
-    """Folder of the data set. Not needed for --layout rooms."""
+    """Folder of the data set, its ZIP as downloaded, or nyu_depth_v2_labeled.mat. Not needed for --layout rooms."""
     layout: Layout | None = None
     """How the source is laid out; None = recognise it. rooms = the embedded sample, rendered here."""
     size: Size | None = None
@@ -56,6 +53,10 @@ class ShardConfig:
     """Leave out pairs that are missing, unreadable or mismatched, and count them, instead of stopping."""
     depth_scale: tuple[str, ...] = ()
     """SPLIT=METRES per stored unit (or just METRES for all splits), overruling layout and checks."""
+    list: tuple[str, ...] = ()
+    """SPLIT=FILE, train or test: a list of pairs that is not in the data set under its published name; also .gz."""
+    depth_map: DepthMap | None = None
+    """raw (with holes) or filled, where the data set has both; None = the layout's own, which the output names."""
     depth_codec: Literal["zst", "png"] = "zst"
     """How depth is stored, always lossless: zst decodes about seven times as fast, png is for interchange."""
     jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
@@ -74,28 +75,18 @@ def main(argv: list[str]) -> None:
     config = parse(ShardConfig, argv, "python -m mde_dist.shard")
     check(config)
     console = Console()
-    scales = given_scales(config.depth_scale)
     directory = config.verify or config.repair
     if directory:
         sys.exit(verify_shards(console, directory, config.workers, mend=bool(config.repair)))
     elif config.index:
-        index_shards(console, config.index, config.workers, config.skip_bad, scales)
+        index_shards(console, config.index, config.workers, config.skip_bad, given_scales(config.depth_scale))
     elif config.output:
-        pack_source(console, config, config.output, scales)
+        pack_source(console, config, config.output)
 
 
-def pack_source(console: Console, config: ShardConfig, output: Path, scales: Mapping[str, DepthScale]) -> None:
+def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
-    source = open_source(config.source or Path(), config.layout, scales)
-    probes = probe(source)
-    say(f"{source.root}: layout {source.layout}")
-    for name, split in source.splits.items():
-        height, width = probes[name].size
-        say(
-            f"  {name}: {len(split.pairs):,} pairs, {height}x{width}, median {probes[name].median:.2f} m, "
-            f"holes {probes[name].holes:.1%} (from a few); {split.scale}"
-        )
-    check_units(source, probes, list(scales))
+    source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     started = time.monotonic()
     options = PackOptions(
         config.size,
@@ -137,21 +128,6 @@ def check(config: ShardConfig) -> None:
         raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise UserError(f"--output {config.output} is there already and not empty; choose another, or remove it first")
-
-
-def given_scales(arguments: tuple[str, ...]) -> dict[str, DepthScale]:
-    """`SPLIT=METRES` or `METRES` arguments -> scales by split, "" for all. Raises UserError."""
-    scales = {}
-    for argument in arguments:
-        split, _, number = argument.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < 1000:
-            raise UserError(f"--depth-scale {argument}: expected SPLIT=METRES per stored unit, such as train=0.001")
-        scales[split] = DepthScale(value, reason="given by --depth-scale")
-    return scales
 
 
 def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:

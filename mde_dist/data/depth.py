@@ -28,7 +28,7 @@ class DepthScale:
     max_metres: float = np.inf
     """Upper end of the source's range, metres; what lies above is held there."""
     bits: int = 0
-    """Bits of a stored value that the source declares, 8 or 16; 0 = not declared."""
+    """Bits of a stored value that the source declares: 8, 16, or 32 for floats of any width; 0 = not declared."""
     reason: str = "declared by the layout"
     """Why this scale, in words, for the user to check."""
 

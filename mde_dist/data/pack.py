@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def pack(
     size = options.size or next(iter((probes or probe(source)).values())).size
     jobs, missing = plan(source, options)
     output = output.absolute()
-    work = Work(source, options, size, output.with_name(f".{output.name}.partial"))
+    work = Work(_without_pairs(source), options, size, output.with_name(f".{output.name}.partial"))
     try:
         work.partial.mkdir(parents=True, exist_ok=True)
         total = sum(len(job.pairs) for job in jobs)
@@ -120,6 +120,11 @@ def pack(
         raise UserError(f"cannot write {output}: {error.strerror}; finished shards are kept") from None
     except BrokenProcessPool:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
+
+
+def _without_pairs(source: Source) -> Source:
+    """For the workers, which get the pairs of their shard with the job: tens of thousands more would go to each."""
+    return replace(source, splits={name: replace(split, pairs=()) for name, split in source.splits.items()})
 
 
 def _pack_shard(work: Work, job: Job) -> list[str]:
@@ -150,9 +155,9 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
         for pair in job.pairs:
             try:
                 raw = work.source.read(pair, work.source.splits[job.split].scale)
-                jpeg, millimetres = _fit(work.source.root / pair.image, raw, work.size, work.options)
+                jpeg, millimetres = _fit(work.source.place(pair.image), raw, work.size, work.options)
                 if not millimetres.any():
-                    raise BadPair(f"{work.source.root / pair.depth} has no valid pixel")
+                    raise BadPair(f"{work.source.place(pair.depth)} has no valid pixel")
             except BadPair as error:
                 if not work.options.skip_bad:
                     raise
@@ -168,17 +173,9 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
 def _fingerprint(work: Work, job: Job) -> str:
     """What a shard is a function of, so that one packed before a change of source or options is not taken for it."""
     options = [work.size, work.options.codec, work.options.jpeg_quality]
-    pairs = [[pair.key, pair.scene, *_stamp(work.source, pair)] for pair in job.pairs]
+    pairs = [[pair.key, pair.scene, *work.source.stamp(pair)] for pair in job.pairs]
     scale = repr(work.source.splits[job.split].scale)
     return hashlib.sha256(json.dumps([FORMAT, VERSION, __version__, options, scale, pairs]).encode()).hexdigest()
-
-
-def _stamp(source: Source, pair: Pair) -> list[Any]:
-    """What tells a changed source file from the one packed before."""
-    if pair.image.startswith("room:"):
-        return [pair.image]
-    stats = [(source.root / path).stat() for path in (pair.image, pair.depth)]
-    return [pair.image, pair.depth, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
 
 
 def _fit(path: Path, raw: RawPair, size: tuple[int, int], options: PackOptions) -> tuple[bytes, np.ndarray]:
@@ -226,6 +223,7 @@ def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dic
             raise UserError(f"split {name}: no pair can be used; the first: {skipped[0]}")
         records[name] = write_split(work.partial, name, shards, statistics, work.options.codec) | {
             "depth_scale": str(split.scale),
+            "depth_map": split.depth_map,
             "reencoded_images": int(statistics.reencoded[0]),
             "skipped": skipped,
         }

@@ -60,7 +60,7 @@ def scan(path: Path) -> Contents:
     by_key: dict[str, TarSample] = {}
     twice: dict[str, str] = {}
     torn: set[str] = set()  # which member belongs to which of two namesakes nobody can tell
-    for info in _members(path, contents.problems):
+    for info in members(path, contents.problems):
         key, extension = split_name(info.name)
         contents.extensions.add(extension)
         member = _MEMBER_OF.get(extension)
@@ -83,7 +83,7 @@ def scan(path: Path) -> Contents:
     return contents
 
 
-def _members(path: Path, problems: list[str]) -> Iterator[tarfile.TarInfo]:
+def members(path: Path, problems: list[str]) -> Iterator[tarfile.TarInfo]:
     """The regular members of a tar. Bad headers are skipped block by block, and noted."""
     status = path.stat()
     size = status.st_size

@@ -1,0 +1,29 @@
+"""densedepth, also Kaggle's nyu_data: data/nyu2_{train,test}.csv with rows `image,depth`; as a folder or as the ZIP.
+
+8-bit depth 0..10 m for training, 16-bit millimetres for test; both filled.
+"""
+
+from ..depth import DENSEDEPTH_8BIT, MILLIMETRES
+from .choice import Choice
+from .lists import find_list, pairs_of
+from .pairs import Source, Split
+from .pictures import PictureReader
+from .tree import FolderTree, Tree
+
+EXPECTED = "data/nyu2_train.csv or data/nyu2_test.csv"
+
+
+def densedepth(tree: Tree, choice: Choice) -> Source | None:
+    bases = [tree, tree.below("nyu_data")]
+    if isinstance(tree, FolderTree) and tree.root.name == "data":
+        bases.append(FolderTree(tree.root.parent))  # rows start above `data`
+    has = [base for base in bases if any(base.is_file(f"data/nyu2_{split}.csv") for split in ("train", "test"))]
+    if not has and not (choice.lists and choice.layout == "densedepth"):
+        return None
+    base, splits = has[0] if has else tree, {}
+    for split, declared in (("train", DENSEDEPTH_8BIT), ("test", MILLIMETRES)):
+        listed = find_list(base, [f"data/nyu2_{split}.csv"], choice.lists.get(split), comma=True)
+        if listed:
+            choice.only("filled", "densedepth")
+            splits[split] = Split(pairs_of(listed, "", "data"), choice.scale(split, declared), "filled")
+    return Source("densedepth", base.root, splits, PictureReader(base)) if splits else None

@@ -1,0 +1,46 @@
+"""A plain folder: images/ and depth/ with the same names, in the root (split `train`) or once in a folder per split."""
+
+from ...errors import UserError
+from ..depth import DepthScale
+from .choice import Choice
+from .lists import FileList, pairs_of
+from .pairs import Source, Split
+from .pictures import IMAGE_SUFFIXES, PictureReader, depth_bits
+from .tree import Tree, Unreadable
+
+EXPECTED = "images/NAME.* with depth/NAME.png, or one such folder per split"
+
+
+def folder(tree: Tree, choice: Choice) -> Source | None:
+    bases = {"train": ""} if "images" in tree.folders("") else {name: name for name in tree.folders("")}
+    splits = {}
+    for split, base in bases.items():
+        if not {"images", "depth"} <= set(tree.folders(base)):
+            continue
+        choice.none("a plain folder")
+        within = f"{base}/" if base else ""
+        names = [name for name in tree.files(f"{within}images") if name.lower().endswith(IMAGE_SUFFIXES)]
+        rows = [[f"{within}images/{name}", f"{within}depth/{name.rpartition('.')[0]}.png"] for name in names]
+        if not rows:
+            raise UserError(f"{tree.root / within / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        scale = choice.given(split) or _guess(tree, [row[1] for row in rows], split)
+        pairs = pairs_of(FileList(tree.root / base, rows), "", f"{within}images")
+        splits[split] = Split(pairs, scale)
+    return Source("folder", tree.root, splits, PictureReader(tree)) if splits else None
+
+
+def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:
+    """The scale of a plain folder from its first depth map: 16 bits are nearly always millimetres, 8 bits anything."""
+    name = next((name for name in names if tree.is_file(name)), names[0])
+    try:
+        bits = depth_bits(tree, name)
+    except (OSError, Unreadable, ValueError, SyntaxError, Warning):
+        bits = None
+    if bits is None:
+        raise UserError(f"{tree.root / name}: missing or unreadable; every image needs a depth map of its name")
+    if bits == 8:
+        raise UserError(
+            f"{tree.root / name} is 8-bit and a plain folder does not say what a step means; "
+            f"give metres per step, for example --depth-scale {split}=0.0392157"
+        )
+    return DepthScale(1e-3, bits=16, reason="guessed: millimetres, because the files are 16-bit PNG")

@@ -1,0 +1,211 @@
+"""h5: one file per pair, as sparse-to-dense and FastDepth have it, or the tars of these files from Hugging Face.
+
+{train,val}/SCENE/00001.h5 with `rgb` uint8 (3, height, width) and `depth` float32 metres (height, width). Its `val` is
+the official test set, and our split `test`.
+"""
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserError
+from ..depth import DepthScale, to_millimetres
+from ..tars import members
+from .choice import Choice
+from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
+from .lists import FileList, find_base, find_list, inside, key_of
+from .pairs import BadPair, Pair, RawPair, Source, Split
+from .tree import FolderTree, Tree, Unreadable, check_size
+
+EXPECTED = "train/SCENE/00001.h5 and val/official/00001.h5, or train-000000.tar and val-000000.tar of such files"
+_NAMES = {"train": "train", "test": "val"}  # our split -> its name here
+_HOME = "nyudepth_hdf5"
+_BASES = ("", _HOME, f"data/{_HOME}")
+_VAL = "val is the official test set: split test"
+
+
+def h5(tree: Tree, choice: Choice) -> Source | None:
+    found = {split: _listed(tree, split, choice) or _walked(tree, split) for split in _NAMES}
+    lists = {split: listed for split, listed in found.items() if listed}
+    if not lists:
+        return _tars(tree, choice)
+    import_h5py()
+    choice.none("h5")
+    splits = {}
+    for split, listed in lists.items():
+        base = find_base(tree, listed, _BASES)
+        splits[split] = Split(_pairs(listed, base, _NAMES[split]), choice.scale(split, FLOAT_METRES))
+    return Source("h5", tree.root, splits, H5Reader(tree), (_VAL,) if "test" in splits else ())
+
+
+def _listed(tree: Tree, split: str, choice: Choice) -> FileList | None:
+    """A list of one column, headed `Name`; its rows without what leads to the folder of `train` and `val`."""
+    name = f"{_HOME}_{_NAMES[split]}.csv"
+    listed = find_list(tree, [name, f"data/{name}", f"{_HOME}/{name}", f"data/{_HOME}/{name}"], choice.lists.get(split))
+    if listed is None:
+        return None
+    headed = listed.rows[0] == ["Name"]
+    rows = [[row[0].rpartition(f"{_HOME}/")[2], *row[1:]] for row in listed.rows[headed:]]
+    if not rows:
+        raise UserError(f"{listed.place} lists no pairs")
+    if not headed and not rows[0][0].endswith(".h5"):
+        return None  # a list of another layout
+    return FileList(listed.place, rows, 1 + headed)
+
+
+def _walked(tree: Tree, split: str) -> FileList | None:
+    name = _NAMES[split]
+    for base in _BASES:
+        above = "/".join(filter(None, (base, name)))
+        rows = [
+            [f"{name}/{scene}/{file}"]
+            for scene in tree.folders(above)
+            for file in tree.files(f"{above}/{scene}")
+            if file.endswith(".h5")
+        ]
+        if rows:
+            return FileList(tree.root / above, rows)
+    return None
+
+
+def _pairs(listed: FileList, base: str, drop: str) -> tuple[Pair, ...]:
+    pairs: dict[str, Pair] = {}
+    for number, row in enumerate(listed.rows, listed.first):
+        where = f"{listed.place}, row {number}"
+        if len(row) != 1 or not row[0].endswith(".h5"):
+            raise UserError(f"{where}: expected the path of an .h5 file, found {' '.join(row)!r}")
+        path = inside(row[0], base, where)
+        key = _key(PurePosixPath(row[0].lstrip("/")), drop)
+        if key in pairs:
+            raise UserError(f"{where}: {path} is listed twice or collides with {pairs[key].image}")
+        pairs[key] = Pair(key, path.parent.name, str(path), str(path))
+    return tuple(pairs.values())
+
+
+def _key(path: PurePosixPath, drop: str) -> str:
+    return key_of(path.relative_to(drop) if path.is_relative_to(drop) else path)
+
+
+class H5Reader:
+    """Reads pairs that are a file each."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
+
+    def read(self, pair: Pair, scale: DepthScale) -> RawPair:
+        path = self.tree.root / pair.image
+        try:
+            return decode_h5(self.tree.read(pair.image), path, scale)
+        except Unreadable as error:
+            raise BadPair(f"{path} cannot be read ({error})") from None
+
+    def missing(self, pair: Pair) -> list[Path]:
+        return [] if self.tree.is_file(pair.image) else [self.tree.root / pair.image]
+
+    def stamp(self, pair: Pair) -> list[Any]:
+        return self.tree.stamp(pair.image)
+
+
+def decode_h5(data: bytes, path: Path, scale: DepthScale) -> RawPair:
+    """The pair of one file's bytes. Raises BadPair with `path`."""
+    with opened(io.BytesIO(data), path) as entries:
+        rgb, depth = (array(entries, name, path) for name in ("rgb", "depth"))
+        check_image(rgb, rgb.shape, path)
+        stored = check_depth(depth, depth.shape, path, scale)
+        image = np.ascontiguousarray(rgb[()].transpose(1, 2, 0))
+        return RawPair(image, to_millimetres(depth[()], scale), None, "uint8 array", stored)
+
+
+# --- the same files in tars ---
+
+
+@dataclass(frozen=True)
+class Member(Pair):
+    """A pair that is a member of a tar; `image` and `depth` are both TAR/MEMBER."""
+
+    tar: str
+    offset: int
+    """Of its payload, bytes."""
+    bytes: int
+
+
+def _tars(tree: Tree, choice: Choice) -> Source | None:
+    """train-000000.tar …, val-000000.tar … in the folder or in its `data`."""
+    if not isinstance(tree, FolderTree):
+        return None
+    for folder in ("", "data"):
+        names = [name for name in tree.files(folder) if re.fullmatch(r"(train|val|test)-\d+\.tar", name)]
+        tars = [str(PurePosixPath(folder, name)) for name in names]
+        if tars and _holds_h5(tree.root / tars[0]):
+            break
+    else:
+        return None
+    import_h5py()
+    choice.none("h5")
+    pairs: dict[str, dict[str, Member]] = {}
+    for tar in tars:
+        name = PurePosixPath(tar).name.split("-")[0]
+        _index(tree, tar, name, pairs.setdefault("train" if name == "train" else "test", {}))
+    splits = {}
+    for split, found in pairs.items():
+        if found:
+            splits[split] = Split(tuple(found.values()), choice.scale(split, FLOAT_METRES))
+    notes = (f"tars of .h5 files, in {tree.root / folder}", *([_VAL] if "test" in splits else []))
+    return Source("h5", tree.root, splits, TarReader(tree), notes) if splits else None
+
+
+def _holds_h5(path: Path) -> bool:
+    try:
+        first = next(members(path, []), None)
+    except OSError:
+        return False
+    return first is not None and first.name.endswith(".h5")
+
+
+def _index(tree: FolderTree, tar: str, name: str, pairs: dict[str, Member]) -> None:
+    """Add the pairs of one tar, from its headers. Raises UserError where it is not whole."""
+    problems: list[str] = []
+    try:
+        for info in members(tree.root / tar, problems):
+            path = PurePosixPath(info.name.lstrip("./"))
+            if path.suffix != ".h5":
+                continue
+            key = _key(path, name)
+            if key in pairs:
+                raise UserError(f"{tree.root / tar}: {info.name} is there twice or collides with {pairs[key].image}")
+            shown = f"{tar}/{path}"
+            pairs[key] = Member(key, path.parent.name, shown, shown, tar, info.offset_data, info.size)
+    except OSError as error:
+        raise UserError(f"{tree.root / tar}: cannot be read ({error.strerror or error})") from None
+    if problems:
+        raise UserError(f"{tree.root / tar}: {problems[0]}; download it again, or set it aside")
+
+
+class TarReader:
+    """Reads pairs that are members of tars, at the places that their index gives."""
+
+    def __init__(self, tree: FolderTree):
+        self.tree = tree
+
+    def read(self, pair: Member, scale: DepthScale) -> RawPair:
+        path = self.tree.root / pair.image
+        try:
+            check_size(pair.bytes)
+            with (self.tree.root / pair.tar).open("rb") as file:
+                data = os.pread(file.fileno(), pair.bytes, pair.offset)
+        except (OSError, Unreadable) as error:
+            raise BadPair(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        if len(data) != pair.bytes:
+            raise BadPair(f"{path} cannot be read (the tar is cut off)")
+        return decode_h5(data, path, scale)
+
+    def missing(self, pair: Member) -> list[Path]:
+        return [] if self.tree.is_file(pair.tar) else [self.tree.root / pair.tar]
+
+    def stamp(self, pair: Member) -> list[Any]:
+        return [pair.offset, pair.bytes, self.tree.stamp(pair.tar)]

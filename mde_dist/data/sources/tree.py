@@ -1,0 +1,195 @@
+"""Files by name, in a folder or in a ZIP as it was downloaded: what layouts and readers see of a disk."""
+
+import os
+import stat
+import struct
+import threading
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+from ...errors import UserError
+
+MAX_FILE = 64 * 2**20
+"""Bytes of the largest file that is read whole; the largest picture of a data set is far below."""
+
+
+class Unreadable(Exception):
+    """A file that cannot be read; the message says why, without its name."""
+
+
+class Tree(Protocol):
+    """Files by name: relative, with '/', as lists of files have them. Travels to other processes."""
+
+    @property
+    def root(self) -> Path:
+        """Where the names start, for the user to find them."""
+
+    def is_file(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises Unreadable, also where it claims more than MAX_FILE bytes."""
+
+    def stamp(self, name: str) -> list[int]:
+        """What changes when the file does. Raises OSError."""
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, sorted; none where there is no such folder."""
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted."""
+
+    def below(self, folder: str) -> "Tree":
+        """The part of the tree below a folder."""
+
+
+class FolderTree:
+    """A folder of the disk. Links are followed, wherever they lead."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(self.root / name)  # noqa: PTH113  False for impossible names, where Path's raises
+
+    def read(self, name: str) -> bytes:
+        path = self.root / name
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise Unreadable("not a regular file")
+                check_size(status.st_size)
+                return file.read(MAX_FILE)
+        except (OSError, ValueError) as error:
+            raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
+
+    def stamp(self, name: str) -> list[int]:
+        status = (self.root / name).stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def files(self, folder: str) -> list[str]:
+        return self._list(folder, files=True)
+
+    def folders(self, folder: str) -> list[str]:
+        return self._list(folder, files=False)
+
+    def _list(self, folder: str, files: bool) -> list[str]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return sorted(entry.name for entry in entries if (entry.is_file() if files else entry.is_dir()))
+        except (OSError, ValueError):
+            return []
+
+    def below(self, folder: str) -> "FolderTree":
+        return FolderTree(self.root / folder) if folder else self
+
+
+class ZipTree:
+    """The members of a ZIP below a folder of it, without unpacking."""
+
+    def __init__(self, path: Path, folder: str = "", archive: "_Archive | None" = None):
+        """Raises UserError where `path` is not a whole ZIP."""
+        self._archive = archive or _Archive(path)
+        self._prefix = f"{folder}/" if folder else ""
+        self.root = path / folder
+
+    def is_file(self, name: str) -> bool:
+        return self._prefix + name in self._archive.members()
+
+    def read(self, name: str) -> bytes:
+        return self._archive.read(self._prefix + name)
+
+    def stamp(self, name: str) -> list[int]:
+        info = self._archive.members().get(self._prefix + name)
+        if info is None:
+            raise FileNotFoundError(2, "no such member", str(self.root / name))
+        return [info.file_size, info.CRC]
+
+    def files(self, folder: str) -> list[str]:
+        return sorted(self._archive.folder(self._prefix + folder)[0])
+
+    def folders(self, folder: str) -> list[str]:
+        return sorted(self._archive.folder(self._prefix + folder)[1])
+
+    def below(self, folder: str) -> "ZipTree":
+        inner = (self._prefix + folder).strip("/")
+        return ZipTree(self._archive.path, inner, self._archive) if folder else self
+
+
+class _Archive:
+    """An open ZIP: one handle per process, opened when it is needed; reading is safe in threads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._forget()
+        self._open()
+
+    def _forget(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        self._folders: dict[str, tuple[set[str], set[str]]] = {}
+
+    def __getstate__(self) -> Path:
+        return self.path
+
+    def __setstate__(self, path: Path) -> None:
+        self.path = path
+        self._forget()
+
+    def _open(self) -> zipfile.ZipFile:
+        with self._lock:
+            if self._owner != os.getpid():  # a forked process must not share the file's position
+                try:
+                    self._zip = zipfile.ZipFile(self.path)
+                except (OSError, ValueError, zipfile.BadZipFile, struct.error, NotImplementedError) as error:
+                    why = getattr(error, "strerror", None) or str(error)
+                    raise UserError(
+                        f"--source {self.path}: no such folder, and not a whole ZIP either ({why}); download it again?"
+                    ) from None
+                self._members = {
+                    info.filename.replace("\\", "/"): info
+                    for info in self._zip.infolist()
+                    if not info.is_dir() and not info.filename.startswith("__MACOSX/")
+                }
+                self._owner = os.getpid()
+            return self._zip
+
+    def members(self) -> dict[str, zipfile.ZipInfo]:
+        self._open()
+        return self._members
+
+    def read(self, name: str) -> bytes:
+        archive, info = self._open(), self._members.get(name)
+        if info is None:
+            raise Unreadable("no such member of the ZIP")
+        if info.flag_bits & 1:
+            raise Unreadable("encrypted; unpack the ZIP first")
+        check_size(info.file_size)  # what it claims is what zipfile reads at most
+        try:
+            with archive.open(info) as file:
+                return file.read(MAX_FILE)
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+            raise Unreadable(f"damaged in the ZIP: {error}") from None
+
+    def folder(self, name: str) -> tuple[set[str], set[str]]:
+        """Files and folders directly in a folder."""
+        members = self.members()
+        with self._lock:
+            if not self._folders:
+                for member in members:
+                    above, _, last = member.rpartition("/")
+                    self._folders.setdefault(above, (set(), set()))[0].add(last)
+                    while above:
+                        parent, _, last = above.rpartition("/")
+                        known = last in self._folders.setdefault(parent, (set(), set()))[1]
+                        self._folders[parent][1].add(last)
+                        above = "" if known else parent
+        return self._folders.get(name.strip("/"), (set(), set()))
+
+
+def check_size(size: int) -> None:
+    """Raises Unreadable where a file claims more than any picture or list has."""
+    if size > MAX_FILE:
+        raise Unreadable(f"{size:,} bytes, more than the {MAX_FILE:,} that a file of a data set may have")
