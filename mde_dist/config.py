@@ -108,8 +108,9 @@ class TrainConfig:
 class EvaluateConfig:
     """Evaluation while training."""
 
-    protocol: Literal["eigen", "full", "blog"] = "eigen"
-    """What abs_rel and delta1 mean: eigen = the field's crop, full = no crop, blog = predictions as they are."""
+    protocol: Literal["eigen", "full", "blog", "densedepth"] = "eigen"
+    """What abs_rel and delta1 mean: eigen = the field's crop, full = no crop, blog = predictions as they are,
+    densedepth = its own crop, all pixels pooled."""
     batch_size: int = 8
     """Images per forward pass."""
     limit: int | None = None

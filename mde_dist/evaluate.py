@@ -1,64 +1,83 @@
-"""Checkpoint -> metrics under named protocols, exact over any number of ranks.
+"""A checkpoint, or a folder of anybody's predictions -> metrics under named protocols, exact over any number of ranks.
 
-python -m mde_dist.evaluate --run DIR
-accelerate launch -m mde_dist.evaluate --checkpoint FILE.safetensors --shards DIR --protocols eigen full blog
+    python -m mde_dist.evaluate --run DIR
+    accelerate launch -m mde_dist.evaluate --checkpoint FILE.safetensors --shards DIR --protocols eigen full blog
+    python -m mde_dist.evaluate --predictions DIR --source NYUV2 --json result.json --csv images.csv
+    python -m mde_dist.evaluate --compare A.json B.json
+
+Two results can be compared where their fingerprints are the same: protocol, number of images, ground truth, version.
 """
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from . import __version__
 from .command import Size, parse, run_command
-from .data.augment import normalise, prepare_depth, prepare_images
-from .data.loader import Batch, Draw, Loader, Stopped
-from .data.manifest import Manifest
-from .data.prefetch import Prefetch
+from .compare import compare
+from .data.loader import Batch
+from .data.manifest import NAME
+from .data.predictions import Match, Predictions, open_predictions
 from .data.remote import is_remote
+from .data.samples import Samples
 from .data.shards import ShardSet, open_split
-from .data.store import CacheOptions
+from .data.source_samples import SourceSamples
+from .data.sources import DepthMap
+from .data.store import CacheOptions, open_store
 from .errors import UserError
-from .files import write_atomic
-from .learning.metrics import PROTOCOLS, Protocol, Summary, score, summarise
+from .learning.metrics import PROTOCOLS, Protocol, summarise, to_size
 from .learning.model import restore
+from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
+from .progress import shown
+from .results import DIGEST, Truth, as_record, digests, sha256_of_truth, show, write_csv, write_json
 from .run.checkpoint import find_model, read_model
-from .run.distributed import Precision, agree, all_sum, processes, same_everywhere, together
+from .run.distributed import Precision, all_sum, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
-
-Predict = Callable[[torch.Tensor], torch.Tensor]
-"""image float32 (batch, 3, h, w), normalised -> depth (batch, h', w') metres."""
-
-
-class Interrupted(Exception):
-    """An evaluation that all ranks agreed to leave."""
+from .scoring import Measure, Predict, model_predict, protocol_measure, score_baselines, score_mean, score_split
+from .source import Layout, open_checked
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Score a checkpoint on the shards of a split."""
+    """Score a model, or a folder of predictions, on the images of a split."""
 
     run: Path | None = None
     """Run directory: its newest checkpoint, shards, split and training size are taken."""
     checkpoint: Path | None = None
     """A model.safetensors, instead of --run."""
+    predictions: Path | None = None
+    """Instead of a model: a folder with one depth map per image, of any model of yours: 16-bit PNG, .npy or .npz, of
+    any size that shows the whole image; or one .npy or .npz with all of them, (images, height, width)."""
+    prediction_scale: float | None = None
+    """Metres per stored unit of the predictions; by default floats are metres and 16-bit PNGs millimetres."""
+    match: Match = "name"
+    """How predictions find their images: by name (in natural order of the names: order)."""
     shards: str | None = None
     """Directory or URL of shards; by default those that the run was trained on."""
+    source: Path | None = None
+    """Instead of shards: a data set as it lies on disk, in any layout that `python -m mde_dist.shard` knows."""
+    layout: Layout | None = None
+    """Layout of the source; None = recognise it."""
+    depth_scale: tuple[str, ...] = ()
+    """Of the source: SPLIT=METRES per stored unit, overruling layout and checks."""
+    list: tuple[str, ...] = ()
+    """Of the source: SPLIT=FILE, a list of its pairs that does not lie in it."""
+    depth_map: DepthMap | None = None
+    """Of the source, where it has both: raw or filled depth maps."""
     split: str | None = None
     """Split to score; by default the run's evaluation split, else `test`."""
-    protocols: tuple[Literal["eigen", "full", "blog"], ...] = ("eigen",)
-    """Protocols, scored in one pass."""
+    protocols: tuple[Literal["eigen", "full", "blog", "densedepth", "lsq"], ...] = ("eigen",)
+    """Protocols, scored in one pass. eigen is the field's standard; lsq fits scale and shift to each image's truth."""
+    flip: bool = False
+    """Average the model's prediction with that of the mirrored image, as AdaBins, NeWCRFs and ZoeDepth report."""
     size: Size | None = None
     """Size at which the model sees the images; by default the one it was trained at."""
     batch_size: int = 8
@@ -72,206 +91,198 @@ class EvaluateCommand:
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
     json: Path | None = None
-    """Also write the results to this file."""
+    """Also write the results to this file, with what --compare needs."""
+    csv: Path | None = None
+    """Also write a table with one row per image to this file."""
+    compare: tuple[Path, Path] | None = None
+    """Instead of scoring: tell whether two files of --json differ by more than chance."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What is scored."""
+
+    predict: Predict
+    title: str
+    about: dict[str, Any]
+    """For the record."""
 
 
 def main(argv: list[str]) -> None:
     command = parse(EvaluateCommand, argv, "python -m mde_dist.evaluate")
-    path = find_model(command.run, command.checkpoint)
-    metadata, tensors = read_model(path)
-    config = metadata["config"]
-    split = command.split or config["data.eval_split"]
-    size = command.size or tuple(metadata["size"])
-    protocols = [PROTOCOLS[name] for name in command.protocols]
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
+    if command.compare:
+        compare(*command.compare)
+        return
+    check(command)
+    model = None if command.predictions else read_model(find_model(command.run, command.checkpoint))
+    config = model[0]["config"] if model else {}
     with processes(command.precision) as accelerator, contextlib.ExitStack() as opened:
         opened.enter_context(watched_peers(accelerator, StopFlag()))
-        cache = CacheOptions(command.cache, int(command.cache_gb * 1e9))
-        place = command.shards or held_out_shards(config)
-        shards = together(accelerator, lambda: opened.enter_context(open_split(place, split, cache)))
-        same_everywhere(accelerator, "the shards", shards.manifest.sha256)
-        model = restore(metadata, tensors).to(accelerator.device).eval()
-        with Progress(disable=not accelerator.is_main_process) as bar:
-            task = bar.add_task("scoring", total=len(shards))
-            rows = score_split(
-                accelerator,
-                model,
-                shards,
-                protocols,
-                size,
-                command.batch_size,
-                command.threads,
-                progress=lambda done, images: bar.update(task, completed=done),
-            )
-            bar.update(task, completed=len(shards))
-        baselines: dict[str, list[torch.Tensor]] = {}
-        trained_on = config["data.shards"]
-        # a checkpoint may be far from where it was trained, on some of the nodes or on all
-        at_hand = is_remote(trained_on) or Path(trained_on, "manifest.json").is_file()
-        absent = torch.tensor(float(not at_hand), device=accelerator.device)
-        if not all_sum(accelerator, absent).item():
-            names = trained_on, config["data.train_split"]
-            train = together(accelerator, lambda: opened.enter_context(open_split(*names, cache)))
-            baselines = score_baselines(accelerator, shards, train, protocols)
+        samples, split = together(accelerator, lambda: open_truth(command, config, accelerator, opened))
+        train = together(accelerator, lambda: training_shards(command, config, opened))
+        if all_sum(accelerator, torch.tensor(float(train is None), device=accelerator.device)).item():
+            train = None  # on some of the nodes
+        same_everywhere(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
+        contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
+        record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
         if accelerator.is_main_process:
-            results = {"model": rows, **baselines}
-            summaries = {
-                name: [summarise(table, protocol) for table, protocol in zip(tables, protocols, strict=True)]
-                for name, tables in results.items()
-            }
-            show(summaries, f"{path} on {shards.manifest.place} {split}")
-            name_unscored(summaries["model"], shards)
+            show(record, f"{contestant.title} on {samples.place} {split}")
             if command.json:
-                record = as_record(summaries, shards.manifest, split, size, path)
-                write_atomic(command.json, json.dumps(record, indent=1) + "\n")
-        del model  # before the process group goes: see `processes`
+                write_json(command.json, record)
+            if command.csv:
+                write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
+        del contestant  # and with it the model, before the process group goes: see `processes`
+
+
+def check(command: EvaluateCommand) -> None:
+    """Refuse what does not go together. Raises UserError."""
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
+    if command.threads < 0:
+        raise UserError(f"--threads {command.threads}: must be 0 or more")
+    if command.prediction_scale is not None and not 0 < command.prediction_scale < 1000:
+        raise UserError(f"--prediction-scale {command.prediction_scale:g}: metres per stored unit, such as 0.001")
+    if command.predictions and (command.run or command.checkpoint):
+        raise UserError("name one thing to score: --predictions DIR, or --run DIR or --checkpoint FILE.safetensors")
+    if command.predictions and not (command.shards or command.source):
+        raise UserError("--predictions needs what they are to be held against: --shards DIR or --source DIR")
+    if command.predictions and (command.flip or command.size):
+        raise UserError("--flip and --size are for a model; predictions are scored as they are")
+    if command.shards and command.source:
+        raise UserError("name one ground truth: --shards DIR or --source DIR")
+    if len(set(command.protocols)) != len(command.protocols) or not command.protocols:
+        raise UserError("--protocols: name each protocol once")
+    for path in (command.json, command.csv):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: {path.absolute().parent} is no folder")
+
+
+def open_truth(
+    command: EvaluateCommand, config: dict[str, Any], accelerator: Accelerator, opened: contextlib.ExitStack
+) -> tuple[Samples, str]:
+    """The images and their ground truth, and the split they are. Raises UserError."""
+    if command.source:
+        quiet = contextlib.nullcontext() if accelerator.is_main_process else contextlib.redirect_stdout(io.StringIO())
+        with quiet:
+            source, probes = open_checked(
+                command.source, command.layout, command.depth_scale, command.list, command.depth_map
+            )
+        split = command.split or "test"
+        if split not in source.splits:
+            raise UserError(f"{source.root} has no split {split!r}; it has {', '.join(source.splits)}")
+        return opened.enter_context(SourceSamples(source, split, probes[split].size)), split
+    place = command.shards or held_out_shards(config)
+    split = command.split or config.get("data.eval_split", "test")
+    return opened.enter_context(open_split(place, split, cache_options(command))), split
+
+
+def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: contextlib.ExitStack) -> ShardSet | None:
+    """What the model was trained on, or the training split beside the shards, where it is at hand. Raises UserError."""
+    split = config.get("data.train_split", "train")
+    for place in (config.get("data.shards"), command.shards):  # a checkpoint may be far from where it was trained
+        if place and (is_remote(place) or Path(place, NAME).is_file()):
+            manifest, store = open_store(place, cache_options(command))
+            if split in manifest.splits:
+                return opened.enter_context(ShardSet(manifest, store, split))
+    return None
+
+
+def open_contestant(
+    command: EvaluateCommand,
+    model: tuple[dict[str, Any], dict[str, torch.Tensor]] | None,
+    samples: Samples,
+    accelerator: Accelerator,
+) -> Contestant:
+    """The model (metadata and weights of a checkpoint) or the folder of predictions. Raises UserError."""
+    if model:
+        path, (metadata, tensors) = find_model(command.run, command.checkpoint), model
+        size = command.size or tuple(metadata["size"])
+        network = restore(metadata, tensors).to(accelerator.device).eval()
+        about = {"path": str(path), "size": list(size), "flip": command.flip, "precision": accelerator.mixed_precision}
+        title = f"{path}{', with flip averaging,' if command.flip else ''}"
+        return Contestant(model_predict(network, size, accelerator, command.flip), title, about)
+    assert command.predictions
+    predictions, notes = open_predictions(command.predictions, samples, command.match, command.prediction_scale)
+    if accelerator.is_main_process:
+        print(*notes, sep="\n  ", flush=True)
+    about = {"path": str(command.predictions), "match": command.match, "units": predictions.units}
+    return Contestant(partial(_read, predictions, accelerator.device), str(command.predictions), about)
+
+
+def _read(predictions: Predictions, device: torch.device, batch: Batch) -> torch.Tensor:
+    """Predictions of any sizes -> float64 (batch, height, width) metres at the size of the truth. Raises UserError."""
+    maps = (torch.from_numpy(predictions.read(int(sample))).to(device) for sample in batch.sample)
+    return torch.cat([to_size(one[None], batch.depth) for one in maps])
+
+
+def evaluate(
+    accelerator: Accelerator,
+    command: EvaluateCommand,
+    contestant: Contestant,
+    samples: Samples,
+    split: str,
+    train: ShardSet | None,
+) -> tuple[dict[str, Any], list[torch.Tensor], Truth]:
+    """Score everything in one pass, and what predicts without looking in others. Called by every rank, same result.
+
+    -> (record, `score` rows by protocol, what was predicted). Raises UserError.
+    """
+    protocols = [PROTOCOLS[name] for name in command.protocols]
+    measures = [*map(protocol_measure, protocols), Measure(SIGNALS, signals), Measure(DIGEST, digests)]
+    show_progress = shown(Console(), "scoring") if accelerator.is_main_process else contextlib.nullcontext(_silent)
+    with show_progress as progress:
+        options = (command.batch_size, command.threads)
+        *rows, signs, prints = score_split(
+            accelerator, contestant.predict, samples, measures, *options, progress=progress
+        )
+    if train:
+        baselines = score_baselines(accelerator, samples, train, protocols)
+    else:
+        baselines = score_mean(accelerator, samples, mean_depth(signs), protocols)
+    keys = [samples.key(sample) for sample in range(len(samples))]
+    manifest = samples.manifest.sha256 if isinstance(samples, ShardSet) else None
+    scenes = [samples.meta(sample).get("scene", "") for sample in range(len(samples))]
+    sha256 = sha256_of_truth(keys, samples.size, prints)
+    truth = Truth(samples.place, split, samples.size, manifest, keys, scenes, sha256)
+    findings = diagnose(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
+    findings += worse_than_blind(rows, baselines, protocols)
+    return as_record({"model": rows, **baselines}, protocols, truth, contestant.about, findings), rows, truth
+
+
+def worse_than_blind(
+    rows: Sequence[torch.Tensor], baselines: dict[str, list[torch.Tensor]], protocols: Sequence[Protocol]
+) -> list[str]:
+    """A warning where one depth everywhere scores better, by the first protocol that compares metres."""
+    name, blind = next(iter(baselines.items()))
+    for protocol, found, other in zip(protocols, rows, blind, strict=True):
+        if protocol.align == "none":
+            model, constant = (summarise(table, protocol).metrics["abs_rel"] for table in (found, other))
+            worse = f"worse than {name}: abs_rel {model:.4f} against {constant:.4f} under {protocol.name}"
+            return [worse] if model >= constant else []
+    return []
 
 
 def held_out_shards(config: dict[str, Any]) -> str:
-    """Where the evaluation split of a trained model's config lies."""
-    return config["data.eval_shards"] or config["data.shards"]
+    """Where the evaluation split of a trained model's config lies. Raises UserError."""
+    place = config.get("data.eval_shards") or config.get("data.shards")
+    if not place:
+        raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")
+    return place
 
 
-def score_split(
-    accelerator: Accelerator,
-    predict: Predict,
-    shards: ShardSet,
-    protocols: Sequence[Protocol],
-    size: tuple[int, int],
-    batch_size: int,
-    threads: int,
-    limit: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] = lambda done, images: None,
-) -> list[torch.Tensor]:
-    """Score every image of a split once -> per protocol, on all ranks, float64 (images, 1 + metrics) in its order.
-
-    Batches are the same images for every number of ranks (batch b goes to rank b % world), so that each image meets the
-    same arithmetic; each rank fills its rows of one table of zeros, and one sum over the ranks puts them together.
-    `stop` is asked once a round of batches; where it is true on any rank, all raise Interrupted. A UserError on one
-    rank ends all, see `agree`. `progress(done, images)` is called after each batch.
-    """
-    images = min(len(shards), limit or len(shards))
-    world, rank = accelerator.num_processes, accelerator.process_index
-    starts = range(rank * batch_size, images, world * batch_size)
-    widths = [1 + len(protocol.metrics) for protocol in protocols]
-    table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
-
-    def draws(prefetch: Prefetch) -> Iterator[Draw]:
-        for start in starts:
-            prefetch.reached(start)
-            samples = np.arange(start, min(start + batch_size, images))
-            yield np.zeros_like(samples), samples
-
-    def score_batch(batch: Batch) -> None:
-        image, truth = normalise(prepare_images(batch, size)), prepare_depth(batch)
-        image = image.contiguous(memory_format=torch.channels_last)  # as while training: it shows in the last digits
-        with accelerator.autocast():
-            prediction = predict(image)
-        scores = [score(prediction, truth, protocol) for protocol in protocols]
-        ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
-        table[torch.from_numpy(batch.sample).to(table.device)] = torch.cat([*scores, ones], dim=1)
-        progress(int(batch.sample[-1]) + 1, images)
-
-    with (
-        Prefetch(shards, shards.in_order()) as prefetch,
-        Loader(shards, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
-        torch.inference_mode(),
-    ):
-        for _ in range(-(-images // (world * batch_size))):
-            error = None
-            try:
-                batch = next(loader, None)  # in the last round some ranks have none
-                if batch is not None and not stop():
-                    score_batch(batch)
-            except Stopped:
-                pass  # `stop` says so
-            except UserError as failure:
-                error = failure
-            told = torch.tensor([float(stop()), float(error is not None)], device=accelerator.device)
-            stops, failures = all_sum(accelerator, told).tolist()
-            if failures:
-                agree(accelerator, error)
-            if stops:
-                raise Interrupted
-    table = all_sum(accelerator, table).cpu()
-    if not (table[:, -1] == 1).all():
-        raise RuntimeError("an image was not scored exactly once")
-    return list(table[:, :-1].split(widths, dim=1))
+def cache_options(command: EvaluateCommand) -> CacheOptions:
+    return CacheOptions(command.cache, int(command.cache_gb * 1e9))
 
 
-def score_baselines(
-    accelerator: Accelerator,
-    shards: ShardSet,
-    train: ShardSet,
-    protocols: Sequence[Protocol],
-    limit: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, list[torch.Tensor]]:
-    """Rows as of `score_split` for predicting without looking: the training mean, and its mean map."""
-    mean_map = torch.from_numpy(train.mean_map()).to(accelerator.device)
-    maps = {
-        "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"]),
-        "mean map of training": mean_map,
-    }
-    return {
-        name: score_split(
-            accelerator,
-            partial(_blind, blind),
-            shards,
-            protocols,
-            shards.size,
-            batch_size=4,
-            threads=1,
-            limit=limit,
-            stop=stop,
-        )
-        for name, blind in maps.items()
-    }
+def identity(samples: Samples | None) -> str:
+    """What has to be the same on all ranks."""
+    if isinstance(samples, ShardSet):
+        return samples.manifest.sha256
+    return f"{samples.place}, {len(samples)} images" if samples else "not at hand"
 
 
-def _blind(depth: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    return depth.expand(len(image), -1, -1)
-
-
-def show(summaries: dict[str, list[Summary]], title: str) -> None:
-    """One table per protocol: what was scored against predicting without looking."""
-    for column in zip(*summaries.values(), strict=True):
-        protocol = PROTOCOLS[column[0].protocol]
-        table = Table(title=f"{title}: protocol {protocol.name}, {column[0].images} images", title_justify="left")
-        for name in ("", *summaries):
-            table.add_column(name, justify="right" if name else "left")
-        for metric in protocol.metrics:
-            table.add_row(metric, *(f"{summary.metrics[metric]:.4f}" for summary in column))
-        Console().print(table)
-
-
-def name_unscored(summaries: list[Summary], shards: ShardSet) -> None:
-    """Say which images had no valid pixel."""
-    for summary in summaries:
-        if summary.unscored:
-            keys = ", ".join(shards.key(sample) for sample in summary.unscored[:10])
-            print(f"{summary.protocol}: {len(summary.unscored)} images without a valid pixel were not scored: {keys}")
-
-
-def as_record(
-    summaries: dict[str, list[Summary]], manifest: Manifest, split: str, size: tuple[int, int], path: Path
-) -> dict[str, Any]:
-    """The results with all that they depend on."""
-    return {
-        "version": __version__,
-        "checkpoint": str(path),
-        "manifest": manifest.sha256,
-        "split": split,
-        "ground_truth_size": manifest.size,
-        "input_size": size,
-        "protocols": {summary.protocol: asdict(PROTOCOLS[summary.protocol]) for summary in summaries["model"]},
-        "results": {
-            name: {summary.protocol: {"images": summary.images, **summary.metrics} for summary in column}
-            for name, column in summaries.items()
-        },
-    }
+def _silent(done: int, total: int) -> None:
+    """Progress that the main process shows."""
 
 
 if __name__ == "__main__":

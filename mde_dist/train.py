@@ -24,11 +24,11 @@ from .command import run_command
 from .config import SAMPLE_SHARDS, Config, read_config
 from .data.shards import ShardSet, open_split
 from .errors import UserError
-from .evaluate import Interrupted
 from .learning.losses import mse
 from .run.distributed import agree, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
+from .scoring import Interrupted
 from .stream import poisoned, share_news, take_share, training_stream
 from .trainer import Trainer, opened_trainer
 

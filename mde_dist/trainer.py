@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from .config import Config, as_json, as_toml, identity
 from .data.shards import ShardSet
 from .errors import UserError
-from .evaluate import score_baselines, score_split
 from .learner import Learner
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
@@ -24,6 +23,7 @@ from .run.monitor import Monitor
 from .run.preemption import StopFlag
 from .run.saver import Saver
 from .run.state import State
+from .scoring import model_predict, protocol_measure, score_baselines, score_split
 from .stream import News, batch_keys
 
 DEBUG_STEPS = 4
@@ -81,9 +81,8 @@ class Trainer:
         model.eval()
         try:
             # forward, not the call: a compiled model would be compiled again for these batches
-            (rows,) = score_split(
-                self.accelerator, model.forward, self.held_out, [protocol], self.size, *options, stop=lambda: bool(stop)
-            )
+            predict, measures = model_predict(model.forward, self.size, self.accelerator), [protocol_measure(protocol)]
+            (rows,) = score_split(self.accelerator, predict, self.held_out, measures, *options, stop=lambda: bool(stop))
         except UserError:
             self.save()  # what was learned is whole, what it was to be scored on is not
             raise

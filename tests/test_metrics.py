@@ -1,6 +1,7 @@
 """Metrics against plain NumPy and against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,23 @@ from hypothesis import strategies as st
 from mde_dist.learning.metrics import (
     METRICS,
     PROTOCOLS,
+    TERMS,
     crop_slices,
-    score,
+    image_metrics,
     summarise,
 )
+from mde_dist.learning.metrics import score as score_terms
 
-EIGEN, FULL, BLOG = PROTOCOLS["eigen"], PROTOCOLS["full"], PROTOCOLS["blog"]
+EIGEN, FULL, BLOG, DENSEDEPTH, LSQ = (PROTOCOLS[name] for name in ("eigen", "full", "blog", "densedepth", "lsq"))
+LIMITS = {"blog": (0, np.inf), "densedepth": (0, np.inf)}
+CLAMPS = {"densedepth": 0.1}
+CROPS = {"eigen": (45, 471, 41, 601), "lsq": (45, 471, 41, 601), "densedepth": (20, 460, 24, 616)}
+
+
+def score(prediction, depth, protocol):
+    """Per image the number of valid pixels and the metrics, float64 (batch, 1 + metrics)."""
+    rows = score_terms(prediction, depth, protocol)
+    return torch.cat([rows[:, :1], image_metrics(rows, protocol)], dim=1)
 
 
 def maps(values):
@@ -30,45 +42,55 @@ def named(prediction, depth, protocol=FULL):
     return {"count": row[0], **dict(zip(protocol.metrics, row[1:], strict=True))}
 
 
+def pixels(prediction, depth, protocol):
+    """Of one image the predictions and truths that a protocol compares, float64 lists, as FACTS.md's table says."""
+    p, g = prediction.astype(np.float64), depth.astype(np.float64)
+    inside = np.ones(g.shape, bool)
+    if protocol in CROPS and g.shape == (480, 640):
+        top, bottom, left, right = CROPS[protocol]
+        inside[:] = False
+        inside[top:bottom, left:right] = True
+    low, high = LIMITS.get(protocol, (1e-3, 10))
+    mask = inside & (g > low) & (g < high)
+    p, g = p[mask], g[mask]
+    if protocol == "blog":
+        return np.where(np.isfinite(p), p, 0), g
+    if protocol == "lsq" and len(g):
+        finite = np.isfinite(p)
+        if finite.any():
+            (scale, shift), *_ = np.linalg.lstsq(
+                np.stack([p[finite], np.ones(finite.sum())], axis=1), g[finite], rcond=None
+            )
+            p = np.where(finite, scale * np.where(finite, p, 0) + shift, p)
+    p = np.where(np.isnan(p), 0, p)
+    return np.minimum(np.maximum(p, CLAMPS.get(protocol, 1e-3)), 10), g
+
+
+def formulas(p, g, protocol):
+    """The metrics of FACTS.md over lists of pixels, in float64."""
+    abs_rel = np.mean(np.abs(p - g) / g)
+    ratio = np.array([max(a / b, b / a) if a > 0 else np.inf for a, b in zip(p, g, strict=True)])
+    deltas = [np.mean(ratio < 1.25**k) for k in (1, 2, 3)]
+    if protocol == "blog":
+        return [abs_rel, deltas[0]]
+    d = np.log(p) - np.log(g)
+    return [
+        abs_rel,
+        np.mean((p - g) ** 2 / g),
+        np.sqrt(np.mean((p - g) ** 2)),
+        np.sqrt(np.mean(d**2)),
+        np.mean(np.abs(np.log10(p) - np.log10(g))),
+        100 * np.std(d),
+        *deltas,
+    ]
+
+
 def by_numpy(prediction, depth, protocol):
-    """The formulas of FACTS.md, image by image and pixel list by pixel list, in float64."""
-    rows = []
-    for p, g in zip(prediction.astype(np.float64), depth.astype(np.float64), strict=True):
-        height, width = g.shape
-        inside = np.zeros(g.shape, bool)
-        if protocol == "eigen":
-            assert (height, width) == (480, 640)
-            inside[45:471, 41:601] = True
-        else:
-            inside[:] = True
-        mask = inside & (g > (0 if protocol == "blog" else 1e-3)) & (g < (np.inf if protocol == "blog" else 10))
-        p, g = p[mask], g[mask]
-        if not len(g):
-            rows.append([0] * (3 if protocol == "blog" else 10))
-            continue
-        if protocol == "blog":
-            p = np.where(np.isfinite(p), p, 0)
-            ratio = np.array([max(a / b, b / a) if a > 0 else np.inf for a, b in zip(p, g, strict=True)])
-            rows.append([len(g), np.mean(np.abs(p - g) / g), np.mean(ratio < 1.25)])
-            continue
-        p = np.where(np.isnan(p), 1e-3, p)
-        p = np.minimum(np.maximum(p, 1e-3), 10)
-        d = np.log(p) - np.log(g)
-        ratio = np.maximum(p / g, g / p)
-        rows.append(
-            [
-                len(g),
-                np.mean(np.abs(p - g) / g),
-                np.mean((p - g) ** 2 / g),
-                np.sqrt(np.mean((p - g) ** 2)),
-                np.sqrt(np.mean(d**2)),
-                np.mean(np.abs(np.log10(p) - np.log10(g))),
-                100 * np.std(d),
-                np.mean(ratio < 1.25),
-                np.mean(ratio < 1.5625),
-                np.mean(ratio < 1.953125),
-            ]
-        )
+    """Image by image."""
+    width, rows = 3 if protocol == "blog" else 10, []
+    for image, truth in zip(prediction, depth, strict=True):
+        p, g = pixels(image, truth, protocol)
+        rows.append([len(g), *formulas(p, g, protocol)] if len(g) else [0] * width)
     return np.array(rows, np.float64)
 
 
@@ -83,7 +105,7 @@ def random_pair(seed, size, batch=2, holes=0.3, wild=0.1):
     return prediction.astype(np.float32), depth.astype(np.float32)
 
 
-@pytest.mark.parametrize("protocol", ["full", "blog"])
+@pytest.mark.parametrize("protocol", ["full", "blog", "densedepth-whole", "lsq-whole"])
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 2**32 - 1),
@@ -95,14 +117,15 @@ def random_pair(seed, size, batch=2, holes=0.3, wild=0.1):
 @example(0, (3, 3), 2, 1.0, 0.0)
 def test_every_metric_is_that_of_numpy(protocol, seed, size, batch, holes, wild):
     prediction, depth = random_pair(seed, size, batch, holes, wild)
-    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), PROTOCOLS[protocol])
+    name = protocol.removesuffix("-whole")  # without the crop, which has a test of its own
+    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), replace(PROTOCOLS[name], crop=None))
     assert got.dtype == torch.float64
     # silog is a difference of two means: what is left of it below 1e-5 is rounding
-    np.testing.assert_allclose(got.numpy(), by_numpy(prediction, depth, protocol), rtol=1e-9, atol=1e-5)
+    np.testing.assert_allclose(got.numpy(), by_numpy(prediction, depth, name), rtol=1e-7, atol=1e-5)
     assert torch.isfinite(got).all()
 
 
-@pytest.mark.parametrize("protocol", ["eigen", "full", "blog"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_metric_of_whole_maps_is_that_of_numpy(protocol):
     prediction, depth = random_pair(1, (480, 640), batch=2)
     got = score(torch.from_numpy(prediction), torch.from_numpy(depth), PROTOCOLS[protocol])
@@ -110,8 +133,8 @@ def test_every_metric_of_whole_maps_is_that_of_numpy(protocol):
 
 
 def test_protocols_are_what_their_names_promise():
-    assert set(PROTOCOLS) >= {"eigen", "full", "blog"}
-    assert EIGEN.metrics == FULL.metrics == METRICS
+    assert list(PROTOCOLS) == ["eigen", "full", "blog", "densedepth", "lsq"]
+    assert EIGEN.metrics == FULL.metrics == DENSEDEPTH.metrics == LSQ.metrics == METRICS
     assert METRICS[:3] == ("abs_rel", "sq_rel", "rmse")
     assert BLOG.metrics == ("abs_rel", "delta1")
 
@@ -197,7 +220,7 @@ def test_predictions_over_holes_do_not_matter(protocol, none):
     assert torch.equal(score(maps([2.2, none, 2.5, none]), truth, protocol), clean)
 
 
-@pytest.mark.parametrize("protocol", [EIGEN, FULL, BLOG])
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_an_image_without_valid_pixels_is_unscored_and_harms_no_other(protocol):
     prediction, depth = (torch.from_numpy(array) for array in random_pair(5, (48, 64), batch=3))
     depth[1] = 0
@@ -205,7 +228,7 @@ def test_an_image_without_valid_pixels_is_unscored_and_harms_no_other(protocol):
     rows = score(prediction, depth, protocol)
     assert rows[1].tolist() == [0.0] * (1 + len(protocol.metrics))
     assert torch.equal(rows[::2], score(prediction[::2], depth[::2], protocol))
-    summary = summarise(rows, protocol)
+    summary = summarise(score_terms(prediction, depth, protocol), protocol)
     assert (summary.images, summary.unscored) == (2, (1,))
     assert all(math.isfinite(value) for value in summary.metrics.values())
 
@@ -351,7 +374,7 @@ def test_larger_predictions_are_brought_to_the_size_of_the_truth():
 # --- batches and splits ---
 
 
-@pytest.mark.parametrize("protocol", [EIGEN, FULL, BLOG])
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_batch_composition_does_not_matter(protocol):
     prediction, depth = (torch.from_numpy(array) for array in random_pair(8, (96, 128), batch=5))
     small = prediction[:, ::4, ::4].contiguous()
@@ -382,7 +405,7 @@ def test_mean_is_over_images_not_over_pixels():
     depth = torch.full((2, 4, 5), 2.0)
     depth[0].view(-1)[1:] = 0  # one valid pixel, wrong by half
     prediction = torch.stack([torch.full((4, 5), 3.0), torch.full((4, 5), 2.0)])
-    summary = summarise(score(prediction, depth, FULL), FULL)
+    summary = summarise(score_terms(prediction, depth, FULL), FULL)
     assert summary.protocol == "full"
     assert summary.images == 2
     assert summary.unscored == ()
@@ -395,16 +418,109 @@ def test_mean_is_over_images_not_over_pixels():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.floats(0, 1))
 def test_summary_is_the_mean_of_the_scored_rows(seed, images, empty):
     rng = np.random.default_rng(seed)
-    rows = rng.random((images, 10))
+    rows = rng.random((images, 1 + len(TERMS)))
     rows[:, 0] = rng.integers(1, 1000, images)
     rows[rng.random(images) < empty] = 0
+    scored = torch.from_numpy(rows[rows[:, 0] > 0])
     summary = summarise(torch.from_numpy(rows), EIGEN)
-    scored = rows[rows[:, 0] > 0]
     assert summary.images == len(scored)
     assert summary.unscored == tuple(np.flatnonzero(rows[:, 0] == 0).tolist())
     assert tuple(summary.metrics) == METRICS
-    for k, name in enumerate(METRICS, 1):
+    for k, name in enumerate(METRICS):
         if len(scored):
-            assert summary.metrics[name] == pytest.approx(scored[:, k].mean(), rel=1e-12)
+            assert summary.metrics[name] == pytest.approx(image_metrics(scored, EIGEN)[:, k].mean().item(), rel=1e-12)
         else:
             assert math.isnan(summary.metrics[name])
+
+
+# --- all pixels pooled ---
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.floats(0, 1))
+@example(0, 3, 1.0)
+def test_pooled_metrics_are_those_of_all_pixels_in_one_list(seed, images, holes):
+    prediction, depth = random_pair(seed, (9, 11), images, holes)
+    protocol = replace(DENSEDEPTH, crop=None)
+    rows = score_terms(torch.from_numpy(prediction), torch.from_numpy(depth), protocol)
+    summary = summarise(rows, protocol)
+    lists = [pixels(p, g, "densedepth") for p, g in zip(prediction, depth, strict=True)]
+    p, g = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+    assert summary.images == sum(len(truth) > 0 for _, truth in lists)
+    if len(g):
+        np.testing.assert_allclose(list(summary.metrics.values()), formulas(p, g, "densedepth"), rtol=1e-7, atol=1e-5)
+
+
+def test_pooled_metrics_by_hand():
+    depth = torch.full((2, 480, 640), 2.0)
+    depth[0] = 0
+    depth[0, 20, 24], depth[0, 459, 615] = 4.0, 12.0  # the corners of the crop; there is no upper limit
+    depth[0, 19, 24] = depth[0, 460, 615] = depth[0, 20, 23] = depth[0, 459, 616] = 1.0  # outside
+    prediction = torch.stack([torch.full((480, 640), 3.0), torch.full((480, 640), 2.0)])
+    rows = score_terms(prediction, depth, DENSEDEPTH)
+    inside = 440 * 592
+    assert rows[:, 0].tolist() == [2, inside]
+    metrics = summarise(rows, DENSEDEPTH).metrics
+    # errors 1 of 4 and 9 of 12 in the first image, none in the second; over images abs_rel would be 0.25
+    assert metrics["abs_rel"] == pytest.approx((1 / 4 + 9 / 12) / (inside + 2), rel=1e-12)
+    assert metrics["rmse"] == pytest.approx(math.sqrt((1 + 81) / (inside + 2)), rel=1e-12)
+    assert metrics["delta1"] == pytest.approx(inside / (inside + 2), rel=1e-12)  # 4/3 and 4 are beyond 1.25
+    # d = ln 3/4 and ln 3/12: mean square less square of the mean, over all pixels
+    a, b, n = math.log(3 / 4), math.log(3 / 12), inside + 2
+    assert metrics["silog"] == pytest.approx(100 * math.sqrt((a * a + b * b) / n - ((a + b) / n) ** 2), rel=1e-9)
+
+
+def test_the_published_script_divides_by_the_prediction_and_we_do_not():
+    got = named(maps([2.0]), maps([4.0]), replace(DENSEDEPTH, crop=None))
+    assert got["abs_rel"] == 0.5  # |2 - 4| / 4; with the arguments swapped it would be 1
+
+
+@pytest.mark.parametrize(("prediction", "taken_as"), [(0.02, 0.1), (-1.0, 0.1), (math.nan, 0.1), (30.0, 10.0)])
+def test_densedepth_holds_predictions_within_its_range(prediction, taken_as):
+    got = named(maps([prediction]), maps([4.0]), replace(DENSEDEPTH, crop=None))
+    assert got["abs_rel"] == pytest.approx(abs(taken_as - 4) / 4, rel=1e-12)
+
+
+# --- scale and shift fitted ---
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 100), st.floats(-50, 50), st.booleans())
+def test_lsq_does_not_see_scale_and_shift(seed, scale, shift, inverted):
+    prediction, depth = random_pair(seed, (12, 16), 2, 0.3, 0.0)
+    prediction, depth = torch.from_numpy(prediction).double(), torch.from_numpy(depth)
+    other = prediction * (-scale if inverted else scale) + shift
+    protocol = replace(LSQ, crop=None)
+    first, second = (score(p, depth, protocol).numpy() for p in (prediction, other))
+    np.testing.assert_allclose(first, second, rtol=1e-6, atol=1e-6)
+
+
+def test_lsq_by_hand():
+    # p = 1, 2, 3 and g = 2, 3, 7: slope cov/var = (5/3)/(2/3) = 2.5, through the means 2 and 4: 1.5, 4, 6.5
+    got = named(maps([1.0, 2.0, 3.0, 100.0]), maps([2.0, 3.0, 7.0, 0.0]), replace(LSQ, crop=None))
+    assert got["count"] == 3
+    assert got["abs_rel"] == pytest.approx((0.5 / 2 + 1 / 3 + 0.5 / 7) / 3, rel=1e-12)
+    assert got["rmse"] == pytest.approx(math.sqrt((0.25 + 1 + 0.25) / 3), rel=1e-12)
+
+
+def test_lsq_of_a_constant_prediction_is_the_mean_of_the_truth():
+    got = named(maps([7.7, 7.7, 7.7]), maps([1.0, 2.0, 6.0]), replace(LSQ, crop=None))
+    assert got["abs_rel"] == pytest.approx((2 + 0.5 + 0.5) / 3, rel=1e-9)
+
+
+def test_lsq_fits_what_is_scored_and_nothing_else():
+    """Pixels outside the crop, and predictions that are none, take no part; the latter count as wrong."""
+    depth = torch.full((1, 480, 640), 3.0)
+    depth[0, :, 320:] = 5.0
+    prediction = depth * 0.1 + 7
+    prediction[0, :45] = 1e6
+    prediction[0, 100, 100] = math.nan
+    got = named(prediction.double(), depth, LSQ)
+    wrong = (3 - 1e-3) / 3  # held at 1 mm
+    assert got["abs_rel"] == pytest.approx(wrong / (426 * 560), rel=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_numbers_too_large_for_a_float32_are_none(protocol):
+    rows = score_terms(torch.tensor([[[1e300, 2.0]]], dtype=torch.float64), maps([2.0, 2.0]), protocol)
+    assert torch.isfinite(rows).all()

@@ -3,71 +3,119 @@
 Formulas, over valid pixels with prediction p and ground truth g in metres, d = ln p - ln g (Eigen et al., NIPS 2014):
 abs_rel = mean |p-g|/g; sq_rel = mean (p-g)^2/g; rmse = sqrt(mean (p-g)^2); rmse_log = sqrt(mean d^2);
 log10 = mean |log10 p - log10 g|; silog = 100 sqrt(mean d^2 - (mean d)^2); delta_k = mean [max(p/g, g/p) < 1.25^k].
-The score of a split is the mean over its images.
+The score of a split is the mean over its images, or over all its pixels where the protocol pools them.
+
+Every metric is a function of a few means over pixels (`TERMS`): these are kept per image, and all else follows.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
+HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
+TERMS = ("abs_rel", "sq_rel", "square", "log", "log_square", "log10", "delta1", "delta2", "delta3")
+"""Means over the valid pixels of an image: |p-g|/g, (p-g)^2/g, (p-g)^2, d, d^2, |log10 p - log10 g|, the deltas."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared: which pixels, and what is done to the prediction before."""
+    """What is compared: which pixels, what is done to the prediction before, and how pixels become one number."""
 
     name: str
     metrics: tuple[str, ...] = METRICS
+    align: Literal["none", "scale and shift"] = "none"
+    """Fit the prediction to each image's ground truth by least squares before it is held within the clamp."""
     clamp: tuple[float, float] | None = (1e-3, 10.0)
     """Metres: predictions are held within, nan and negative to the low end, inf to the high end; None: taken as is."""
     valid: tuple[float, float] = (1e-3, 10.0)
     """Metres: ground truth strictly between these is scored."""
     crop: tuple[int, int, int, int] | None = None
     """Top, bottom, left, right of the scored rectangle, in pixels of a 480x640 map; other sizes in proportion."""
+    mean_over: Literal["images", "pixels"] = "images"
+    """What has equal weight: every image, or every pixel of all images."""
+    resize: str = "bilinear, half-pixel centres"
+    """How a prediction is brought to the size of the ground truth."""
 
+
+EIGEN_CROP = (45, 471, 41, 601)  # of Eigen et al., as in BTS, AdaBins, NeWCRFs, ZoeDepth
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # the crop of Eigen et al. as in BTS, AdaBins, NeWCRFs, ZoeDepth: rows 45:471, columns 41:601
-        Protocol("eigen", crop=(45, 471, 41, 601)),
+        Protocol("eigen", crop=EIGEN_CROP),
         Protocol("full"),
         # as the seed's blog reports: every valid pixel, the prediction as it is; wrong signs and nan count as wrong
         Protocol("blog", metrics=("abs_rel", "delta1"), clamp=None, valid=(0.0, math.inf)),
+        # as Alhashim and Wonka (2018) mean it: errors relative to the truth, where their script divides by the
+        # prediction; held within the range that the script holds it in
+        Protocol("densedepth", clamp=(0.1, 10.0), valid=(0.0, math.inf), crop=(20, 460, 24, 616), mean_over="pixels"),
+        # affine-invariant work (Marigold): never to be mixed with the metric protocols
+        Protocol("lsq", align="scale and shift", crop=EIGEN_CROP),
     )
 }
 
 
 def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """-> float64 (batch, 1 + len(protocol.metrics)): number of valid pixels, then the metrics of each image.
+    """-> float64 (batch, 1 + len(TERMS)): number of valid pixels, then the terms of each image.
 
-    prediction: (batch, h, w) metres, brought bilinearly to the ground truth's size; depth: (batch, height, width)
-    metres, 0 = hole. An image without a valid pixel has count 0 and metrics 0, never nan.
+    prediction: (batch, h, w) metres (any unit where the protocol aligns it), brought bilinearly to the ground truth's
+    size; depth: (batch, height, width) metres, 0 = hole. An image without a valid pixel is a row of 0, never nan.
     """
     # compared in the depth's own precision: 1 mm as float32 is a hair above 1e-3 as float64
     valid = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
-    prediction, depth = prediction.double(), depth.double()
-    if prediction.shape[-2:] != depth.shape[-2:]:
-        prediction = F.interpolate(prediction[:, None], depth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    prediction, depth = to_size(prediction, depth), depth.double()
     if protocol.crop is not None:
         rows, columns = crop_slices(protocol.crop, depth.shape[-2], depth.shape[-1])
         prediction, depth, valid = (x[:, rows, columns] for x in (prediction, depth, valid))
     truth = torch.where(valid, depth, 1.0)
+    if protocol.align == "scale and shift":
+        prediction = align(prediction, truth, valid)
     if protocol.clamp is not None:
         low, high = protocol.clamp
         prediction = torch.nan_to_num(prediction, nan=low, posinf=high, neginf=low).clamp(low, high)
     else:
         # a value that is not finite is no prediction: as wrong as predicting nothing at all
-        prediction = torch.where(torch.isfinite(prediction), prediction, 0.0)
-    columns_ = _pixel_terms(prediction, truth)
-    count = valid.sum((-2, -1)).double()
-    # mean over valid pixels; where, not multiplication: 0 * inf is nan
-    mean = {name: torch.where(valid, term, 0.0).sum((-2, -1)) / count.clamp(min=1) for name, term in columns_.items()}
-    values = _image_metrics(mean)
-    return torch.stack([count, *(values[name] for name in protocol.metrics)], dim=1)
+        prediction = torch.where(is_number(prediction), prediction, 0.0)
+    terms = _pixel_terms(prediction, truth)
+    return torch.stack([valid.sum((-2, -1)).double(), *(masked_mean(terms[name], valid) for name in TERMS)], dim=1)
+
+
+def to_size(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """A prediction (batch, h, w), in float64 and at the size of `depth` (batch, height, width)."""
+    prediction = prediction.double()
+    if prediction.shape[-2:] == depth.shape[-2:]:
+        return prediction
+    return F.interpolate(prediction[:, None], depth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def is_number(prediction: torch.Tensor) -> torch.Tensor:
+    """Finite as float32: what is beyond that has no square either."""
+    return torch.isfinite(prediction.float())
+
+
+def masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width) -> (batch,): mean over the valid pixels, 0 where there is none."""
+    # where, not multiplication: 0 * inf is nan
+    return torch.where(valid, values, 0.0).sum((-2, -1)) / valid.sum((-2, -1)).double().clamp(min=1)
+
+
+def align(prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """scale * prediction + shift with the least squared error over each image's valid pixels (Ranftl et al., 2020).
+
+    Pixels without a finite prediction take no part in the fit and stay what they are. A prediction that is the same
+    everywhere becomes the mean of the truth.
+    """
+    fitted = valid & is_number(prediction)
+    p_mean, g_mean = (masked_mean(x, fitted)[:, None, None] for x in (prediction, truth))
+    p, g = prediction - p_mean, truth - g_mean
+    variance = masked_mean(p.square(), fitted)
+    constant = variance <= 1e-24 * p_mean[:, 0, 0].square()
+    scale = torch.where(constant, 0.0, masked_mean(p * g, fitted) / torch.where(constant, 1.0, variance))
+    return torch.where(is_number(prediction), scale[:, None, None] * p + g_mean, prediction)
 
 
 def _pixel_terms(p: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -81,14 +129,14 @@ def _pixel_terms(p: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
     return terms | {f"delta{k}": (ratio < 1.25**k).double() for k in (1, 2, 3)}
 
 
-def _image_metrics(mean: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    rooted = {
-        "rmse": mean["square"].sqrt(),
-        "rmse_log": mean["log_square"].sqrt(),
-        # rounding can leave a variance of a constant error a hair below 0
-        "silog": 100 * (mean["log_square"] - mean["log"].square()).clamp(min=0).sqrt(),
-    }
-    return mean | rooted
+def image_metrics(rows: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """`score` rows (images, 1 + terms) -> (images, len(protocol.metrics)): the metrics of each image."""
+    terms = dict(zip(TERMS, rows[:, 1:].T, strict=True))
+    terms["rmse"] = terms["square"].sqrt()
+    terms["rmse_log"] = terms["log_square"].sqrt()
+    # rounding can leave a variance of a constant error a hair below 0
+    terms["silog"] = 100 * (terms["log_square"] - terms["log"].square()).clamp(min=0).sqrt()
+    return torch.stack([terms[name] for name in protocol.metrics], dim=1)
 
 
 def crop_slices(crop: tuple[int, int, int, int], height: int, width: int) -> tuple[slice, slice]:
@@ -111,9 +159,13 @@ class Summary:
 
 
 def summarise(rows: torch.Tensor, protocol: Protocol) -> Summary:
-    """`score` rows of all images of a split, float64 (images, 1 + metrics), in the split's order -> their mean."""
-    scored = rows[:, 0] > 0
-    count = int(scored.sum())
-    means = rows[scored, 1:].sum(0) / count if count else torch.full((len(protocol.metrics),), math.nan)
+    """`score` rows of all images of a split, float64 (images, 1 + terms), in the split's order -> their mean."""
+    scored = rows[rows[:, 0] > 0]
+    if not len(scored):
+        means = torch.full((len(protocol.metrics),), math.nan)
+    elif protocol.mean_over == "pixels":
+        means = image_metrics((scored * scored[:, :1]).sum(0, keepdim=True) / scored[:, 0].sum(), protocol)[0]
+    else:
+        means = image_metrics(scored, protocol).mean(0)
     metrics = dict(zip(protocol.metrics, means.tolist(), strict=True))
-    return Summary(protocol.name, count, tuple((~scored).nonzero()[:, 0].tolist()), metrics)
+    return Summary(protocol.name, len(scored), tuple((rows[:, 0] == 0).nonzero()[:, 0].tolist()), metrics)

@@ -1,0 +1,121 @@
+"""Two results of `evaluate --json`: whether they can be compared, and whether they differ by more than chance."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError
+from .learning.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol, image_metrics
+from .results import read_record, rows_of, short
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_AT_ONCE = 500  # resamples whose weights are held in memory
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two results over the same images."""
+
+    metric: str
+    first: float
+    second: float
+    low: float
+    """Lower end of the bootstrap interval of second - first."""
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if self.low <= 0 <= self.high:
+            return "no difference shown"
+        return "B is better" if (self.low > 0) == (self.metric in HIGHER_IS_BETTER) else "A is better"
+
+
+def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Difference]]:
+    """Print and return the differences by protocol. Raises UserError where no fingerprint is the same."""
+    a, b = read_record(first), read_record(second)
+    found, reasons = {}, []
+    for name, mark in a["fingerprints"].items():
+        other = b["fingerprints"].get(name)
+        if other != mark:
+            reasons.append(f"{name}: {why_not(mark, other)}")
+            continue
+        found[name] = differences(a, b, PROTOCOLS[name], seed)
+        show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short(mark)}")
+    print(f"A: {_who(a)} ({first})\nB: {_who(b)} ({second})")
+    for reason in reasons:
+        print(f"cannot be compared under {reason}")
+    if not found:
+        raise UserError(f"{first} and {second} cannot be compared: {'; '.join(reasons) or 'no protocol in common'}")
+    print(
+        f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); images of one scene "
+        "are alike, so they are rather too narrow"
+    )
+    return found
+
+
+def why_not(mark: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
+    """In what two fingerprints differ."""
+    if other is None:
+        return "only one of them was scored so"
+    words = {
+        "protocol": "the protocol's numbers differ",
+        "images": f"{mark['images']} images against {other.get('images')}",
+        "ground_truth": "the ground truth differs (other images, other depth maps, or another size)",
+        "version": f"made by mde_dist {mark['version']} and {other.get('version')}",
+    }
+    return ", ".join(text for name, text in words.items() if mark[name] != other.get(name))
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, seed: int) -> list[Difference]:
+    """Every metric of a protocol, with the percentile bootstrap (Efron and Tibshirani, 1993) over images, in pairs.
+
+    Both records must have the same fingerprint, hence the same images, in whatever order.
+    """
+    (keys, first), (others, second) = rows_of(a, protocol.name), rows_of(b, protocol.name)
+    place = {key: row for row, key in enumerate(others)}
+    second = second[[place[key] for key in keys]]
+    scored = first[:, 0] > 0
+    first, second = first[scored], second[scored]
+    once = np.ones((1, len(first)))
+    means = [_means(rows, once, protocol)[0] for rows in (first, second)]
+    random, resampled = np.random.default_rng(seed), []
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        times = min(_AT_ONCE, RESAMPLES - start)
+        drawn = random.multinomial(len(first), np.full(len(first), 1 / len(first)), size=times).astype(np.float64)
+        resampled.append(_means(second, drawn, protocol) - _means(first, drawn, protocol))
+    ends = np.quantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return [
+        Difference(metric, *(float(values[k]) for values in (*means, *ends)))
+        for k, metric in enumerate(protocol.metrics)
+    ]
+
+
+def _means(rows: np.ndarray, drawn: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """The metrics (resamples, metrics) of a split in which image i is there drawn[:, i] times."""
+    if protocol.mean_over == "pixels":
+        weights = drawn * rows[:, 0]
+        pooled = weights @ rows / weights.sum(1, keepdims=True)
+        return image_metrics(torch.from_numpy(pooled), protocol).numpy()
+    return drawn @ image_metrics(torch.from_numpy(rows), protocol).numpy() / drawn.sum(1, keepdims=True)
+
+
+def show(found: list[Difference], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("", "A", "B", "B - A", f"{LEVEL:.0%} interval", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for one in found:
+        numbers = (f"{one.first:.4f}", f"{one.second:.4f}", f"{one.second - one.first:+.4f}")
+        table.add_row(one.metric, *numbers, f"{one.low:+.4f} .. {one.high:+.4f}", one.verdict)
+    Console().print(table)
+
+
+def _who(record: Mapping[str, Any]) -> str:
+    predictor = record["predictor"]
+    return f"{predictor.get('path')}{', with flip averaging' if predictor.get('flip') else ''}"

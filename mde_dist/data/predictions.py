@@ -1,0 +1,253 @@
+"""Depth maps that somebody's model predicted, as files: found, matched to the images of a split, and read in metres.
+
+Nothing here runs code of others: arrays are read without pickle, and what a file claims is checked before it is read.
+"""
+
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .manifest import MAX_SIDE
+from .samples import Samples
+
+SUFFIXES = (".npy", ".npz", ".png")
+Match = Literal["name", "order"]
+
+_KINDS = frozenset(("depth", "pred", "prediction", "rgb", "color", "colors", "image", "img", "sync", "disp"))
+"""Words in a file's name that say what it is, not of which image."""
+_ASPECT = 0.01  # by which height / width may differ from the truth's: rounding of small sizes, but no crop
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Where one depth map lies."""
+
+    file: Path
+    row: int | None = None
+    """Its place in a file that holds them all."""
+
+
+class Predictions:
+    """One depth map per image of a split, by the image's number."""
+
+    def __init__(self, maps: Sequence[_Map], size: tuple[int, int], scale: float | None = None):
+        """`size`: of the ground truth; `scale`: metres per stored unit, by default the usual one of such files, which
+        the first of them shows. Raises UserError."""
+        self._maps, self._size = maps, size
+        self._stack: np.ndarray | None = None
+        self._dtype = self._stored(0).dtype
+        self._scale = scale or _usual_scale(maps[0].file, self._dtype)
+        why = "given by --prediction-scale" if scale else "usual for 16-bit PNG; --prediction-scale says otherwise"
+        self.units = "floats, taken as metres" if self._scale == 1 else f"metres = v * {self._scale:.6g} ({why})"
+        """How stored values become metres, in words."""
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def name(self, sample: int) -> str:
+        """The file of an image's prediction."""
+        found = self._maps[sample]
+        return str(found.file) if found.row is None else f"{found.file}, map {found.row}"
+
+    def read(self, sample: int) -> np.ndarray:
+        """-> float64 (h, w) metres, of any size that has the aspect of the ground truth. Raises UserError."""
+        stored, name = self._stored(sample), self.name(sample)
+        if stored.dtype != self._dtype:
+            raise UserError(f"{name} holds {stored.dtype} values, but {self.name(0)} holds {self._dtype}")
+        if stored.ndim == 3 and 1 in (stored.shape[0], stored.shape[-1]):  # a channel that is one
+            stored = stored.reshape(stored.shape[1:] if stored.shape[0] == 1 else stored.shape[:-1])
+        if stored.ndim != 2 or 0 in stored.shape:
+            raise UserError(f"{name}: an array of shape {stored.shape} is no depth map (height, width)")
+        (height, width), (rows, columns) = stored.shape, self._size
+        if abs(height * columns / (width * rows) - 1) > _ASPECT:
+            raise UserError(
+                f"{name} is {height}x{width}, its image {rows}x{columns}: not the same view; predictions may have any "
+                "size, but must show the whole image"
+            )
+        return stored.astype(np.float64) * self._scale
+
+    def _stored(self, sample: int) -> np.ndarray:
+        found = self._maps[sample]
+        if found.row is None:
+            return _read_file(found.file)
+        if self._stack is None:
+            self._stack = _read_array(found.file)
+        return self._stack[found.row]
+
+
+def open_predictions(
+    place: Path, samples: Samples, match: Match = "name", scale: float | None = None
+) -> tuple[Predictions, list[str]]:
+    """The predictions in `place` for every image of a split, and what is to be said of how they were found.
+
+    `place`: a folder with a file per image, or one .npy or .npz with all maps in the order of the split, (images, h,
+    w). `scale`: as of Predictions. Raises UserError where not every image has exactly one.
+    """
+    if place.is_file():
+        count = _header(place)[0][0]
+        notes: list[str] = []
+        how, maps = "matched by their order", [_Map(place, row) for row in range(count)]
+    else:
+        files, notes = _find(place)
+        if match == "name":
+            chosen = _by_name(place, files, samples)
+            left = len(files) - len(chosen)
+            notes += [f"{left} files have the name of none of the images and were left out"] if left else []
+        else:
+            chosen = files
+        how = f"matched by {match}, {chosen[0].relative_to(place)} to {samples.key(0)}"
+        maps = [_Map(file) for file in chosen]
+    if len(maps) != len(samples):
+        raise UserError(f"{place} holds {len(maps)} predictions, the split has {len(samples)} images")
+    predictions = Predictions(maps, samples.size, scale)
+    return predictions, [f"{place}: {len(maps)} predictions, {how}; {predictions.units}", *notes]
+
+
+def _find(place: Path) -> tuple[list[Path], list[str]]:
+    """The files of a folder that can be depth maps, in natural order, and what was left out. Raises UserError."""
+    if not place.is_dir():
+        raise UserError(f"--predictions {place}: no such folder or file")
+    found = [path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    arrays = [path for path in found if path.suffix.lower() != ".png"]
+    files = arrays or [path for path in found if not _is_coloured(path)]  # pictures beside arrays are for the eye
+    if not files:
+        raise UserError(f"--predictions {place}: no depth map in it (16-bit PNG, .npy or .npz)")
+    left = len(found) - len(files)
+    notes = [f"{left} coloured pictures beside them were left out"] if left else []
+    return sorted(files, key=lambda path: _natural(path.relative_to(place).as_posix())), notes
+
+
+def _is_coloured(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.mode in ("RGB", "RGBA", "P", "LA", "CMYK")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False  # said when it is read
+
+
+def _natural(name: str) -> list[Any]:
+    """So that 10 comes after 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """A path's words and numbers without what says its kind: `test/bathroom/rgb_00045.jpg` -> test, bathroom, 45."""
+    stem = re.sub(r"\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?)$", "", name.lower())
+    words = (word.lstrip("0") or "0" if word.isdigit() else word for word in re.split(r"[^a-z0-9]+", stem))
+    return tuple(word for word in words if word and word not in _KINDS)
+
+
+def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]:
+    """The file of each image: the one whose name ends in most of the same words and numbers. Raises UserError."""
+    endings: dict[tuple[str, ...], set[int]] = {}
+    for sample in range(len(samples)):
+        for name in {samples.key(sample), samples.meta(sample).get("source", "")}:
+            parts = _parts(name)
+            for start in range(len(parts)):
+                endings.setdefault(parts[start:], set()).add(sample)
+    best: dict[int, tuple[int, Path]] = {}
+    for file in files:
+        parts = _parts(file.relative_to(place).as_posix())
+        ending = next((parts[start:] for start in range(len(parts)) if parts[start:] in endings), ())
+        matches = endings.get(ending, set())
+        if len(matches) > 1:
+            first, second, *_ = sorted(matches)
+            raise UserError(
+                f"{file}: its name fits {len(matches)} images, such as {samples.key(first)} and {samples.key(second)}; "
+                "name predictions as their images, or say --match order"
+            )
+        for sample in matches:
+            length, other = best.get(sample, (0, file))
+            if length == len(ending):
+                raise UserError(f"{other} and {file} both have the name of image {samples.key(sample)}")
+            if length < len(ending):
+                best[sample] = len(ending), file
+    lacking = [sample for sample in range(len(samples)) if sample not in best]
+    if lacking:
+        raise UserError(
+            f"{place}: {len(lacking)} of {len(samples)} images have no prediction of their name, such as "
+            f"{samples.key(lacking[0])}; it holds {len(files)} files, such as {files[0].name}; where they are in the "
+            "order of the split, say --match order"
+        )
+    return [best[sample][1] for sample in range(len(samples))]
+
+
+def _usual_scale(file: Path, dtype: np.dtype) -> float:
+    """Metres per stored unit where none was given. Raises UserError where there is no usual one."""
+    if dtype.kind == "f":
+        return 1.0
+    if dtype == np.uint16 and file.suffix.lower() == ".png":
+        return 1e-3
+    raise UserError(
+        f"{file} holds {dtype} values, and nothing says what a step of them means; give metres per step, for example "
+        f"--prediction-scale {'0.0392157' if dtype == np.uint8 else '0.001'}"
+    )
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """The stored values of a file with one depth map. Raises UserError."""
+    if path.suffix.lower() != ".png":
+        return _read_array(path)
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise ValueError(f"it claims {picture.height}x{picture.width} pixels")
+            if picture.mode not in ("L", "I", "I;16", "I;16B"):
+                raise ValueError(f"a {picture.mode} picture; a depth map has one channel of 8 or 16 bits")
+            stored = np.asarray(picture)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable depth map ({error})") from None
+    return stored if stored.dtype == np.uint8 else stored.astype(np.uint16)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The array of a .npy, or the only one of a .npz. Raises UserError."""
+    _header(path)
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            return next(iter(arrays.values()))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable array ({error})") from None
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array file, checked before any of it is read. Raises UserError."""
+    try:
+        if path.suffix.lower() == ".npy":
+            with path.open("rb") as file:
+                shape, dtype = _array_header(file)
+        elif path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                if len(names) != 1:
+                    raise ValueError(f"it holds {len(names)} arrays instead of one depth map")
+                with archive.open(names[0]) as member:
+                    shape, dtype = _array_header(member)
+                size = archive.getinfo(names[0]).file_size
+                if not 0 <= size - int(np.prod(shape)) * dtype.itemsize <= 65536:
+                    raise ValueError(f"its {size} bytes are not those of an array of shape {shape}")
+        else:
+            raise ValueError(f"not one of {', '.join(SUFFIXES)}")
+        if dtype.kind not in "fiu" or not 2 <= len(shape) <= 4:
+            raise ValueError(f"an array of {dtype} of shape {shape} is no depth map")
+        if max(shape[-2:]) > MAX_SIDE:
+            raise ValueError(f"it claims {shape[-2]}x{shape[-1]} pixels")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path} is not a readable array ({' '.join(str(error).split())})") from None
+    return shape, dtype
+
+
+def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype

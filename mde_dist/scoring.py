@@ -1,0 +1,167 @@
+"""Every image of a split -> a row of numbers, exact over any number of ranks: what training and `evaluate` share."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from .data.augment import normalise, prepare_depth, prepare_images
+from .data.loader import Batch, Draw, Loader, Stopped
+from .data.prefetch import Prefetch
+from .data.samples import Samples
+from .data.shards import ShardSet
+from .errors import UserError
+from .learning.metrics import TERMS, Protocol, score
+from .run.distributed import agree, all_sum
+
+Predict = Callable[[Batch], torch.Tensor]
+"""A batch of images -> depth (batch, h, w) metres, of any size."""
+
+
+class Interrupted(Exception):
+    """An evaluation that all ranks agreed to leave."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Numbers to be taken of each image."""
+
+    columns: int
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """(prediction (batch, h, w) metres, truth float32 (batch, height, width) metres) -> float64 (batch, columns)."""
+
+
+def protocol_measure(protocol: Protocol) -> Measure:
+    """The rows that `learning.metrics.summarise` takes."""
+    return Measure(1 + len(TERMS), partial(score, protocol=protocol))
+
+
+def model_predict(
+    model: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int], accelerator: Accelerator, flip: bool = False
+) -> Predict:
+    """A model that sees the images at `size`; with `flip` its mean over the image and the mirrored image."""
+
+    def predict(batch: Batch) -> torch.Tensor:
+        image = normalise(prepare_images(batch, size))
+        image = image.contiguous(memory_format=torch.channels_last)  # as while training: it shows in the last digits
+        with accelerator.autocast():
+            depth = model(image).float()
+            if flip:
+                depth = (depth + model(image.flip(-1)).float().flip(-1)) / 2
+        return depth
+
+    return predict
+
+
+def score_split(
+    accelerator: Accelerator,
+    predict: Predict,
+    samples: Samples,
+    measures: Sequence[Measure],
+    batch_size: int,
+    threads: int,
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> list[torch.Tensor]:
+    """Measure every image of a split once -> per measure, on all ranks, float64 (images, columns) in its order.
+
+    Batches are the same images for every number of ranks (batch b goes to rank b % world), so that each image meets the
+    same arithmetic; each rank fills its rows of one table of zeros, and one sum over the ranks puts them together.
+    `stop` is asked once a round of batches; where it is true on any rank, all raise Interrupted. A UserError on one
+    rank ends all, see `agree`. `progress(done, images)` is called after each batch.
+    """
+    images = min(len(samples), limit or len(samples))
+    world, rank = accelerator.num_processes, accelerator.process_index
+    starts = range(rank * batch_size, images, world * batch_size)
+    widths = [measure.columns for measure in measures]
+    table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
+
+    def draws(prefetch: Prefetch) -> Iterator[Draw]:
+        for start in starts:
+            prefetch.reached(start)
+            drawn = np.arange(start, min(start + batch_size, images))
+            yield np.zeros_like(drawn), drawn
+
+    def score_batch(batch: Batch) -> None:
+        truth, prediction = prepare_depth(batch), predict(batch)
+        ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
+        row = torch.cat([*(measure.of(prediction, truth) for measure in measures), ones], dim=1)
+        table[torch.from_numpy(batch.sample).to(table.device)] = row
+        progress(int(batch.sample[-1]) + 1, images)
+
+    with (
+        Prefetch(samples, samples.in_order()) as prefetch,
+        Loader(samples, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+        torch.inference_mode(),
+    ):
+        for _ in range(-(-images // (world * batch_size))):
+            error = None
+            try:
+                batch = next(loader, None)  # in the last round some ranks have none
+                if batch is not None and not stop():
+                    score_batch(batch)
+            except Stopped:
+                pass  # `stop` says so
+            except UserError as failure:
+                error = failure
+            told = torch.tensor([float(stop()), float(error is not None)], device=accelerator.device)
+            stops, failures = all_sum(accelerator, told).tolist()
+            if failures:
+                agree(accelerator, error)
+            if stops:
+                raise Interrupted
+    table = all_sum(accelerator, table).cpu()
+    if not (table[:, -1] == 1).all():
+        raise RuntimeError("an image was not scored exactly once")
+    return list(table[:, :-1].split(widths, dim=1))
+
+
+def score_baselines(
+    accelerator: Accelerator,
+    samples: Samples,
+    train: ShardSet,
+    protocols: Sequence[Protocol],
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, list[torch.Tensor]]:
+    """Per baseline and protocol the rows of predicting without looking: the training mean, and its mean map."""
+    mean_map = torch.from_numpy(train.mean_map()).to(accelerator.device)
+    maps = {
+        "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"]),
+        "mean map of training": mean_map,
+    }
+    return _score_blind(accelerator, samples, maps, protocols, limit, stop)
+
+
+def score_mean(
+    accelerator: Accelerator, samples: Samples, metres: float, protocols: Sequence[Protocol]
+) -> dict[str, list[torch.Tensor]]:
+    """As `score_baselines` where no training data are at hand: the mean of the very truth that is scored."""
+    mean = torch.full(samples.size, metres, device=accelerator.device)
+    return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols)
+
+
+def _score_blind(
+    accelerator: Accelerator,
+    samples: Samples,
+    maps: Mapping[str, torch.Tensor],
+    protocols: Sequence[Protocol],
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, list[torch.Tensor]]:
+    """Per name and protocol the rows of predicting one map, (height, width) metres, for every image."""
+    measures = [protocol_measure(protocol) for protocol in protocols]
+    return {
+        name: score_split(
+            accelerator, partial(_blind, blind), samples, measures, batch_size=4, threads=1, limit=limit, stop=stop
+        )
+        for name, blind in maps.items()
+    }
+
+
+def _blind(depth: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return depth.expand(len(batch.sample), -1, -1)
