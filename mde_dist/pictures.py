@@ -26,6 +26,15 @@ class Panel:
     prediction: np.ndarray
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """One pair to look at; image uint8 (height, width, 3), depth float metres (height, width), 0 = hole."""
+
+    title: str
+    image: np.ndarray
+    depth: np.ndarray
+
+
 def colorize(depth: np.ndarray, low: float, high: float) -> np.ndarray:
     """float metres (height, width) -> RGB uint8 (height, width, 3) over low..high metres; holes (0) are grey."""
     scaled = (depth - low) / max(high - low, 1e-6)
@@ -68,6 +77,24 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
         axis.set_title(name, fontsize=10)
     figure.colorbar(shown, ax=axes[:, 1:3], location="bottom", shrink=0.8, aspect=40, pad=0.01, label="depth, metres")
     figure.colorbar(wrong, ax=axes[:, 3:], location="bottom", shrink=0.9, aspect=20, pad=0.01, label="error, metres")
+    save_figure(path, figure)
+
+
+def draw_thumbnails(path: Path, thumbnails: Sequence[Thumbnail], title: str) -> None:
+    """Each image over its depth; one scale in metres for all, so that a split in another unit stands out."""
+    valid = np.concatenate([thumbnail.depth[thumbnail.depth > 0] for thumbnail in thumbnails])
+    low, high = (float(edge) for edge in np.percentile(valid, (1, 99)))
+    figure = Figure(figsize=(max(1.7 * len(thumbnails), 5), 3.9), dpi=90, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    axes = figure.subplots(2, len(thumbnails), squeeze=False)
+    for (top, bottom), thumbnail in zip(axes.T, thumbnails, strict=True):
+        top.imshow(thumbnail.image)
+        top.set_title(thumbnail.title, fontsize=7)
+        depth = np.where(thumbnail.depth > 0, thumbnail.depth, np.nan)
+        shown = bottom.imshow(depth, cmap=DEPTH_COLORS, vmin=low, vmax=high)
+        for axis in (top, bottom):
+            axis.set(xticks=[], yticks=[], facecolor="0.5")  # holes show as grey
+    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.01, label="depth, metres")
     save_figure(path, figure)
 
 

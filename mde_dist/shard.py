@@ -2,6 +2,8 @@
 
     python -m mde_dist.shard --source DIR --output DIR
 
+    python -m mde_dist.shard --source DIR --dry-run
+
     python -m mde_dist.shard --verify DIR | --repair DIR | --index DIR
 
 Recognises NYU Depth v2 as people have it (densedepth, bts and NeWCRFs lists, HDF5 files and tars of them, the labelled
@@ -25,6 +27,7 @@ from .data.manifest import Manifest
 from .data.pack import PackOptions, pack
 from .data.remote import is_remote
 from .data.sources import DepthMap
+from .dry_run import PREVIEW, dry_run
 from .errors import UserError
 from .keep import index_shards, say, show_splits, verify_shards
 from .progress import shown
@@ -61,6 +64,11 @@ class ShardConfig:
     """How depth is stored, always lossless: zst decodes about seven times as fast, png is for interchange."""
     jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
     """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
+    dry_run: bool = False
+    """Pack nothing: say what the source was recognised as, in which units and with how many holes, draw eight pairs,
+    and name what packing would refuse (exit code 2 then)."""
+    preview: Path | None = None
+    """Picture file (PNG) of a dry run; None = preview.png in the current directory."""
     verify: Path | None = None
     """Instead of packing: check every byte of the shards in this directory (sizes, counts, sha256, headers, checksums,
     pictures). Exit code 1 where something is wrong."""
@@ -80,15 +88,37 @@ def main(argv: list[str]) -> None:
         sys.exit(verify_shards(console, directory, config.workers, mend=bool(config.repair)))
     elif config.index:
         index_shards(console, config.index, config.workers, config.skip_bad, given_scales(config.depth_scale))
+    elif config.dry_run:
+        look(config)
     elif config.output:
         pack_source(console, config, config.output)
+
+
+def look(config: ShardConfig) -> None:
+    """Say what packing would pack, and what it would refuse. Raises UserError."""
+    dry_run(
+        config.source,
+        config.layout,
+        config.depth_scale,
+        config.list,
+        config.depth_map,
+        pack_options(config),
+        config.preview or PREVIEW,
+        config.output,
+    )
 
 
 def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     started = time.monotonic()
-    options = PackOptions(
+    with shown(console, "packing") as progress:
+        manifest = pack(source, output, pack_options(config), config.workers, progress, probes)
+    show(console, manifest, output, time.monotonic() - started)
+
+
+def pack_options(config: ShardConfig) -> PackOptions:
+    return PackOptions(
         config.size,
         config.samples_per_shard,
         config.depth_codec,
@@ -96,9 +126,6 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
         config.limit,
         config.skip_bad,
     )
-    with shown(console, "packing") as progress:
-        manifest = pack(source, output, options, config.workers, progress, probes)
-    show(console, manifest, output, time.monotonic() - started)
 
 
 def check(config: ShardConfig) -> None:
@@ -108,17 +135,22 @@ def check(config: ShardConfig) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     others = [name for name in ("output", "verify", "repair", "index") if getattr(config, name) is not None]
-    if len(others) != 1:
+    if config.dry_run and others in ([], ["output"]):
+        others = ["output"]  # where a dry run names one, it is where the packing would go
+    elif len(others) != 1 or config.dry_run:
+        named = [f"--{name}" for name in (["dry-run"] if config.dry_run else []) + others]
         raise UserError(
-            f"name one thing to do, not {' and '.join('--' + name for name in others) or 'none'}: "
-            "--output DIR to pack a data set, or --verify, --repair or --index DIR for shards that are there"
+            f"name one thing to do, not {' and '.join(named) or 'none'}: --output DIR to pack a data set, --dry-run to "
+            "look at it first, or --verify, --repair or --index DIR for shards that are there"
         )
+    if config.preview and not config.dry_run:
+        raise UserError(f"--preview {config.preview}: it is the picture of a dry run; add --dry-run")
     if is_remote(re.sub(":/+", "://", str(getattr(config, others[0])))):
         raise UserError(
             f"--{others[0]} takes a directory; shards are made and kept in one, and then copied to their server, "
             "for example with: aws s3 sync DIR s3://BUCKET/NAME"
         )
-    if config.output is None:
+    if config.output is None and not config.dry_run:
         return
     if config.source is None and config.layout != "rooms":
         raise UserError("--source DIR is missing: the folder of the data set (or --layout rooms for the embedded one)")
@@ -126,7 +158,7 @@ def check(config: ShardConfig) -> None:
         raise UserError("--layout rooms is rendered, in metres: leave out --source and --depth-scale")
     if not 1 <= config.jpeg_quality <= 100:
         raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
-    if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
+    if config.output and config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise UserError(f"--output {config.output} is there already and not empty; choose another, or remove it first")
 
 

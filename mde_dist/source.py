@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .data.depth import DepthScale
-from .data.probe import Probe, probe, unit_problems
+from .data.probe import INDOOR_METRES, USUAL_METRES, Probe, probe, unit_problems
 from .data.sources import DepthMap, Source, open_source
 from .data.sources.official import count_in_words, leaked
 from .errors import UserError
@@ -60,6 +60,12 @@ def doubts(source: Source, probes: Mapping[str, Probe]) -> list[str]:
     """What is no reason to stop, but for a look."""
     found = []
     for name, split in source.splits.items():
+        median, (low, high) = probes[name].median, USUAL_METRES
+        if INDOOR_METRES[0] <= median < low or high < median <= INDOOR_METRES[1]:
+            found.append(
+                f"{name}: a median depth of {median:.2f} m is possible, but unusual ({low:g}..{high:g} m); look at the "
+                f"unit, and give another as --depth-scale {name}=VALUE"
+            )
         bad = probes[name].bad
         if bad:
             found.append(f"{name}: {len(bad)} of the {probes[name].tried} pairs tried cannot be used: {bad[0]}")

@@ -8,10 +8,12 @@ import io
 import itertools
 import re
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
 
@@ -112,6 +114,104 @@ def folder(root: Path, count: int = 4, first: int = 0, size: tuple[int, int] = S
         write(root / f"images/{i:04d}.jpg", jpeg_bytes(picture(i, size)))
         write(root / f"depth/{i:04d}.png", millimetres(i, size))
     return root
+
+
+def newcrfs(root: Path, train: int = 4) -> Path:
+    """sync/ with the list that has the filled map in a third column, and no leading slash."""
+    rows = []
+    for i in range(train):
+        scene = TRAIN_SCENES[i % 2]
+        names = [f"{scene}/rgb_{i:05d}.jpg", f"{scene}/sync_depth_{i:05d}.png"]
+        names.append(f"{scene}/dense/sync_depth_dense_{i:05d}.png")
+        write(root / "sync" / names[0], jpeg_bytes(picture(i)))
+        write(root / "sync" / names[1], millimetres(i, holes=0.3))
+        write(root / "sync" / names[2], millimetres(i))
+        rows.append(" ".join(names))
+    (root / "nyudepthv2_train_files_with_gt_dense.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def marigold(root: Path, train: int = 4, test: int = 3, lists: bool = True) -> Path:
+    """{train,test}/SCENE/{rgb,depth,filled}_0003.png, numbered from 1, with their lists: 16-bit millimetres."""
+    for split, count, first, scenes in (("train", train, 0, TRAIN_SCENES), ("test", test, 100, TEST_ROOMS)):
+        rows = []
+        for i in range(count):
+            names = [f"{split}/{scenes[i % 2]}/{what}_{i + 1:04d}.png" for what in ("rgb", "depth", "filled")]
+            write(root / names[0], picture(first + i))
+            write(root / names[1], millimetres(first + i, holes=0.3))
+            write(root / names[2], millimetres(first + i))
+            rows.append(" ".join(names))
+        if lists and rows:
+            (root / f"filename_list_{split}.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def h5_bytes(seed: int, **arrays: np.ndarray) -> bytes:
+    """One pair as an .h5 file has it: rgb uint8 (3, height, width), depth float32 metres (height, width)."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file["rgb"] = picture(seed).transpose(2, 0, 1)
+        file["depth"] = (millimetres(seed, holes=0.1) / 1000).astype(np.float32)
+        for name, values in arrays.items():
+            del file[name]
+            file[name] = values
+    return buffer.getvalue()
+
+
+def h5_members(train: int = 4, test: int = 3) -> dict[str, list[Member]]:
+    """`train` and `val`: SCENE/00001.h5 and official/00001.h5 with their bytes."""
+    return {
+        "train": [(f"{TRAIN_SCENES[i % 2]}/{i + 1:05d}.h5", h5_bytes(i)) for i in range(train)],
+        "val": [(f"official/{i + 1:05d}.h5", h5_bytes(100 + i)) for i in range(test)],
+    }
+
+
+def h5(root: Path, train: int = 4, test: int = 3, lists: bool = False) -> Path:
+    """{train,val}/SCENE/00001.h5, and lists with a heading whose rows start with data/nyudepth_hdf5/."""
+    for split, content in h5_members(train, test).items():
+        for name, data in content:
+            write(root / split / name, data)
+        if lists:
+            rows = ["Name", *(f"data/nyudepth_hdf5/{split}/{name}" for name, _ in content)]
+            (root / f"nyudepth_hdf5_{split}.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def h5_tars(root: Path, train: int = 4, test: int = 3) -> Path:
+    """data/train-000000.tar, data/train-000001.tar and data/val-000000.tar of the same files."""
+    content = h5_members(train, test)
+    half = train // 2
+    write_tar(root / "data/train-000000.tar", [(f"train/{name}", data) for name, data in content["train"][:half]])
+    write_tar(root / "data/train-000001.tar", [(f"train/{name}", data) for name, data in content["train"][half:]])
+    write_tar(root / "data/val-000000.tar", [(f"val/{name}", data) for name, data in content["val"]])
+    return root
+
+
+MAT_SIZE = (6, 8)
+
+
+def labeled_mat(path: Path, count: int = 1449) -> Path:
+    """nyu_depth_v2_labeled.mat: MATLAB v7.3 with its head of 512 bytes, arrays transposed; tiny pictures."""
+    height, width = MAT_SIZE
+    images = np.stack([picture(i % 97, MAT_SIZE).transpose(2, 1, 0) for i in range(count)])
+    raw, filled = (np.stack([millimetres(i % 97, MAT_SIZE, holes).T for i in range(count)]) for holes in (0.3, 0.0))
+    assert images.shape[1:] == (3, width, height)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w", userblock_size=512) as file:
+        file["images"] = images
+        file["depths"], file["rawDepths"] = ((maps / 1000).astype(np.float32) for maps in (filled, raw))
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file".ljust(512))
+    return path
+
+
+def zipped(root: Path, path: Path, prefix: str = "", method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """A folder as a ZIP, its files below `prefix`."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in sorted(root.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(root).as_posix())
+    return path
 
 
 def open_files(directory: Path) -> list[str]:

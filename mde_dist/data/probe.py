@@ -11,6 +11,8 @@ from .sources import BadPair, Source
 
 INDOOR_METRES = (0.3, 10.0)
 """Where the median of an indoor depth map lies, generously; outside, the scale is wrong."""
+USUAL_METRES = (1.0, 6.0)
+"""Where the medians of NYU Depth v2 lie; between here and there a scale may be wrong, and the user is told."""
 MAX_MEDIAN_RATIO = 3.0
 """Medians of two splits of one data set that differ by more than this speak of different units."""
 _PROBES = 16  # pairs per split that are read

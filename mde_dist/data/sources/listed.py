@@ -97,7 +97,7 @@ def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Choi
         held = ("raw" if column == 1 else "filled") if split in two else AS_GIVEN
         splits[split] = Split(pairs, choice.scale(split, MILLIMETRES), held)
         if listed.place.suffix:
-            notes.append(f"{split}: list {listed.place}, paths below {tree.root / base}")
+            notes.append(f"{split}: listed in {listed.place.name}, with paths below {base or tree.root}")
     return Source(kind.name, tree.root, splits, PictureReader(tree), tuple(notes))
 
 

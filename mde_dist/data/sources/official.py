@@ -62,5 +62,6 @@ def count_in_words(layout: str, split: str, count: int) -> str:
         return f"{count:,} of the {has[0]:,} that {layout} has; it is the size of {name}"
     if name:
         return f"{shown}: the size of {name}"
-    known = f"{layout} has {' or '.join(f'{size:,}' for size in has)}" if has else "NYU Depth v2 comes in many"
+    sizes = " or ".join(f"{size:,}" for size in has or KNOWN_TRAINING)
+    known = f"{layout if has else 'NYU Depth v2'} has {sizes}"
     return f"{shown}: not a size that is known ({known})"
