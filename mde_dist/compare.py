@@ -107,7 +107,8 @@ def _means(rows: np.ndarray, drawn: np.ndarray, protocol: Protocol) -> np.ndarra
 
 
 def show(found: list[Difference], title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    print(title)
+    table = Table()
     for name in ("", "A", "B", "B - A", f"{LEVEL:.0%} interval", ""):
         table.add_column(name, justify="right" if name else "left")
     for one in found:

@@ -170,7 +170,8 @@ def show(record: Mapping[str, Any], title: str) -> None:
     for name, mark in record["fingerprints"].items():
         protocol = PROTOCOLS[name]
         columns = {who: results[name] for who, results in record["results"].items()}
-        table = Table(title=f"{title}: protocol {name}, {mark['images']} images", title_justify="left")
+        print(f"{title}: protocol {name}, {mark['images']} images")  # a path stays whole, for copying
+        table = Table()
         for who in ("", *columns):
             table.add_column(who, justify="right" if who else "left")
         for metric in protocol.metrics:

@@ -139,7 +139,7 @@ def _natural(name: str) -> list[Any]:
 
 def _parts(name: str) -> tuple[str, ...]:
     """A path's words and numbers without what says its kind: `test/bathroom/rgb_00045.jpg` -> test, bathroom, 45."""
-    stem = re.sub(r"\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?)$", "", name.lower())
+    stem = re.sub(r"(\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?))+$", "", name.lower())
     words = (word.lstrip("0") or "0" if word.isdigit() else word for word in re.split(r"[^a-z0-9]+", stem))
     return tuple(word for word in words if word and word not in _KINDS)
 
