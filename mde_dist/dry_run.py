@@ -37,9 +37,11 @@ def dry_run(
     source = open_source(root or Path(), layout, scales, given_lists(lists), depth_map)
     probes = probe(source)
     describe_fully(source, probes)
-    with writing(f"--preview {preview}"):
-        draw_thumbnails(preview, list(thumbnails(source)), f"{source.root}: {source.layout}")
-    say(f"  preview: {preview}")
+    shown = list(thumbnails(source))
+    if shown:
+        with writing(f"--preview {preview}"):
+            draw_thumbnails(preview, shown, f"{source.root}: {source.layout}")
+        say(f"  preview: {preview}")
     refused, warned = unit_problems(source, probes, list(scales))
     say_warnings([*warned, *doubts(source, probes)])
     refused += packing_problems(source, probes, options)
@@ -65,7 +67,7 @@ def describe_fully(source: Source, probes: Mapping[str, Probe]) -> None:
 
 
 def thumbnails(source: Source) -> Iterator[Thumbnail]:
-    """A few pairs, evenly spaced over the splits; those that cannot be read are left out."""
+    """A few pairs, evenly spaced over the splits; those that cannot be read or have no depth are left out."""
     counts, left = {}, _THUMBNAILS
     for done, name in enumerate(sorted(source.splits, key=lambda name: len(source.splits[name].pairs))):
         counts[name] = min(len(source.splits[name].pairs), max(1, left // (len(source.splits) - done)))
@@ -77,7 +79,8 @@ def thumbnails(source: Source) -> Iterator[Thumbnail]:
                 raw = source.read(pair, split.scale)
             except BadPair:
                 continue
-            yield Thumbnail(f"{name}\n{pair.key[-26:]}", raw.image, to_metres(raw.depth))
+            if raw.depth.any():
+                yield Thumbnail(f"{name}\n{pair.key[-26:]}", raw.image, to_metres(raw.depth))
 
 
 def packing_problems(source: Source, probes: Mapping[str, Probe], options: PackOptions) -> list[str]:

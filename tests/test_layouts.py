@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import pickle
@@ -20,7 +19,6 @@ from trees import (
     h5,
     h5_bytes,
     h5_tars,
-    jpeg_bytes,
     labeled_mat,
     marigold,
     millimetres,
@@ -213,71 +211,6 @@ def test_a_depth_map_that_the_layout_lacks_is_refused(tmp_path: Path, make: Make
 def test_a_split_without_a_second_map_keeps_the_one_it_has(tmp_path: Path) -> None:
     source = open_source(newcrfs(bts(tmp_path, train=0)), depth_map="filled")
     assert {name: split.depth_map for name, split in source.splits.items()} == {"train": "filled", "test": "as given"}
-
-
-# --- lists ---
-
-
-def test_lists_may_be_named_anything_and_be_packed(tmp_path: Path) -> None:
-    root = bts(tmp_path / "tree")
-    plain = open_source(root)
-    lists = {}
-    for split in ("train", "test"):
-        found = root / f"nyudepthv2_{split}_files_with_gt.txt"
-        lists[split] = tmp_path / f"my {split}.txt.gz"
-        lists[split].write_bytes(gzip.compress(found.read_bytes()))
-        found.unlink()
-    with pytest.raises(UserError, match="is not a data set"):
-        open_source(root)
-    assert open_source(root, lists=lists).splits == plain.splits
-    arguments = [f"{split}={path}" for split, path in lists.items()]
-    main(["--source", str(root), "--output", str(tmp_path / "o"), "--workers", "1", "--list", *arguments])
-    assert json.loads((tmp_path / "o/manifest.json").read_text())["splits"]["train"]["samples"] == 4
-
-
-@pytest.mark.parametrize("base", ["", "sync", "nyu/sync"])
-def test_the_folder_that_a_list_starts_from_is_found_by_trying(tmp_path: Path, base: str) -> None:
-    for i in range(2):
-        write(tmp_path / base / f"a_0001/rgb_{i}.jpg", jpeg_bytes(picture(i)))
-        write(tmp_path / base / f"a_0001/sync_depth_{i}.png", millimetres(i))
-    rows = [f"/a_0001/rgb_{i}.jpg /a_0001/sync_depth_{i}.png 518.8579\n" for i in range(2)]
-    (tmp_path / "nyudepthv2_train_files_with_gt.txt").write_text("".join(rows))
-    source = open_source(tmp_path)
-    assert [pair.key for pair in source.splits["train"].pairs] == ["a_0001-rgb_0", "a_0001-rgb_1"]
-    assert [pair.scene for pair in source.splits["train"].pairs] == ["a_0001"] * 2
-    for i, pair in enumerate(source.splits["train"].pairs):
-        assert np.array_equal(source.read(pair, source.splits["train"].scale).depth, millimetres(i))
-
-
-@real
-@pytest.mark.parametrize(
-    ("split", "name", "layout", "pairs"),
-    [
-        ("train", "bts_train_24231.txt.gz", "bts", 24_231),
-        ("train", "newcrfs_train_36253.txt.gz", "bts", 36_253),
-        ("train", "nyudepth_hdf5_train.csv.gz", "h5", 47_584),
-        ("test", "nyudepth_hdf5_val.csv", "h5", 654),
-    ],
-)
-def test_published_lists_are_read_whole(tmp_path: Path, split: str, name: str, layout: str, pairs: int) -> None:
-    source = open_source(tmp_path, lists={split: NYUV2 / "lists" / name})
-    found = source.splits[split].pairs
-    assert source.layout == layout
-    assert len({pair.key for pair in found}) == len(found) == pairs
-    if layout == "h5":
-        assert found[0].image == {"train": "train/kitchen_0006/00081.h5", "test": "val/official/00001.h5"}[split]
-    else:
-        filled = name.startswith("newcrfs")
-        assert source.splits[split].depth_map == ("raw" if filled else "as given")
-
-
-@real
-def test_the_head_of_marigolds_list(tmp_path: Path) -> None:
-    source = open_source(tmp_path, lists={"train": NYUV2 / "lists/marigold_train_head.txt"}, depth_map="filled")
-    first = source.splits["train"].pairs[0]
-    assert (source.layout, first.key, first.scene) == ("marigold", "office_0003-rgb_0003", "office_0003")
-    assert first.depth == "train/office_0003/filled_0003.png"
-    assert official_split()[3 - 1] == ("train", "office_0003")  # its numbers count from 1
 
 
 # --- float metres ---

@@ -1,5 +1,6 @@
 """Files by name, in a folder or in a ZIP as it was downloaded: what layouts and readers see of a disk."""
 
+import lzma
 import os
 import stat
 import struct
@@ -13,6 +14,18 @@ from ...errors import UserError
 
 MAX_FILE = 64 * 2**20
 """Bytes of the largest file that is read whole; the largest picture of a data set is far below."""
+
+
+_ZIP_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 
 
 class Unreadable(Exception):
@@ -61,7 +74,7 @@ class FolderTree:
                 if not stat.S_ISREG(status.st_mode):
                     raise Unreadable("not a regular file")
                 check_size(status.st_size)
-                return file.read(MAX_FILE)
+                return file.read(status.st_size)  # it reserves what it is asked for
         except (OSError, ValueError) as error:
             raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
 
@@ -169,8 +182,8 @@ class _Archive:
         check_size(info.file_size)  # what it claims is what zipfile reads at most
         try:
             with archive.open(info) as file:
-                return file.read(MAX_FILE)
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+                return file.read(info.file_size)
+        except _ZIP_DAMAGE as error:
             raise Unreadable(f"damaged in the ZIP: {error}") from None
 
     def folder(self, name: str) -> tuple[set[str], set[str]]:

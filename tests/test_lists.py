@@ -1,0 +1,158 @@
+"""Lists of files: found or named, from whatever folder their paths start, and one line where they cannot be right."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trees import bts, h5, jpeg_bytes, labeled_mat, marigold, millimetres, newcrfs, picture, write
+
+from mde_dist.data.sources import open_source
+from mde_dist.data.sources.official import official_split
+from mde_dist.errors import UserError
+from mde_dist.shard import main
+
+NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
+real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")
+
+
+def said_of(root: Path, **options: object) -> str:
+    """The one line with which a list is refused."""
+    with pytest.raises(UserError) as error:
+        open_source(root, **options)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+def test_lists_may_be_named_anything_and_be_packed(tmp_path: Path) -> None:
+    root = bts(tmp_path / "tree")
+    plain = open_source(root)
+    lists = {}
+    for split in ("train", "test"):
+        found = root / f"nyudepthv2_{split}_files_with_gt.txt"
+        lists[split] = tmp_path / f"my {split}.txt.gz"
+        lists[split].write_bytes(gzip.compress(found.read_bytes()))
+        found.unlink()
+    with pytest.raises(UserError, match="is not a data set"):
+        open_source(root)
+    assert open_source(root, lists=lists).splits == plain.splits
+    arguments = [f"{split}={path}" for split, path in lists.items()]
+    main(["--source", str(root), "--output", str(tmp_path / "o"), "--workers", "1", "--list", *arguments])
+    assert json.loads((tmp_path / "o/manifest.json").read_text())["splits"]["train"]["samples"] == 4
+
+
+@pytest.mark.parametrize("base", ["", "sync", "nyu/sync"])
+def test_the_folder_that_a_list_starts_from_is_found_by_trying(tmp_path: Path, base: str) -> None:
+    for i in range(2):
+        write(tmp_path / base / f"a_0001/rgb_{i}.jpg", jpeg_bytes(picture(i)))
+        write(tmp_path / base / f"a_0001/sync_depth_{i}.png", millimetres(i))
+    rows = [f"/a_0001/rgb_{i}.jpg /a_0001/sync_depth_{i}.png 518.8579\n" for i in range(2)]
+    (tmp_path / "nyudepthv2_train_files_with_gt.txt").write_text("".join(rows))
+    source = open_source(tmp_path)
+    assert [pair.key for pair in source.splits["train"].pairs] == ["a_0001-rgb_0", "a_0001-rgb_1"]
+    assert [pair.scene for pair in source.splits["train"].pairs] == ["a_0001"] * 2
+    for i, pair in enumerate(source.splits["train"].pairs):
+        assert np.array_equal(source.read(pair, source.splits["train"].scale).depth, millimetres(i))
+
+
+@real
+@pytest.mark.parametrize(
+    ("split", "name", "layout", "pairs"),
+    [
+        ("train", "bts_train_24231.txt.gz", "bts", 24_231),
+        ("train", "newcrfs_train_36253.txt.gz", "bts", 36_253),
+        ("train", "nyudepth_hdf5_train.csv.gz", "h5", 47_584),
+        ("test", "nyudepth_hdf5_val.csv", "h5", 654),
+    ],
+)
+def test_published_lists_are_read_whole(tmp_path: Path, split: str, name: str, layout: str, pairs: int) -> None:
+    source = open_source(tmp_path, lists={split: NYUV2 / "lists" / name})
+    found = source.splits[split].pairs
+    assert source.layout == layout
+    assert len({pair.key for pair in found}) == len(found) == pairs
+    if layout == "h5":
+        assert found[0].image == {"train": "train/kitchen_0006/00081.h5", "test": "val/official/00001.h5"}[split]
+    else:
+        filled = name.startswith("newcrfs")
+        assert source.splits[split].depth_map == ("raw" if filled else "as given")
+
+
+@real
+def test_the_head_of_marigolds_list(tmp_path: Path) -> None:
+    source = open_source(tmp_path, lists={"train": NYUV2 / "lists/marigold_train_head.txt"}, depth_map="filled")
+    first = source.splits["train"].pairs[0]
+    assert (source.layout, first.key, first.scene) == ("marigold", "office_0003-rgb_0003", "office_0003")
+    assert first.depth == "train/office_0003/filled_0003.png"
+    assert official_split()[3 - 1] == ("train", "office_0003")  # its numbers count from 1
+
+
+# --- lists that cannot be right ---
+
+
+def test_a_gz_bomb_is_refused_at_the_limit(tmp_path: Path) -> None:
+    bomb = tmp_path / "list.txt.gz"
+    with gzip.open(bomb, "wb") as file:
+        for _ in range(80):
+            file.write(bytes(2**20))
+    said = said_of(bts(tmp_path / "tree"), lists={"train": bomb})
+    assert f"{bomb}: more than 67,108,864 bytes when unpacked" in said
+
+
+@pytest.mark.parametrize("data", [b"", b"not gzip", gzip.compress(b"a.jpg b.png\n")[:-12]])
+def test_a_gz_that_is_none_or_cut(tmp_path: Path, data: bytes) -> None:
+    write(tmp_path / "list.txt.gz", data)
+    assert f"{tmp_path / 'list.txt.gz'}: not a readable list" in said_of(
+        bts(tmp_path / "tree"), lists={"train": tmp_path / "list.txt.gz"}
+    )
+
+
+NEWCRFS = "nyudepthv2_train_files_with_gt_dense.txt"
+LINE = "a/1.jpg a/1.png a/dense/1.png\n"
+H5_LINE = "data/nyudepth_hdf5/train/a/00001.h5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (NEWCRFS, "rgb depth filled\n" + LINE, "row 1: 'rgb,depth,filled' is a heading"),
+        (NEWCRFS, LINE + LINE, "row 2: sync/a/1.jpg is listed twice"),
+        (NEWCRFS, "C:\\nyu\\1.jpg C:\\nyu\\1.png\n", "row 1: 'C:/nyu/1.jpg' leaves"),
+        (NEWCRFS, "/../1.jpg 1.png\n", "leaves"),
+        (NEWCRFS, LINE + "a/2.jpg\0 a/2.png b.png\n", "row 2: 'a/2.jpg\\x00' leaves"),
+        (NEWCRFS, "", "lists no pairs"),
+        ("data/nyu2_train.csv", "image,depth\ndata/1.jpg,data/1.png\n", "row 1: 'image,depth' is a heading"),
+        ("data/nyu2_train.csv", "a" * 200_000 + ",b\n", "not a readable list"),
+        ("filename_list_train.txt", LINE + "\\\\server\\..\\x.png b.png c.png\n", "row 2"),
+        ("nyudepth_hdf5_train.csv", "Name\n", "lists no pairs"),
+        ("nyudepth_hdf5_train.csv", "Name\n" + H5_LINE + H5_LINE, "row 3: train/a/00001.h5 is listed twice"),
+        ("nyudepth_hdf5_train.csv", "Name\ndata/nyudepth_hdf5/../../a.h5\n", "row 2: '../../a.h5' leaves"),
+        ("nyudepth_hdf5_train.csv", H5_LINE + "a/2.jpg\n", "row 2: expected the path of an .h5 file"),
+    ],
+)  # fmt: skip
+def test_lists_that_cannot_be_right_are_one_line_with_their_row(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    write(tmp_path / name, text.encode())
+    said = said_of(tmp_path)
+    assert str(tmp_path / name) in said
+    assert words in said
+
+
+@pytest.mark.parametrize("make", [newcrfs, marigold, lambda root: h5(root, lists=True)])
+def test_lists_with_a_mark_backslashes_and_windows_line_ends_are_read(tmp_path: Path, make) -> None:
+    plain = open_source(make(tmp_path)).splits
+    for path in [*tmp_path.glob("*.txt"), *tmp_path.glob("*.csv")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"/", b"\\").replace(b"\n", b"\r\n\r\n"))
+    assert open_source(tmp_path).splits == plain
+
+
+def test_a_list_that_is_missing_or_of_another_layout(tmp_path: Path) -> None:
+    root = bts(tmp_path / "tree")
+    assert "nowhere.txt: not a readable list" in said_of(root, lists={"train": tmp_path / "nowhere.txt"})
+    write(tmp_path / "names.csv", b"Name\ntrain/a/00001.h5\n")
+    assert "--list train=" in said_of(labeled_mat(tmp_path / "a.mat"), lists={"train": tmp_path / "names.csv"})
