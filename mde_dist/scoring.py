@@ -1,6 +1,7 @@
 """Every image of a split -> a row of numbers, exact over any number of ranks: what training and `evaluate` share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,18 @@ from .run.distributed import agree, all_sum
 
 Predict = Callable[[Batch], torch.Tensor]
 """A batch of images -> depth (batch, h, w) metres, of any size."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums add up in another order for every number of threads, and for every size of a batch: images are measured one
+    by one, in one thread, so that a split has the same digits to the last bit however it was shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Interrupted(Exception):
@@ -88,9 +101,10 @@ def score_split(
 
     def score_batch(batch: Batch) -> None:
         truth, prediction = prepare_depth(batch), predict(batch)
-        ones = torch.ones(len(batch.sample), 1, dtype=torch.float64, device=truth.device)
-        row = torch.cat([*(measure.of(prediction, truth) for measure in measures), ones], dim=1)
-        table[torch.from_numpy(batch.sample).to(table.device)] = row
+        with one_thread():
+            for sample, p, g in zip(batch.sample, prediction.split(1), truth.split(1), strict=True):
+                row = torch.cat([measure.of(p, g)[0] for measure in measures])
+                table[int(sample), :-1], table[int(sample), -1] = row, 1
         progress(int(batch.sample[-1]) + 1, images)
 
     with (

@@ -48,7 +48,10 @@ def probe(source: Source) -> dict[str, Probe]:
         chosen = evenly(len(split.pairs), _PROBES)
         for place in chosen:
             try:
-                raw.append(source.read(split.pairs[place], split.scale))
+                found = source.read(split.pairs[place], split.scale)
+                if not found.depth.any():
+                    raise BadPair(f"{source.place(split.pairs[place].depth)} has no valid pixel")
+                raw.append(found)
             except BadPair as error:
                 bad.append(str(error))
         if not raw:

@@ -77,15 +77,13 @@ class Source:
     """What was decided while it was recognised, a line each, for the user to check."""
 
     def read(self, pair: Pair, scale: DepthScale) -> RawPair:
-        """Read and check one pair. Raises BadPair with the path and what is wrong."""
+        """Read and check one pair, which may be all holes. Raises BadPair with the path and what is wrong."""
         raw = self.reader.read(pair, scale)
         if raw.image.shape[:2] != raw.depth.shape:
             raise BadPair(
                 f"{self.place(pair.depth)} is {_hxw(raw.depth.shape)}, but its image {self.place(pair.image)} is "
                 f"{_hxw(raw.image.shape)}"
             )
-        if not raw.depth.any():
-            raise BadPair(f"{self.place(pair.depth)} has no valid pixel")
         return raw
 
     def place(self, name: str) -> Path:
