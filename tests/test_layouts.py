@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -32,10 +33,11 @@ from trees import (
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import BadPair, Source, open_source
+from mde_dist.data.sources import EXPECTED, LAYOUTS, BadPair, Source, open_source
 from mde_dist.data.sources.official import OFFICIAL_TEST, official_split, test_scenes
 from mde_dist.errors import UserError
 from mde_dist.shard import main
+from mde_dist.source import Layout
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")
@@ -175,6 +177,11 @@ def test_the_labelled_file_packs_in_worker_processes_and_gives_its_raw_maps_when
         assert 0.2 < split["depth"]["holes"] < 0.4
     expected = {millimetres(i, MAT_SIZE, 0.3).tobytes() for i in range(97)}
     assert all(depth.tobytes() in expected for _, depth in shards_of(tmp_path / "shards", "train"))
+
+
+def test_the_command_line_offers_every_layout() -> None:
+    assert set(get_args(Layout)) == {*LAYOUTS, "rooms"}
+    assert set(LAYOUTS) == set(EXPECTED)
 
 
 def test_the_table_of_the_official_split() -> None:

@@ -46,7 +46,7 @@ def test_lists_may_be_named_anything_and_be_packed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "o/manifest.json").read_text())["splits"]["train"]["samples"] == 4
 
 
-@pytest.mark.parametrize("base", ["", "sync", "nyu/sync"])
+@pytest.mark.parametrize("base", ["", "sync", "nyu/sync", "nyu_depth_v2/sync", "any"])
 def test_the_folder_that_a_list_starts_from_is_found_by_trying(tmp_path: Path, base: str) -> None:
     for i in range(2):
         write(tmp_path / base / f"a_0001/rgb_{i}.jpg", jpeg_bytes(picture(i)))
@@ -80,6 +80,17 @@ def test_published_lists_are_read_whole(tmp_path: Path, split: str, name: str, l
     else:
         filled = name.startswith("newcrfs")
         assert source.splits[split].depth_map == ("raw" if filled else "as given")
+
+
+def test_a_given_list_is_of_the_files_below_an_only_folder(tmp_path: Path) -> None:
+    marigold(tmp_path / "source/nyu", lists=True)
+    for split in ("train", "test"):
+        (tmp_path / f"source/nyu/filename_list_{split}.txt").rename(tmp_path / f"{split}.txt")
+    source = open_source(tmp_path / "source", lists={split: tmp_path / f"{split}.txt" for split in ("train", "test")})
+    assert source.layout == "marigold"
+    assert [pair.key for pair in source.splits["train"].pairs][:1] == ["basement_0001a-rgb_0001"]
+    for split in source.splits.values():
+        assert [source.missing(pair) for pair in split.pairs] == [[]] * len(split.pairs)
 
 
 @real

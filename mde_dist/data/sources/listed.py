@@ -34,23 +34,15 @@ _BTS = _Kind(
     ("nyudepthv2_{}_files_with_gt.txt", "nyudepthv2_{}_files_with_gt_dense.txt"),
     ("", "data_splits", "train_test_inputs"),
     {
-        "train": ("sync", "", "nyu/sync", "nyu_depth_v2/sync", "dataset/nyu_depth_v2/sync", "train"),
-        "test": (
-            "official_splits/test",
-            "",
-            "nyu/official_splits/test",
-            "nyu_depth_v2/official_splits/test",
-            "dataset/nyu_depth_v2/official_splits/test",
-            "official_splits",
-            "test",
-        ),
+        "train": ("sync", "", "nyu_depth_v2/sync", "train"),
+        "test": ("official_splits/test", "", "nyu_depth_v2/official_splits/test", "official_splits", "test"),
     },
 )
 _MARIGOLD = _Kind(
     "marigold",
     ("filename_list_{}.txt",),
     ("", "data_split/nyu", "nyu"),
-    dict.fromkeys(("train", "test"), ("", "nyuv2", "nyu_labeled_extracted", "nyuv2/nyu_labeled_extracted")),
+    dict.fromkeys(("train", "test"), ("", "nyu_labeled_extracted")),
 )
 EXPECTED_BTS = "nyudepthv2_train_files_with_gt.txt or nyudepthv2_test_files_with_gt.txt (or any name with --list)"
 EXPECTED_MARIGOLD = "filename_list_train.txt, or train/SCENE/rgb_0003.png with depth_0003.png"

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -72,8 +73,12 @@ def _unpacked(place: Path, data: bytes) -> bytes:
 
 
 def find_base(tree: Tree, listed: FileList, bases: Sequence[str], column: int = 0) -> str:
-    """The folder below which the first rows' paths lie; the first of `bases` where none of them is there."""
-    for base in bases:
+    """The folder below which the first rows' paths lie: one of `bases`, in the tree or in one of its folders.
+
+    The first of `bases` where none of the paths is there.
+    """
+    deeper = (str(PurePosixPath(folder, base)) for folder in tree.folders("") for base in bases)
+    for base in itertools.chain(bases, deeper):
         for row in listed.rows[:_FIRST_ROWS]:
             if len(row) > column and tree.is_file(str(PurePosixPath(base, row[column].lstrip("/")))):
                 return base

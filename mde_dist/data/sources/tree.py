@@ -7,6 +7,7 @@ import struct
 import threading
 import zipfile
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -104,7 +105,7 @@ class ZipTree:
 
     def __init__(self, path: Path, folder: str = "", archive: "_Archive | None" = None):
         """Raises UserError where `path` is not a whole ZIP."""
-        self._archive = archive or _Archive(path)
+        self._archive = archive or _archive(path)
         self._prefix = f"{folder}/" if folder else ""
         self.root = path / folder
 
@@ -131,25 +132,30 @@ class ZipTree:
         return ZipTree(self._archive.path, inner, self._archive) if folder else self
 
 
+def _archive(path: Path) -> "_Archive":
+    """The ZIP, opened once in a process however many jobs bring it: its directory takes a second to read."""
+    status = path.stat()
+    return _cached_archive(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _cached_archive(path: Path, size: int, modified: int) -> "_Archive":
+    return _Archive(path)
+
+
 class _Archive:
     """An open ZIP: one handle per process, opened when it is needed; reading is safe in threads."""
 
     def __init__(self, path: Path):
+        """Raises UserError where `path` is not a whole ZIP."""
         self.path = path
-        self._forget()
-        self._open()
-
-    def _forget(self) -> None:
         self._lock, self._owner = threading.Lock(), 0
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._folders: dict[str, tuple[set[str], set[str]]] = {}
+        self._open()
 
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        self.path = path
-        self._forget()
+    def __reduce__(self) -> tuple[object, ...]:
+        return _archive, (self.path,)
 
     def _open(self) -> zipfile.ZipFile:
         with self._lock:
