@@ -142,8 +142,11 @@ def check(command: EvaluateCommand) -> None:
         raise UserError(f"--threads {command.threads}: must be 0 or more")
     if command.prediction_scale is not None and not 0 < command.prediction_scale < 1000:
         raise UserError(f"--prediction-scale {command.prediction_scale:g}: metres per stored unit, such as 0.001")
-    if command.predictions and (command.run or command.checkpoint):
-        raise UserError("name one thing to score: --predictions DIR, or --run DIR or --checkpoint FILE.safetensors")
+    if sum(thing is not None for thing in (command.run, command.checkpoint, command.predictions)) != 1:
+        raise UserError(
+            "name one thing to score: either --run DIR or --checkpoint FILE.safetensors or --predictions DIR "
+            "(or --compare A.json B.json)"
+        )
     if command.predictions and not (command.shards or command.source):
         raise UserError("--predictions needs what they are to be held against: --shards DIR or --source DIR")
     if command.predictions and (command.flip or command.size):

@@ -102,7 +102,7 @@ def test_a_damaged_image_ends_the_evaluation_with_its_key(checkpoint, room_shard
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "either --run DIR or --checkpoint"),
+        ([], "name one thing to score"),
         (["--run", "/nowhere"], "no checkpoint"),
         (["--checkpoint", "/nowhere.safetensors"], "no such file"),
         (["--checkpoint", "CHECKPOINT", "--split", "val"], "no split 'val'"),

@@ -159,7 +159,7 @@ def test_leaks_are_those_of_the_table() -> None:
         ("densedepth", "train", 795, "795 of the 50,688 that densedepth has; it is the size of the official labelled"),
         ("folder", "train", 24_231, "24,231 pairs: the size of the bts training list"),
         ("bts", "test", 654, "654 pairs: the whole official test set"),
-        ("bts", "test", 202, "202 pairs: not a size that is known (the official test set has 654)"),
+        ("bts", "test", 202, "202 pairs (the official test set has 654)"),
         ("bts", "train", 1, "1 pair: not a size that is known (bts has 24,231 or 36,253)"),
         ("folder", "train", 12, "12 pairs: not a size that is known"),
     ],
