@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,6 +145,53 @@ def test_a_zip_is_packed_by_worker_processes_into_the_bytes_of_its_folder(tmp_pa
     assert len(tars) == 4
     for tar in tars:
         assert (tmp_path / "folder" / tar).read_bytes() == (tmp_path / "zip" / tar).read_bytes()
+
+
+def test_a_zip_made_on_windows_or_on_a_mac_is_read(tmp_path: Path) -> None:
+    tree = densedepth(tmp_path / "tree")
+    plain = open_source(tree)
+    windows, mac = tmp_path / "windows.zip", zipped(tree, tmp_path / "mac.zip", "nyu/")
+    names = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(windows, "w") as archive:
+        for name, data in names.items():
+            archive.writestr(name.replace("/", "|"), data)
+    data = windows.read_bytes()
+    for name in names:  # zipfile itself writes '/' only
+        data = data.replace(name.replace("/", "|").encode(), name.replace("/", "\\").encode())
+    windows.write_bytes(data)
+    with zipfile.ZipFile(mac, "a") as archive:
+        for name in names:
+            archive.writestr(f"__MACOSX/nyu/{name}", b"its notes")
+    for path in (windows, mac):
+        source = open_source(path)
+        assert source.splits == plain.splits
+        for split in source.splits.values():
+            assert all(not source.missing(pair) and source.read(pair, split.scale) for pair in split.pairs)
+
+
+@pytest.mark.parametrize("kind", ["zip", "mat"])
+def test_a_forked_process_opens_the_file_for_itself(tmp_path: Path, mat: Path, kind: str) -> None:
+    """One that shared its parent's handle would move the parent's place in the file, and the parent its own."""
+    root = mat if kind == "mat" else zipped(densedepth(tmp_path / "tree", 60), tmp_path / "nyu_data.zip")
+    source = open_source(root)
+    split = source.splits["train"]
+    pairs = split.pairs[:60]
+    expected = [source.read(pair, split.scale).depth for pair in pairs]
+    child = os.fork()
+    if not child:
+        try:
+            good = all(
+                np.array_equal(source.read(pair, split.scale).depth, depth)
+                for _ in range(20)
+                for pair, depth in zip(pairs, expected, strict=True)
+            )
+            os._exit(0 if good else 1)
+        except BaseException:
+            os._exit(2)
+    for _ in range(20):
+        for pair, depth in zip(pairs, expected, strict=True):
+            assert np.array_equal(source.read(pair, split.scale).depth, depth)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 # --- labeled ---

@@ -67,6 +67,7 @@ def png_bomb(side: int, bits: int = 16, channels: int = 0) -> bytes:
 # --- pictures ---
 
 
+@pytest.mark.filterwarnings("error:.*bomb")  # as on the command line
 @pytest.mark.parametrize("side", [8193, 12_000, 30_000, 2**31 - 1])
 def test_a_png_that_claims_huge_sides_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
     for name, bits, channels in (("rgb_00000.jpg", 8, 2), ("sync_depth_00000.png", 16, 0)):

@@ -116,6 +116,12 @@ def test_arguments_that_mean_nothing() -> None:
     assert given_lists(("train=a=b.txt", "test=c")) == {"train": Path("a=b.txt"), "test": Path("c")}
 
 
+def test_rooms_take_no_scale_list_or_map() -> None:
+    for given in ({"depth_scale": ("0.001",)}, {"lists": ("train=x",)}, {"depth_map": "raw"}):
+        with pytest.raises(UserError, match="--layout rooms is rendered"):
+            open_checked(None, "rooms", **{"depth_scale": (), **given})
+
+
 # --- official test scenes in training ---
 
 

@@ -3,7 +3,6 @@
 `images` uint8 (1449, 3, 640, 480), `depths` (filled) and `rawDepths` float32 metres (1449, 640, 480): all transposed.
 """
 
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +64,7 @@ class MatReader:
 
     def __init__(self, path: Path, depths: str):
         self._path, self._depths = path, depths
-        self._open: tuple[int, Any] = (0, None)
+        self._open: Any = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -93,6 +92,6 @@ class MatReader:
     def _entries(self) -> Any:
         """The open file. Raises OSError."""
         with self._lock:
-            if self._open[0] != os.getpid():  # a forked process must not use its parent's handle
-                self._open = os.getpid(), import_h5py().File(self._path, "r")
-            return self._open[1]
+            if self._open is None:
+                self._open = import_h5py().File(self._path, "r")
+            return self._open

@@ -52,8 +52,11 @@ def count_in_words(layout: str, split: str, count: int) -> str:
     if layout == "rooms":
         return f"{shown} of the embedded sample"
     if split == "test":
-        whole = count == OFFICIAL_TEST
-        return f"{shown}: the whole official test set" if whole else f"{shown} (the official test set has {OFFICIAL_TEST})"
+        return (
+            f"{shown}: the whole official test set"
+            if count == OFFICIAL_TEST
+            else (f"{shown} (the official test set has {OFFICIAL_TEST})")
+        )
     has = _HAS.get(layout, ())
     name = KNOWN_TRAINING.get(count)
     if count in has:

@@ -49,6 +49,8 @@ def open_source(
     pairs by split, `depth_map` the map where there are two. Raises UserError where nothing fits.
     """
     if layout == "rooms":
+        if scales or lists or depth_map:
+            raise UserError("--layout rooms is rendered, in metres: leave out --depth-scale, --list and --depth-map")
         return rooms()
     choice = Choice(layout, scales or {}, lists or {}, depth_map)
     source = _find(root, choice)
