@@ -33,26 +33,28 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.low <= 0 <= self.high:
-            return "no difference shown"
+            return "not clear"
         return "B is better" if (self.low > 0) == (self.metric in HIGHER_IS_BETTER) else "A is better"
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Difference]]:
     """Print and return the differences by protocol. Raises UserError where no fingerprint is the same."""
     a, b = read_record(first), read_record(second)
-    found, reasons = {}, []
+    found: dict[str, list[Difference]] = {}
+    reasons: dict[str, list[str]] = {}
     for name, mark in a["fingerprints"].items():
         other = b["fingerprints"].get(name)
         if other != mark:
-            reasons.append(f"{name}: {why_not(mark, other)}")
+            reasons.setdefault(why_not(mark, other), []).append(name)
             continue
         found[name] = differences(a, b, PROTOCOLS[name], seed)
         show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short(mark)}")
     print(f"A: {_who(a)} ({first})\nB: {_who(b)} ({second})")
-    for reason in reasons:
-        print(f"cannot be compared under {reason}")
+    refused = [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
     if not found:
-        raise UserError(f"{first} and {second} cannot be compared: {'; '.join(reasons) or 'no protocol in common'}")
+        raise UserError(f"{first} and {second} cannot be compared: {'; '.join(refused) or 'no protocol in common'}")
+    for reason in refused:
+        print(f"not compared: {reason}")
     print(
         f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); images of one scene "
         "are alike, so they are rather too narrow"
@@ -63,7 +65,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
 def why_not(mark: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     """In what two fingerprints differ."""
     if other is None:
-        return "only one of them was scored so"
+        return "only one of them has the protocol"
     words = {
         "protocol": "the protocol's numbers differ",
         "images": f"{mark['images']} images against {other.get('images')}",
@@ -113,7 +115,7 @@ def show(found: list[Difference], title: str) -> None:
         table.add_column(name, justify="right" if name else "left")
     for one in found:
         numbers = (f"{one.first:.4f}", f"{one.second:.4f}", f"{one.second - one.first:+.4f}")
-        table.add_row(one.metric, *numbers, f"{one.low:+.4f} .. {one.high:+.4f}", one.verdict)
+        table.add_row(one.metric, *numbers, f"{one.low:+.4f}, {one.high:+.4f}", one.verdict)
     Console().print(table)
 
 

@@ -89,10 +89,8 @@ def test_verdicts(tmp_path, capsys):
         for one in found["eigen"]:
             if one.metric in ("abs_rel", "rmse", "delta1"):  # errors and accuracies, each in its direction
                 assert one.verdict == verdict, one
-    assert {one.verdict for one in compare(paths[0], paths[0])["eigen"]} == {"no difference shown"}
-    assert next(one for one in compare(paths[0], paths[2])["eigen"] if one.metric == "abs_rel").verdict == (
-        "no difference shown"
-    )
+    assert {one.verdict for one in compare(paths[0], paths[0])["eigen"]} == {"not clear"}
+    assert next(one for one in compare(paths[0], paths[2])["eigen"] if one.metric == "abs_rel").verdict == ("not clear")
     said = capsys.readouterr().out
     assert short(record(good, depth)["fingerprints"]["eigen"]) in said
     assert "10,000 bootstrap resamples" in said
@@ -122,7 +120,7 @@ def other_truth(depth):
         (lambda a, depth: record(depth, other_truth(depth)), "the ground truth differs"),
         (lambda a, depth: record(depth, depth, keys=[f"x{k}" for k in range(IMAGES)]), "the ground truth differs"),
         (lambda a, depth: record(depth[:20], depth[:20]), "30 images against 20, the ground truth differs"),
-        (lambda a, depth: record(depth, depth, ["full"]), "only one of them was scored so"),
+        (lambda a, depth: record(depth, depth, ["full"]), "only one of them has the protocol"),
         (lambda a, depth: edited(a, "version", "9.9"), "made by mde_dist .* and 9.9"),
         (lambda a, depth: edited(a, "protocol", {"name": "eigen", "clamp": [0, 8]}), "the protocol's numbers differ"),
     ],
@@ -146,7 +144,7 @@ def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path, capsys):
     depth = depths()
     paths = written(tmp_path, a=record(depth, depth, ["eigen", "full"]), b=record(depth * 1.3, depth, ["full", "lsq"]))
     assert set(compare(*paths)) == {"full"}
-    assert "cannot be compared under eigen: only one" in capsys.readouterr().out
+    assert "not compared: only one of them has the protocol (eigen)" in capsys.readouterr().out
 
 
 def test_the_fingerprint_holds_all_that_decides():

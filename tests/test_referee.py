@@ -12,6 +12,7 @@ from trees import bts, folder, jpeg_bytes, packed, picture, write
 from warm import warm_run
 
 from mde_dist import evaluate
+from mde_dist.data.augment import normalise, resize_image
 from mde_dist.data.pack import PackOptions
 from mde_dist.errors import UserError
 from mde_dist.learning.metrics import PROTOCOLS
@@ -237,8 +238,6 @@ def test_a_model_is_scored_against_a_source_that_was_never_packed(data, checkpoi
 
 def test_flip_averages_the_two_views(data, checkpoint):
     """Against the mean of the predictions for the images and for mirrored images, made one by one."""
-    from mde_dist.data.augment import normalise, resize_image
-
     model = build(ModelConfig(), seed=3).eval()
     target = data / "flipped"
     target.mkdir(exist_ok=True)
@@ -246,7 +245,8 @@ def test_flip_averages_the_two_views(data, checkpoint):
         image = np.asarray(Image.open(data / f"source/test/images/{number:04d}.jpg").convert("RGB"))
         views = []
         for view in (image, image[:, ::-1]):
-            seen = normalise(resize_image(torch.from_numpy(view.copy()).permute(2, 0, 1)[None].float() / 255, (96, 128)))
+            pixels_seen = torch.from_numpy(view.copy()).permute(2, 0, 1)[None].float() / 255
+            seen = normalise(resize_image(pixels_seen, (96, 128)))
             with torch.inference_mode():
                 views.append(model(seen)[0].double().numpy())
         np.save(target / f"{number:04d}.npy", (views[0] + views[1][:, ::-1]) / 2)
