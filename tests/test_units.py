@@ -167,6 +167,7 @@ def test_leaks_are_those_of_the_table() -> None:
         ("bts", "test", 654, "654 pairs: the whole official test set"),
         ("bts", "test", 202, "202 pairs (the official test set has 654)"),
         ("bts", "train", 1, "1 pair: not a size that is known (bts has 24,231 or 36,253)"),
+        ("rooms", "train", 320, "320 pairs of the embedded sample"),
         ("folder", "train", 12, "12 pairs: not a size that is known"),
     ],
 )
