@@ -67,21 +67,28 @@ def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> 
     """
     # compared in the depth's own precision: 1 mm as float32 is a hair above 1e-3 as float64
     valid = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
-    prediction, depth = to_size(prediction, depth), depth.double()
+    prediction = to_size(prediction, depth)
     if protocol.crop is not None:
         rows, columns = crop_slices(protocol.crop, depth.shape[-2], depth.shape[-1])
         prediction, depth, valid = (x[:, rows, columns] for x in (prediction, depth, valid))
-    truth = torch.where(valid, depth, 1.0)
+    images = zip(prediction, depth, valid, strict=True)
+    return torch.stack([_score_pixels(p[mask], g[mask].double(), protocol) for p, g, mask in images])
+
+
+def _score_pixels(p: torch.Tensor, g: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """The row of one image from its valid pixels, float64 (pixels,)."""
+    if not len(g):
+        return torch.zeros(1 + len(TERMS), dtype=torch.float64, device=g.device)
     if protocol.align == "scale and shift":
-        prediction = align(prediction, truth, valid)
+        p = align(p, g)
     if protocol.clamp is not None:
         low, high = protocol.clamp
-        prediction = torch.nan_to_num(prediction, nan=low, posinf=high, neginf=low).clamp(low, high)
+        p = torch.nan_to_num(p, nan=low, posinf=high, neginf=low).clamp(low, high)
     else:
         # a value that is not finite is no prediction: as wrong as predicting nothing at all
-        prediction = torch.where(is_number(prediction), prediction, 0.0)
-    terms = _pixel_terms(prediction, truth)
-    return torch.stack([valid.sum((-2, -1)).double(), *(masked_mean(terms[name], valid) for name in TERMS)], dim=1)
+        p = torch.where(is_number(p), p, 0.0)
+    terms = _pixel_terms(p, g)
+    return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in TERMS)])
 
 
 def to_size(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
@@ -97,34 +104,31 @@ def is_number(prediction: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(prediction.float())
 
 
-def masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """(batch, height, width) -> (batch,): mean over the valid pixels, 0 where there is none."""
-    # where, not multiplication: 0 * inf is nan
-    return torch.where(valid, values, 0.0).sum((-2, -1)) / valid.sum((-2, -1)).double().clamp(min=1)
-
-
-def align(prediction: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """scale * prediction + shift with the least squared error over each image's valid pixels (Ranftl et al., 2020).
+def align(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """scale * p + shift with the least squared error to g, both (pixels,), as in Ranftl et al. (2020).
 
     Pixels without a finite prediction take no part in the fit and stay what they are. A prediction that is the same
     everywhere becomes the mean of the truth.
     """
-    fitted = valid & is_number(prediction)
-    p_mean, g_mean = (masked_mean(x, fitted)[:, None, None] for x in (prediction, truth))
-    p, g = prediction - p_mean, truth - g_mean
-    variance = masked_mean(p.square(), fitted)
-    constant = variance <= 1e-24 * p_mean[:, 0, 0].square()
-    scale = torch.where(constant, 0.0, masked_mean(p * g, fitted) / torch.where(constant, 1.0, variance))
-    return torch.where(is_number(prediction), scale[:, None, None] * p + g_mean, prediction)
+    finite = is_number(p)
+    if not finite.any():
+        return p
+    p_mean, g_mean = p[finite].mean(), g[finite].mean()
+    centred = p[finite] - p_mean
+    variance = centred.square().mean()
+    covariance = (centred * (g[finite] - g_mean)).mean()
+    scale = torch.where(variance > 1e-24 * p_mean.square(), covariance / variance, 0.0)
+    return torch.where(finite, scale * (p - p_mean) + g_mean, p)
 
 
 def _pixel_terms(p: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
     positive = p > 0
     safe = torch.where(positive, p, 1.0)
-    d = safe.log() - g.log()
+    d = (safe / g).log()
     ratio = torch.where(positive, torch.maximum(safe / g, g / safe), math.inf)
     error = p - g
-    terms = {"abs_rel": error.abs() / g, "sq_rel": error.square() / g, "square": error.square()}
+    square, distance = error.square(), error.abs()
+    terms = {"abs_rel": distance / g, "sq_rel": square / g, "square": square}
     terms |= {"log": d, "log_square": d.square(), "log10": d.abs() / math.log(10)}
     return terms | {f"delta{k}": (ratio < 1.25**k).double() for k in (1, 2, 3)}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .metrics import is_number, masked_mean, to_size
+from .metrics import is_number, to_size
 
 GRID = (6, 8)
 """Cells, rows by columns, in which a map is summed up to tell images apart."""
@@ -49,7 +49,7 @@ def signals(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
     the truth; logarithms of the means of prediction and of truth in the cells of GRID.
     """
     prediction, depth = to_size(prediction, depth), depth.double()
-    mean = masked_mean(depth, depth > 0)
+    mean = _masked_mean(depth, depth > 0)
     step = max(1, depth.shape[-1] // _COLUMNS)
     prediction, depth = (x[:, ::step, ::step] for x in (prediction, depth))
     valid = (depth > 0) & torch.isfinite(depth) & is_number(prediction)
@@ -65,9 +65,15 @@ def signals(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
 
 def _correlation(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Pearson's, over the valid pixels of each image; nan where one of them is the same everywhere."""
-    a, b = (x - masked_mean(x, valid)[:, None, None] for x in (a, b))
-    spread = (masked_mean(a.square(), valid) * masked_mean(b.square(), valid)).sqrt()
-    return torch.where(spread > 1e-12, masked_mean(a * b, valid) / spread, math.nan)
+    a, b = (x - _masked_mean(x, valid)[:, None, None] for x in (a, b))
+    spread = (_masked_mean(a.square(), valid) * _masked_mean(b.square(), valid)).sqrt()
+    return torch.where(spread > 1e-12, _masked_mean(a * b, valid) / spread, math.nan)
+
+
+def _masked_mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width) -> (batch,): mean over the valid pixels, 0 where there is none."""
+    # where, not multiplication: 0 * inf is nan
+    return torch.where(valid, values, 0.0).sum((-2, -1)) / valid.sum((-2, -1)).double().clamp(min=1)
 
 
 def _cells(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
