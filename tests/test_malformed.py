@@ -262,6 +262,21 @@ def test_links_that_lead_to_other_files_are_refused(tmp_path: Path) -> None:
         assert str(path) in said_of(tmp_path / f"{number}")
 
 
+def test_a_labelled_file_whose_arrays_lie_in_other_files_is_refused(tmp_path: Path) -> None:
+    other = labeled_mat(tmp_path / "other.mat")
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"], file["depths"] = (h5py.ExternalLink(str(other), name) for name in ("images", "depths"))
+        assert file["depths"].shape[0] == 1449  # h5py itself follows it
+    assert "has no array 'images'" in said_of(tmp_path)
+
+
+def test_a_tar_that_is_cut_after_it_was_indexed_is_named(tmp_path: Path) -> None:
+    source = open_source(h5_tars(tmp_path))
+    (tmp_path / "data/train-000000.tar").write_bytes((tmp_path / "data/train-000000.tar").read_bytes()[:3000])
+    with pytest.raises(BadPair, match=r"data/train-000000\.tar/train/basement_0001a/00001\.h5"):
+        read_all(source)
+
+
 def test_whatever_happens_to_an_h5_file_reading_ends_in_a_pair_or_in_bad_pair(tmp_path: Path) -> None:
     root = h5(tmp_path, train=1, test=0)
     path = root / "train/basement_0001a/00001.h5"
