@@ -15,7 +15,6 @@ from .pairs import DepthMap, Source
 from .rendered import rooms
 from .tree import FolderTree, Tree, ZipTree
 
-_FIRST = 8  # pairs by which a tree is chosen
 Scales = Mapping[str, DepthScale]
 
 LAYOUTS: dict[str, Callable[[Tree, Choice], Source | None]] = {
@@ -69,26 +68,15 @@ def _find(root: Path, choice: Choice) -> Source:
         if source:
             return source
     names = [choice.layout] if choice.layout else list(LAYOUTS)
-    found: list[Source] = []
     for tree in _trees(root):
         for name in names:
             source = LAYOUTS[name](tree, choice)
             if source:
-                if _is_there(source):
-                    return source
-                found.append(source)
-                break
-    if found:
-        return found[0]  # a list whose files are missing, which is said of them when they are read
+                return source
     raise UserError(
         f"--source {root} is not a data set that mde_dist knows; it looked for "
         + "; ".join(f"{name}: {EXPECTED[name]}" for name in names)
     )
-
-
-def _is_there(source: Source) -> bool:
-    """Whether one of the first pairs is."""
-    return any(not source.missing(pair) for split in source.splits.values() for pair in split.pairs[:_FIRST])
 
 
 def _trees(root: Path) -> list[Tree]:
