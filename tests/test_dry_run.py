@@ -79,6 +79,7 @@ def test_the_command_it_names_packs(
     )  # fmt: skip
     words = shlex.split(said.splitlines()[-1].removeprefix("next: "))
     assert words[:3] == ["python", "-m", "mde_dist.shard"]
+    assert words[words.index("--list") + 1 :][:2] == lists
     assert not (here / "my shards").exists()
     main([*words[3:], "--workers", "1"])
     manifest = (here / "my shards" / NAME).read_text()
