@@ -194,8 +194,9 @@ def real_folder(root: Path, count: int, factor: float) -> Path:
 def test_real_pairs_in_wrong_units_are_refused_and_in_right_ones_pass(tmp_path: Path) -> None:
     said = refused(real_folder(tmp_path / "5000", 16, 5000))
     assert "split train: the median depth is 1" in said
-    assert "0.3..10 m" in said
+    assert "0.8..10 m" in said
     assert "the median depth is" in refused(real_folder(tmp_path / "10000", 4, 10_000))
+    assert "the median depth is 0." in refused(real_folder(tmp_path / "256", 16, 256))  # a quarter of the truth
     _, probes = open_checked(tmp_path / "5000", None, ("0.0002",))
     assert 1 < probes["train"].median < 5
     open_checked(real_folder(tmp_path / "mm", 16, 1000), None, ())
@@ -205,10 +206,10 @@ def test_real_pairs_in_wrong_units_are_refused_and_in_right_ones_pass(tmp_path: 
 def test_real_pairs_in_a_unit_that_could_be_indoor_are_pointed_out(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """v/256 read as millimetres is a quarter of the truth: small, but not impossible."""
-    open_checked(real_folder(tmp_path, 16, 256), None, ())
+    """A third of the truth: small, but not impossible."""
+    open_checked(real_folder(tmp_path, 16, 340), None, ())
     (said,) = warnings(capfd)
-    assert re.search(r"a median depth of 0\.[67]\d m is possible, but unusual", said)
+    assert re.search(r"a median depth of 0\.[89]\d m is possible, but unusual", said)
     assert "--depth-scale train=VALUE" in said
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from .sources import BadPair, Source
 
-INDOOR_METRES = (0.3, 10.0)
+INDOOR_METRES = (0.8, 10.0)
 """Where the median of an indoor depth map lies, generously; outside, the scale is wrong."""
 USUAL_METRES = (1.0, 6.0)
 """Where the medians of NYU Depth v2 lie; between here and there a scale may be wrong, and the user is told."""
