@@ -234,6 +234,7 @@ def large_png():
         ("bathroom/rgb_00045.npz", npz(a=np.array([None], dtype=object)), "not a readable array"),
         ("bathroom/rgb_00045.npz", bomb(), "not those of an array of shape"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "content",
 )
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_file_that_is_broken_is_named(tmp_path, name, content, words, place):
