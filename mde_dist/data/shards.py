@@ -72,7 +72,9 @@ class ShardSet(Samples):
         self._ends = np.cumsum([shard.samples for shard in self.info.shards])
         self._index = self._open_index()
         # a file that is open keeps its room on the disk even when the cache has thrown it out
-        self._handles = Handles(self._open_shard, 16 if store.remote else 256)
+        self.most_open = min(len(self.info.shards), 16 if store.remote else 256)
+        """Shards whose files are kept open at once."""
+        self._handles = Handles(self._open_shard, self.most_open)
 
     def __len__(self) -> int:
         return self.info.samples

@@ -96,12 +96,16 @@ class RunDirectory:
             write_atomic(self.path / MODEL, data)
         return self.path / MODEL
 
-    def _claim(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Raises UserError where the directory holds something, and no run."""
         known = {"config.toml", "metrics.jsonl", "checkpoints", ".lock"}
         if self.path.is_dir():
             names = {path.name for path in self.path.iterdir()}
             if names and not names & known:
                 raise UserError(f"--run {self.path}: is not empty and not a run directory; choose another")
+
+    def _claim(self) -> None:
+        self.refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("a+")
         try:

@@ -2,13 +2,15 @@
 
 import gc
 import hashlib
+import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -103,6 +105,46 @@ def gather_rows(accelerator: Accelerator, row: Sequence[float]) -> torch.Tensor:
     table = torch.zeros((accelerator.num_processes, len(row)), dtype=torch.float64, device=accelerator.device)
     table[accelerator.process_index] = torch.tensor(row, dtype=torch.float64)
     return all_sum(accelerator, table).cpu()
+
+
+def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The values of all ranks, by rank, each as JSON gives it back: `all_gather_object` would read pickles."""
+    data = json.dumps(value).encode()
+    sizes = [int(size) for (size,) in gather_rows(accelerator, [len(data)]).tolist()]
+    table = torch.zeros((len(sizes), max(sizes)), dtype=torch.uint8)
+    table[accelerator.process_index, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    table = all_sum(accelerator, table.to(accelerator.device)).cpu()
+    return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(table, sizes, strict=True)]
+
+
+def time_all_reduce(accelerator: Accelerator, tensor: torch.Tensor, budget: float) -> float:
+    """Seconds that one sum of `tensor` over the ranks takes, the mean of as many as fit into about `budget` seconds.
+
+    Called by every rank; the answer is that of the slowest one.
+    """
+
+    def measure(times: int) -> float:
+        all_sum(accelerator, torch.zeros(1, device=accelerator.device)).item()  # all begin together
+        start = time.perf_counter()
+        for _ in range(times):
+            all_sum(accelerator, tensor)
+        tensor.view(-1)[0].item()  # which waits for the device
+        return gather_rows(accelerator, [time.perf_counter() - start]).max().item() / times
+
+    measure(1)  # the first one sets up connections
+    once = measure(1)
+    return measure(max(1, min(100, int(budget / max(once, 1e-9)))))
+
+
+def clock_offsets(accelerator: Accelerator) -> list[float]:
+    """Seconds by which the clock of each rank is ahead of that of rank 0, as far as the network can tell."""
+    tables = []
+    for _ in range(5):
+        all_sum(accelerator, torch.zeros(1, device=accelerator.device)).item()  # all leave it at about the same time
+        table = gather_rows(accelerator, [time.time()])[:, 0]
+        tables.append(table - table[0])
+    # a rank that the scheduler let wait looks late: the median of a few does not
+    return torch.stack(tables).median(dim=0).values.tolist()
 
 
 def agree(accelerator: Accelerator, error: UserError | None) -> None:

@@ -1,0 +1,140 @@
+"""The machines: versions, devices, clocks, files that may be open."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..run.distributed import clock_offsets
+from .panel import Panel, Row
+
+_PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "zstandard")
+_MAY_DIFFER = ("driver",)
+_CLOCK_WARN, _CLOCK_FAIL = 2.0, 60.0  # seconds
+_MARGIN = 128  # descriptors for libraries, devices, logs, checkpoints and pipes
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def versions() -> dict[str, str]:
+    """What this rank runs on."""
+    found = {"mde_dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        found["CUDA"] = str(torch.version.cuda)
+    if _DRIVER.is_file() and (driver := re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(errors="replace"))):
+        found["driver"] = driver[0]
+    return found
+
+
+def check_versions(panel: Panel) -> None:
+    """Ranks of several versions may hang, or train something else than one another."""
+    panel.begin("versions")
+    answers = panel.ask(versions, "install the packages of mde_dist anew")
+    if panel.failed("versions", answers):
+        return
+    tables: list[dict[str, str]] = [answer.value for answer in answers]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    differ = [name for name in names if len({table.get(name) for table in tables}) > 1]
+    if not differ:
+        panel.add(Row("versions", "ok", ", ".join(f"{name} {version}" for name, version in tables[0].items())))
+        return
+    found = [
+        panel.differing({rank: f"{name} {table.get(name, 'not there')}" for rank, table in enumerate(tables)})
+        for name in differ
+    ]
+    harmless = set(differ) <= set(_MAY_DIFFER)
+    advice = "install the same environment on every node, or activate the same one before the launcher"
+    panel.add(Row("versions", "warn" if harmless else "fail", "\n".join(found), advice))
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        name, memory, there = about.name, about.total_memory, torch.cuda.device_count()
+    else:
+        threads = torch.get_num_threads()
+        name, memory, there = f"{device.type} ({threads} thread{'s' if threads > 1 else ''})", host_memory(), 0
+    return {"name": name, "memory": memory, "there": there, "cores": cores, "unused": not there and _DRIVER.is_file()}
+
+
+def host_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_devices(panel: Panel) -> None:
+    """One slower device sets the pace of all; one that nobody uses helps nobody."""
+    panel.begin("devices")
+    answers = panel.ask(lambda: _device(panel.accelerator.device), "see what nvidia-smi says")
+    if panel.failed("devices", answers):
+        return
+    devices: list[dict[str, Any]] = [answer.value for answer in answers]
+    # what counts as one kind: memory differs in its last megabytes between cards of one type
+    texts = {rank: f"{d['name']}, {d['memory'] / 1e9:.0f} GB" for rank, d in enumerate(devices)}
+    nodes = Counter(panel.nodes)
+    per_node = ", ".join(dict.fromkeys(str(count) for count in nodes.values()))
+    several = f"{len(nodes)} nodes x {per_node} ranks, " if len(nodes) > 1 else ""
+    advice = []
+    if len(set(texts.values())) > 1:
+        advice.append("the slowest device sets the pace, and the smallest the batch: use nodes of one kind")
+    for node, count in nodes.items():
+        if devices[node]["there"] > count:
+            where = f"on {panel.hosts[node]} " if len(nodes) > 1 else ""
+            use = f"--multi_gpu --num_processes {devices[node]['there']}"
+            advice.append(f"{where}{devices[node]['there']} GPUs are there, {count} in use: accelerate launch {use}")
+        if devices[node]["unused"]:
+            advice.append(f"{panel.hosts[node]} has a GPU that this torch cannot use: install a build of it with CUDA")
+    cores = panel.differing({rank: f"{d['cores']} cores" for rank, d in enumerate(devices)})
+    shown = f"{several}{panel.world} x {texts[0]}" if len(set(texts.values())) == 1 else panel.differing(texts)
+    panel.add(Row("devices", "warn" if advice else "ok", f"{shown}; {cores}", "\n".join(advice)))
+
+
+def check_clocks(panel: Panel) -> None:
+    """Logs of clocks that differ are misordered, and credentials of one that is far off are refused."""
+    if panel.world == 1:
+        return
+    panel.begin("clocks")
+    offsets = clock_offsets(panel.accelerator)
+    spread = max(offsets) - min(offsets)
+    if spread <= _CLOCK_WARN:
+        panel.add(Row("clocks", "ok", f"within {max(spread, 1e-3):.3f} s of one another"))
+        return
+    far = [rank for rank, offset in enumerate(offsets) if abs(offset) > _CLOCK_WARN] or [
+        max(range(panel.world), key=lambda rank: abs(offsets[rank]))
+    ]
+    found = "\n".join(f"{panel.named([rank])}: {offsets[rank]:+.1f} s from rank 0" for rank in far)
+    what = "logs will be misordered" if spread <= _CLOCK_FAIL else "credentials and requeues go by the time"
+    panel.add(
+        Row("clocks", "warn" if spread <= _CLOCK_FAIL else "fail", found, f"{what}: set the clocks with chrony or NTP")
+    )
+
+
+def check_open_files(panel: Panel, shards_open: int) -> None:
+    """`shards_open`: files of shards that a rank keeps open."""
+    need = shards_open + _MARGIN + 2 * panel.world  # rank 0 has a line to every other one
+
+    def look() -> int:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    answers = panel.ask(look, "ulimit -n")
+    if panel.failed("open files", answers):
+        return
+    limits = [answer.value if answer.value != resource.RLIM_INFINITY else 2**31 for answer in answers]
+    low = {rank: f"{limit} allowed, {need} needed" for rank, limit in enumerate(limits) if limit < need}
+    if low:
+        advice = f"before the launcher: ulimit -n {-(-need // 1024) * 1024} (in a job script, or in limits.conf)"
+        panel.add(Row("open files", "fail", panel.differing(low), advice))
+    else:
+        panel.add(Row("open files", "ok", f"{min(limits)} allowed, {need} needed ({shards_open} shards)"))

@@ -1,0 +1,134 @@
+"""The run directory: would training take it, go on in it, and have room in it? Nothing in it is changed."""
+
+import os
+import secrets
+from pathlib import Path
+
+from ..config import Config, as_toml, identity
+from ..data.shards import ShardSet
+from ..errors import UserError
+from ..run.directory import RunDirectory
+from .panel import Panel, Row, in_words
+
+_LIMIT = 60.0  # seconds for a file system to answer
+_SPARE = 2  # checkpoints beside the newest: the best one, and the one that is being written
+
+
+def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | None) -> int | None:
+    """What training would do with the run directory -> the sample that it would begin at; None where it refuses."""
+    panel.begin("run directory")
+    notes: list[str] = []
+
+    def look() -> list:
+        run = config.run
+        if run.exists() and not run.is_dir():
+            raise UserError(f"--run {run}: is not a directory; choose another")
+        hashes = [split.manifest.sha256 for split in splits] if splits else ["", ""]
+        # as one that writes it tells what is not whole; it is not entered, so it takes no lock
+        directory = RunDirectory(run, identity(config, *hashes), as_toml(config), writes=True)
+        directory.refuse_foreign()
+        holder = lock_holder(run / ".lock")
+        if holder is not None:
+            raise UserError(
+                f"--run {run}: another training is at work in it ({holder}); wait for it, or choose another"
+            )
+        if splits is None:
+            return [0, any(run.glob("checkpoints/step-*"))]
+        found = directory.resume(notes.append)
+        return [found.state.samples_seen if found else 0, found is not None]
+
+    answers = panel.ask(look, "choose another --run", _LIMIT)
+    if panel.failed("run directory", answers):
+        return None
+    starts = {rank: f"begins at sample {answer.value[0]:,}" for rank, answer in enumerate(answers)}
+    if len(set(starts.values())) > 1:
+        advice = f"{config.run} has to be one directory for all nodes: put it on a shared file system"
+        panel.add(Row("run directory", "fail", panel.differing(starts), advice))
+        return None
+    (start, resumed), result = answers[0].value, "ok"
+    if resumed and splits is None:
+        found, result = f"{config.run} holds a run; whether of this config only the shards can tell", "warn"
+    elif resumed:
+        found = f"{config.run} holds a run of this config; it goes on at sample {start:,} of {config.train.samples:,}"
+    else:
+        found = f"{config.run} is new" if not config.run.exists() else f"{config.run} has no checkpoint yet"
+    advice = "look again once the shards are there" if result == "warn" else ""
+    if notes:  # of this rank's own look: the files are the same
+        found, result, advice = f"{found}\n" + "\n".join(notes), "warn", "what is not whole is passed over"
+    panel.add(Row("run directory", result, found, advice))  # type: ignore[arg-type]
+    return start
+
+
+def lock_holder(lock: Path) -> str | None:
+    """Who holds the lock of a run directory, by the system's own list: to try to take it would be to take it.
+
+    None where nobody does, or the list does not tell: it knows the processes of this machine.
+    """
+    try:
+        inode, text = lock.stat().st_ino, lock.read_text(errors="replace").strip()
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return None
+    # "1: FLOCK ADVISORY WRITE pid major:minor:inode start end"; the device is another one on stacked file systems
+    pids = [line[4] for line in lines if line[1] == "FLOCK" and line[5].rpartition(":")[2] == str(inode)]
+    return text if text.split()[1:2] and text.split()[1] in pids else None
+
+
+def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> None:
+    """Room for the checkpoints, and whether a file can be written, on the main process; is it seen by other nodes?
+
+    `checkpoint`: bytes of one; 0 where that is not known. A directory that is `refused` may be anybody's: nothing is
+    written there, not even for a moment.
+    """
+    panel.begin("disk")
+    place = config.run if config.run.is_dir() else nearest(config.run)
+    (name,) = {answer.value for answer in panel.ask(lambda: secrets.token_hex(8) if panel.rank == 0 else None, "")} - {
+        None
+    }
+    probe = place / f".{name}.tmp"  # a name that training sweeps away
+
+    def write() -> list[int]:
+        if panel.rank:
+            return []
+        if not refused:
+            try:
+                with probe.open("xb") as file:
+                    file.write(bytes(2**16))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(
+                    f"{place}: cannot be written ({error.strerror}); give yourself the right to, or another --run"
+                ) from None
+        about = os.statvfs(place)
+        return [about.f_bavail * about.f_frsize, sum(p.stat().st_size for p in config.run.glob("checkpoints/*/*"))]
+
+    try:
+        answers = panel.ask(write, "choose another --run", _LIMIT)
+        written = not refused and not any(answer.error for answer in answers)
+        seen = panel.ask(lambda: not written or probe.exists(), "", _LIMIT)
+    finally:
+        if panel.rank == 0:
+            probe.unlink(missing_ok=True)
+    if panel.failed("disk", answers):
+        return
+    free, there = answers[0].value
+    keep = config.train.keep
+    need = max(checkpoint, checkpoint * (keep + _SPARE) - there)  # what is there makes room as it goes
+    found = f"{in_words(free)} free at {place}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
+    found += in_words(checkpoint)
+    if there:
+        found += f", {in_words(there)} of them there"
+    blind = [rank for rank, answer in enumerate(seen) if rank in panel.nodes and not answer.value]
+    if free < need:
+        panel.add(Row("disk", "fail", found, "free some, lower --train.keep, or choose another --run"))
+    elif blind:
+        found += f"\n{panel.named(blind)}: does not see what rank 0 writes there"
+        panel.add(Row("disk", "warn", found, "put --run on a shared file system: it could not be resumed"))
+    else:
+        panel.add(Row("disk", "ok", found))
+
+
+def nearest(path: Path) -> Path:
+    """The nearest parent that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())

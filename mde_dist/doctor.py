@@ -1,0 +1,140 @@
+"""Will this training work here? Half a minute, before hours are spent; takes what mde_dist.train takes, and runs as it.
+
+    python -m mde_dist.doctor [--config FILE.toml] [--run DIR] [--section.field value …]
+    accelerate launch … -m mde_dist.doctor …
+
+Prints a table and a verdict. Exit code 0 where training can start, 1 where not. Changes nothing.
+"""
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .checkup.data import check_samples, check_shards, judge_loader, measure_loader
+from .checkup.machine import check_clocks, check_devices, check_open_files, check_versions
+from .checkup.panel import Panel, Row
+from .checkup.place import check_disk, check_run
+from .checkup.step import Measured, check_divides, check_network, measure_step
+from .command import run_command
+from .config import Config, read_config
+from .run.distributed import processes
+from .run.peers import watched_peers
+from .run.preemption import StopFlag
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_WIDTH = 140  # columns of the table where it goes to a file
+
+
+def main(argv: list[str]) -> None:
+    config = read_config(argv)
+    if config.debug:  # which trains in a new directory there
+        config = replace(config, run=Path(tempfile.gettempdir(), "mde_dist-debug-new"))
+    with (
+        processes(config.train.precision, config.train.cpu_threads, config.train.timeout) as accelerator,
+        watched_peers(accelerator, StopFlag(), config.train.lost_after),
+    ):
+        rows, estimate = examine(config, accelerator)
+        if accelerator.is_main_process:
+            show(rows, estimate)
+    if any(row.result == "fail" for row in rows):
+        sys.exit(1)
+
+
+def examine(config: Config, accelerator: Accelerator) -> tuple[list[Row], str]:
+    """All checks, on all ranks -> the rows, and in words how long the training will take ("" where unknown)."""
+    with progress_words(accelerator.is_main_process) as say, contextlib.ExitStack() as opened:
+        panel = Panel(accelerator, say)
+        given, config = config, check_divides(panel, config)
+        check_versions(panel)
+        check_devices(panel)
+        check_clocks(panel)
+        splits = check_shards(panel, config, opened)
+        check_open_files(panel, sum(split.most_open for split in splits or ()))
+        start = check_run(panel, given, splits)
+        speeds, view = None, None
+        if splits:
+            check_samples(panel, config, splits)
+            supply = measure_loader(panel, config, splits[0], start or 0)
+            speeds, view = supply.speeds, supply.view
+        size = config.data.size or (splits[0].size if splits else (240, 320))
+        measured = measure_step(panel, config, size, view)
+        check_network(panel, measured)
+        if splits and speeds and measured.whole:
+            judge_loader(panel, config, splits[0], speeds, measured.whole)
+        check_disk(panel, config, measured.checkpoint, refused=start is None)
+        return panel.rows, duration(config, accelerator, measured, speeds, start or 0)
+
+
+def duration(
+    config: Config, accelerator: Accelerator, measured: Measured, speeds: Sequence[float] | None, start: int
+) -> str:
+    """`speeds`: images per second of the loader of each rank; `start`: samples that are done."""
+    if not measured.whole:
+        return ""
+    seconds = measured.whole / config.train.batch_size  # of an image, over all ranks
+    if speeds:
+        load = 1 / (min(speeds) * len(speeds))  # the ranks go at the pace of the slowest
+        # a GPU computes while the CPU decodes; on a CPU both take their time from the same cores
+        seconds = max(seconds, load) if accelerator.device.type != "cpu" else seconds + load
+    left = max(0, config.train.samples - start)
+    minutes, hours = divmod(round(left * seconds), 60), ""
+    if minutes[0] >= 60:
+        hours = f"{minutes[0] // 60}:"
+        minutes = (minutes[0] % 60, minutes[1])
+    clock = f"{hours}{minutes[0]:0{2 if hours else 1}}:{minutes[1]:02}"
+    return f"{left:,} samples at {1 / seconds:.3g} images/s: about {clock} + evaluations"
+
+
+@contextlib.contextmanager
+def progress_words(speaks: bool) -> Iterator[Callable[[str], None]]:
+    """Yields what shows the word that it is given until the next one comes; off a terminal, a line each."""
+    console = Console()
+    if not speaks:
+        yield lambda word: None
+    elif console.is_terminal:
+        with console.status("") as status:
+            yield lambda word: status.update(f"checking: {word}")
+    else:
+        yield lambda word: print(f"checking: {word}", flush=True)
+
+
+def show(rows: Sequence[Row], estimate: str) -> None:
+    """The table, what to expect, and the verdict in one line."""
+    terminal = Console().is_terminal
+    console = Console(width=None if terminal else _WIDTH)
+    table = Table()
+    for column in ("check", "result", "what was found", "what to do"):
+        table.add_column(column)
+    for row in rows:
+        style = _STYLES[row.result]
+        table.add_row(row.check, Text(row.result, style), Text(row.found), Text(row.advice))
+    console.print(table)
+    if estimate:
+        print(estimate)
+    print(verdict(rows), flush=True)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    failed = [row.check for row in rows if row.result == "fail"]
+    warned = [row.check for row in rows if row.result == "warn"]
+    if failed:
+        return f"not ready: {_count(failed, 'problem')} ({', '.join(failed)})"
+    if warned:
+        return f"ready, with {_count(warned, 'warning')} ({', '.join(warned)})"
+    return "ready: nothing stands in the way"
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''}"
+
+
+if __name__ == "__main__":
+    run_command(main)
