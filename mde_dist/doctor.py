@@ -7,6 +7,7 @@ Prints a table and a verdict. Exit code 0 where training can start, 1 where not.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from .run.peers import watched_peers
 from .run.preemption import StopFlag
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_WIDTH = 140  # columns of the table where it goes to a file
+_WIDTH = 140  # columns of the table where it goes to a file, unless COLUMNS says otherwise
 
 
 def main(argv: list[str]) -> None:
@@ -52,13 +53,13 @@ def examine(config: Config, accelerator: Accelerator) -> tuple[list[Row], str]:
     """All checks, on all ranks -> the rows, and in words how long the training will take ("" where unknown)."""
     with progress_words(accelerator.is_main_process) as say, contextlib.ExitStack() as opened:
         panel = Panel(accelerator, say)
-        given, config = config, check_divides(panel, config)
+        config = check_divides(panel, config)
         check_versions(panel)
         check_devices(panel)
         check_clocks(panel)
         splits = check_shards(panel, config, opened)
         check_open_files(panel, sum(split.most_open for split in splits or ()))
-        start = check_run(panel, given, splits)
+        start = check_run(panel, config, splits)
         speeds, view = None, None
         if splits:
             check_samples(panel, config, splits)
@@ -108,8 +109,9 @@ def progress_words(speaks: bool) -> Iterator[Callable[[str], None]]:
 
 def show(rows: Sequence[Row], estimate: str) -> None:
     """The table, what to expect, and the verdict in one line."""
-    terminal = Console().is_terminal
-    console = Console(width=None if terminal else _WIDTH)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH
     table = Table()
     for column in ("check", "result", "what was found", "what to do"):
         table.add_column(column)

@@ -3,8 +3,10 @@
 Each function patches something in the process that is about to train. `rank=None` is every rank.
 """
 
+import fcntl
 import os
 import pickle
+import resource
 import shutil
 import signal
 import threading
@@ -16,7 +18,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist import evaluate, report, stream
+from mde_dist import report, scoring, stream
+from mde_dist.checkup import data as checkup_data
+from mde_dist.checkup import machine
+from mde_dist.checkup import step as checkup_step
 from mde_dist.data.shards import ShardSet
 from mde_dist.learning import losses
 from mde_dist.learning.model import DepthModel
@@ -26,7 +31,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "forward": (DepthModel, "forward"),
     "backward": (Accelerator, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "evaluation": (evaluate, "score"),
+    "evaluation": (scoring, "prepare_depth"),  # once a batch
     "file of a checkpoint": (checkpoint, "write_atomic"),
     "rename of a checkpoint": (Path, "rename"),
     "flush of a directory": (checkpoint, "sync_directory"),
@@ -199,3 +204,48 @@ def forbid_pickle() -> None:
     for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
         setattr(pickle, name, refuse)
     torch.save = torch.load = refuse
+
+
+# --- for the doctor ---
+
+
+def quick_checkup() -> None:
+    """Measure for a moment only."""
+    checkup_data.SECONDS = checkup_step.SECONDS = 0.1
+
+
+def other_version(rank: int) -> None:
+    if mine(rank):
+        machine.__version__ = "0.0.9"
+
+
+def broken_check(rank: int) -> None:
+    """One of the checks raises what nobody expects."""
+    if mine(rank):
+        machine.host_memory = lambda: 1 // 0
+
+
+def out_of_memory(rank: int | None = None) -> None:
+    def action(do_it: Callable[[], Any], _: tuple[Any, ...]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    patch("forward", action, rank=rank)
+
+
+def few_files(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def elsewhere(rank: int, folder: Path, node: bool = False) -> None:
+    """The rank works in another folder; with `node` it is the first one of a node of its own."""
+    if mine(rank):
+        os.chdir(folder)
+        if node:
+            os.environ["LOCAL_RANK"] = "0"
+
+
+def no_locks() -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a lock")
+
+    fcntl.flock = fcntl.lockf = refuse

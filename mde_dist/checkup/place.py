@@ -1,5 +1,6 @@
 """The run directory: would training take it, go on in it, and have room in it? Nothing in it is changed."""
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -109,7 +110,8 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
         seen = panel.ask(lambda: not written or probe.exists(), "", _LIMIT)
     finally:
         if panel.rank == 0:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # as where it could not be written
+                probe.unlink()
     if panel.failed("disk", answers):
         return
     free, there = answers[0].value
