@@ -534,14 +534,14 @@ def scaled_folder(root: Path, factors: dict[str, float]) -> Path:
 @pytest.mark.parametrize(
     ("factors", "words"),
     [
-        ({"train": 10}, ("split train", r"median depth is 2[45]\.", r"0\.3\.\.10 m")),  # a tenth of a millimetre
-        ({"train": 0.1}, ("split train", r"median depth is 0\.2[45]", r"0\.3\.\.10 m")),  # centimetres
+        ({"train": 10}, ("split train", r"median depth is 2[45]\.", r"0\.8\.\.10 m")),  # a tenth of a millimetre
+        ({"train": 0.1}, ("split train", r"median depth is 0\.2[45]", r"0\.8\.\.10 m")),  # centimetres
         ({"train": 1, "test": 0.1}, ("split test", r"median depth is 0\.2[45]")),
         (
             {"train": 1, "test": 3.5},
             ("more than 3x", r"train 2\.\d+ m", r"test 8\.\d+ m"),
         ),  # both possible, not together
-        ({"train": 1, "test": 0.3}, ("more than 3x", r"train 2\.\d+ m", r"test 0\.7\d m")),
+        ({"train": 0.4, "test": 1.3}, ("more than 3x", r"train 1\.\d+ m", r"test 3\.\d+ m")),
     ],
 )
 def test_wrong_units_are_refused_and_overruled_by_a_given_scale(
@@ -565,7 +565,7 @@ def test_wrong_units_are_refused_and_overruled_by_a_given_scale(
 
 
 def test_units_that_can_be_right_are_accepted(tmp_path: Path) -> None:
-    for factors in ({"train": 1, "test": 2.5}, {"train": 0.2, "test": 0.5}, {"train": 3.5, "test": 1.5}):
+    for factors in ({"train": 1, "test": 2.5}, {"train": 0.4, "test": 1.1}, {"train": 3.5, "test": 1.5}):
         source = open_source(scaled_folder(tmp_path / str(factors["train"]), factors))
         check_units(source, probe(source), [])
 
