@@ -60,13 +60,13 @@ def examine(config: Config, accelerator: Accelerator) -> tuple[list[Row], str]:
         splits = check_shards(panel, config, opened)
         check_open_files(panel, sum(split.most_open for split in splits or ()))
         start = check_run(panel, config, splits)
-        speeds, view = None, None
+        speeds, batch = None, None
         if splits:
             check_samples(panel, config, splits)
             supply = measure_loader(panel, config, splits[0], start or 0)
-            speeds, view = supply.speeds, supply.view
+            speeds, batch = supply.speeds, supply.batch
         size = config.data.size or (splits[0].size if splits else (240, 320))
-        measured = measure_step(panel, config, size, view)
+        measured = measure_step(panel, config, size, batch)
         check_network(panel, measured)
         if splits and speeds and measured.whole:
             judge_loader(panel, config, splits[0], speeds, measured.whole)
@@ -78,19 +78,17 @@ def duration(
     config: Config, accelerator: Accelerator, measured: Measured, speeds: Sequence[float] | None, start: int
 ) -> str:
     """`speeds`: images per second of the loader of each rank; `start`: samples that are done."""
-    if not measured.whole:
-        return ""
+    left = max(0, config.train.samples - start)
+    if not measured.whole or not left:
+        return "" if left else f"all {config.train.samples:,} samples are done"
     seconds = measured.whole / config.train.batch_size  # of an image, over all ranks
     if speeds:
         load = 1 / (min(speeds) * len(speeds))  # the ranks go at the pace of the slowest
         # a GPU computes while the CPU decodes; on a CPU both take their time from the same cores
         seconds = max(seconds, load) if accelerator.device.type != "cpu" else seconds + load
-    left = max(0, config.train.samples - start)
-    minutes, hours = divmod(round(left * seconds), 60), ""
-    if minutes[0] >= 60:
-        hours = f"{minutes[0] // 60}:"
-        minutes = (minutes[0] % 60, minutes[1])
-    clock = f"{hours}{minutes[0]:0{2 if hours else 1}}:{minutes[1]:02}"
+    minutes, rest = divmod(round(left * seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    clock = f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
     return f"{left:,} samples at {1 / seconds:.3g} images/s: about {clock} + evaluations"
 
 

@@ -88,7 +88,7 @@ def test_a_run_of_the_same_config_would_be_resumed_and_is_left_as_it_is(undistur
     assert done.returncode == 0, done.stdout
     assert "goes on at sample 60 of 60" in rows["run directory"][1]
     assert "of them there" in rows["disk"][1]
-    assert "0 samples at" in done.stdout
+    assert "all 60 samples are done" in done.stdout
     assert snapshot(undisturbed) == before
 
 

@@ -4,20 +4,19 @@ import contextlib
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..config import SAMPLE_SHARDS, Config
-from ..data.augment import prepare
-from ..data.loader import Stopped
+from ..data.loader import Batch, Stopped
 from ..data.manifest import NAME, command_for
 from ..data.probe import evenly
 from ..data.samples import DamagedSample
 from ..data.shards import ShardSet
 from ..run.preemption import StopFlag
-from ..stream import View, training_order, training_stream
+from ..stream import training_order, training_stream
 from ..train import open_splits
 from .panel import Panel, Row, in_words
 
@@ -141,8 +140,8 @@ class _Deadline(StopFlag):
 class Supply:
     """What the stream gave."""
 
-    view: View | None = None
-    """The last batch of this rank; None where there was none."""
+    batch: Batch | None = None
+    """The first one of this rank; None where there was none."""
     speeds: list[float] | None = None
     """Images per second, by rank; None where that could not be measured."""
 
@@ -151,7 +150,6 @@ def measure_loader(panel: Panel, config: Config, shards: ShardSet, samples_seen:
     """Take batches of the real stream, from `samples_seen` on, for some seconds. Adds a row only where that fails."""
     panel.begin(f"loader, for {SECONDS:g} s")
     supply = Supply()
-    size = config.data.size or shards.size
 
     def look() -> float:
         stop = _Deadline(patience(config))
@@ -161,7 +159,8 @@ def measure_loader(panel: Panel, config: Config, shards: ShardSet, samples_seen:
         ):
             try:
                 batch = next(loader)
-                supply.view = prepare(batch, size, config.augment, config.train.seed)
+                # a copy, since the next ones overwrite it
+                supply.batch = replace(batch, image=batch.image.clone(), depth=batch.depth.clone())
                 start, images = time.perf_counter(), 0
                 while time.perf_counter() - start < SECONDS:
                     images += len(next(loader).sample)

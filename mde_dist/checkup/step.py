@@ -4,17 +4,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from ..config import Config
+from ..data.augment import prepare
+from ..data.loader import Batch
 from ..errors import UserError
 from ..learner import Learner
 from ..learning.losses import mse, valid_pixels
 from ..run.account import peak_memory
 from ..run.distributed import time_all_reduce
-from ..stream import View
 from ..train import check_batch
 from .machine import host_memory
 from .panel import Panel, Row, in_words
@@ -59,7 +61,7 @@ class Measured:
         return None if self.seconds is None else self.seconds + self.reduce
 
 
-def measure_step(panel: Panel, config: Config, size: tuple[int, int], view: View | None) -> Measured:
+def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Batch | None) -> Measured:
     """Steps of a new model on a real batch (or on noise of its shape), on all ranks at once.
 
     Each rank on its own, without DDP and batch statistics over the ranks: one that runs out of memory would leave the
@@ -77,7 +79,8 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], view: View
 
     def step() -> list[float]:
         try:
-            return _timed_steps(learners[0], alone, accelerator, view or noise(part, size, accelerator.device))
+            some = batch or noise(part, size, accelerator.device)
+            return _timed_steps(learners[0], alone, accelerator, some, size)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -97,9 +100,11 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], view: View
     return measured
 
 
-def noise(part: int, size: tuple[int, int], device: torch.device) -> View:
+def noise(part: int, size: tuple[int, int], device: torch.device) -> Batch:
     """A batch of the shape and range of real ones."""
-    return torch.randn(part, 3, *size, device=device), torch.rand(part, *size, device=device) * 5 + 1
+    image = torch.randint(256, (part, *size, 3)).to(torch.uint8)
+    depth = torch.randint(500, 9500, (part, *size)).to(torch.uint16)
+    return Batch(image.to(device), depth.to(device), np.zeros(part, np.int64), np.arange(part))
 
 
 def checkpoint_bytes(learner: Learner) -> int:
@@ -109,14 +114,16 @@ def checkpoint_bytes(learner: Learner) -> int:
     return model + 2 * sum(parameters) + 4 * len(parameters) + (0 if learner.ema is None else model)
 
 
-def _timed_steps(learner: Learner, config: Config, accelerator: Accelerator, view: View) -> list[float]:
+def _timed_steps(
+    learner: Learner, config: Config, accelerator: Accelerator, batch: Batch, size: tuple[int, int]
+) -> list[float]:
     """[seconds of a step of all parts, bytes at its peak, whether the first loss was finite] of this rank."""
-    image, depth = view
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     parts = config.train.accumulate
 
     def one_part() -> torch.Tensor:
+        image, depth = prepare(batch, size, config.augment, config.train.seed)
         with accelerator.autocast():
             prediction = learner.model(image.contiguous(memory_format=learner.layout))
         loss = mse(prediction, depth) / valid_pixels(depth).clamp(min=1).float()
