@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 from commands import small
-from faults import broken_check, elsewhere, forbid_pickle, other_version, out_of_memory
+from faults import (
+    broken_check,
+    die,
+    elsewhere,
+    forbid_pickle,
+    other_version,
+    out_of_memory,
+    quick_checkup,
+    together,
+)
 from test_doctor import CHECKS, examine
+from warm import warm_run
 
 pytestmark = pytest.mark.distributed
 
@@ -86,6 +96,14 @@ def test_a_run_directory_that_is_not_the_same_on_all_nodes(undisturbed, room_sha
     assert "rank 1 (" in rows["disk"][1]
     assert "does not see what rank 0 writes there" in rows["disk"][1]
     assert files(here) == files(other) == []
+
+
+def test_a_rank_that_dies_ends_the_other_with_its_name(room_shards, tmp_path):
+    faults = partial(together, quick_checkup, partial(die, "forward", 1, "before", rank=1))
+    done = warm_run("doctor", processes=2, before=faults, run=tmp_path / "run", **small(data_shards=room_shards))
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "rank 1 is gone" in said
+    assert "ready" not in done.stdout
 
 
 def files(folder: Path) -> list[str]:
