@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Environment that every launch of a training shares; source it. What each line is for:
 
 # launchers die at these signals and leave the ranks behind, unless told to pass them on; the run answers with a checkpoint

@@ -25,17 +25,28 @@ def _size_from(text: list[str]) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-Size = Annotated[
-    tuple[int, int],
-    tyro.constructors.PrimitiveConstructorSpec(
+def _part_from(text: list[str]) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text[0])
+    if not match or not int(match[1]) < int(match[2]):
+        raise ValueError(f"{text[0]!r} is not a part; write K/N with K from 0 to N-1, for example 0/8")
+    return int(match[1]), int(match[2])
+
+
+def _pair(metavar: str, read: Callable[[list[str]], tuple[int, int]], sign: str) -> Any:
+    """Two numbers that are one word on the command line."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="HxW",
-        instance_from_str=_size_from,
+        metavar=metavar,
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
-        str_from_instance=lambda size: [f"{size[0]}x{size[1]}"],
-    ),
-]
+        str_from_instance=lambda pair: [f"{pair[0]}{sign}{pair[1]}"],
+    )
+
+
+Size = Annotated[tuple[int, int], _pair("HxW", _size_from, "x")]
 """Height and width in pixels; written `240x320` on the command line and in TOML."""
+Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
+"""Part K of N, from 0; written `0/8`."""
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

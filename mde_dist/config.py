@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .command import Size, parse
+from .command import Size, parse, run_command
 from .data.augment import AugmentConfig
 from .data.remote import PATIENCE
 from .data.store import CacheOptions
@@ -233,3 +233,7 @@ def as_toml(config: Config) -> str:
         text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)
         sections.setdefault(section, []).append(f"{key} = {text}\n")
     return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
+
+
+if __name__ == "__main__":  # what a command line comes to, for job scripts and for people
+    run_command(lambda argv: print(as_toml(read_config(argv))))

@@ -22,9 +22,9 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from .command import Size, parse, run_command
+from .command import Part, Size, parse, run_command
 from .data.manifest import Manifest
-from .data.pack import PackOptions, pack
+from .data.pack import PackOptions, pack, pack_part
 from .data.remote import is_remote
 from .data.sources import DepthMap
 from .dry_run import PREVIEW, dry_run
@@ -54,6 +54,9 @@ class ShardConfig:
     """Pack the first N pairs of each split only."""
     skip_bad: bool = False
     """Leave out pairs that are missing, unreadable or mismatched, and count them, instead of stopping."""
+    part: Part | None = None
+    """Pack only shard K of every N (K from 0), and publish nothing: for job arrays. When all parts are done, the same
+    command without --part publishes them, byte for byte as if it had packed alone."""
     depth_scale: tuple[str, ...] = ()
     """SPLIT=METRES per stored unit (or just METRES for all splits), overruling layout and checks."""
     list: tuple[str, ...] = ()
@@ -112,8 +115,15 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     started = time.monotonic()
+    options = (source, output, pack_options(config), config.workers)
     with shown(console, "packing") as progress:
-        manifest = pack(source, output, pack_options(config), config.workers, progress, probes)
+        if config.part:
+            count = pack_part(*options, progress, config.part, probes)
+        else:
+            manifest = pack(*options, progress, probes)
+    if config.part:
+        say(f"part {config.part[0]}/{config.part[1]} of {output}: {count} shards; without --part they are published")
+        return
     show(console, manifest, output, time.monotonic() - started)
 
 
@@ -143,6 +153,8 @@ def check(config: ShardConfig) -> None:
             f"name one thing to do, not {' and '.join(named) or 'none'}: --output DIR to pack a data set, --dry-run to "
             "look at it first, or --verify, --repair or --index DIR for shards that are there"
         )
+    if config.part and (config.output is None or config.dry_run):
+        raise UserError("--part is for packing: name the --output, and leave out --dry-run")
     if config.preview and not config.dry_run:
         raise UserError(f"--preview {config.preview}: it is the picture of a dry run; add --dry-run")
     if is_remote(re.sub(":/+", "://", str(getattr(config, others[0])))):

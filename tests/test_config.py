@@ -1,9 +1,11 @@
 """Defaults <- TOML <- flags; impossible values named; the resolved config reads back as itself."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import run
 
 from mde_dist.command import toml_arguments
 from mde_dist.config import FREE, Config, TrainConfig, as_json, as_toml, flat, identity, read_config
@@ -98,3 +100,14 @@ def test_identity_ignores_what_does_not_change_the_run_and_nothing_else():
     assert identity(config, "a", "b") != identity(config, "other", "b")
     assert identity(config, "a", "b") != identity(read_config(["--train.seed", "1"]), "a", "b")
     assert set(as_json(config)) >= FREE
+
+
+def test_the_module_prints_what_a_command_line_comes_to():
+    """Job scripts read the run directory from it."""
+    done = run("config", "--train.samples", "48", run="runs/x")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('run = "runs/x"\n')
+    assert tomllib.loads(done.stdout)["train"]["samples"] == 48
+    wrong = run("config", "--train.samples", "0")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: train.samples = 0: must be at least 1\n"

@@ -8,8 +8,9 @@ renames the directory. The bytes are a function of source and options, not of th
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,23 +104,60 @@ def pack(
     UserError where a pair cannot be used and `options.skip_bad` is off, or where the disk does not take it; nothing is
     published then.
     """
+    work, jobs, missing = _prepare(source, output, options, probes)
+    with _said(output):
+        _pack_jobs(work, jobs, workers, progress)
+        return _publish(work, output.absolute(), _merge(work, jobs, missing))
+
+
+def pack_part(
+    source: Source,
+    output: Path,
+    options: PackOptions,
+    workers: int,
+    progress: Progress,
+    part: tuple[int, int],
+    probes: Mapping[str, Probe] | None = None,
+) -> int:
+    """Write shard K of every N, with `part` = (K, N), where `pack` looks for what is done -> how many that are.
+
+    Several processes, also on several nodes, may each pack a part at the same time; `pack` then has to publish only,
+    and the bytes are those of a pack without parts. Raises UserError as `pack` does.
+    """
+    work, jobs, _ = _prepare(source, output, options, probes)
+    first, every = part
+    with _said(output):
+        _pack_jobs(work, jobs[first::every], workers, progress)
+    return len(jobs[first::every])
+
+
+def _prepare(
+    source: Source, output: Path, options: PackOptions, probes: Mapping[str, Probe] | None
+) -> tuple[Work, list[Job], dict[str, list[str]]]:
+    """What there is to do, and the pairs left out because a file is missing. Raises UserError."""
     size = options.size or next(iter((probes or probe(source)).values())).size
     jobs, missing = plan(source, options)
-    output = output.absolute()
-    work = Work(_without_pairs(source), options, size, output.with_name(f".{output.name}.partial"))
+    partial = output.absolute().with_name(f".{output.absolute().name}.partial")
+    return Work(_without_pairs(source), options, size, partial), jobs, missing
+
+
+@contextmanager
+def _said(output: Path) -> Iterator[None]:
+    """What a disk or a dying process brings about is one line: raises UserError."""
     try:
-        work.partial.mkdir(parents=True, exist_ok=True)
-        total = sum(len(job.pairs) for job in jobs)
-        for bad in run_jobs(_pack_shard, ((work, job) for job in jobs), workers, progress, total):
-            if bad and not options.skip_bad:
-                raise UserError(
-                    f"{bad[0]}; mend it, or leave such pairs out with --skip-bad (finished shards are kept)"
-                )
-        return _publish(work, output, _merge(work, jobs, missing))
+        yield
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; finished shards are kept") from None
     except BrokenProcessPool:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
+
+
+def _pack_jobs(work: Work, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
+    work.partial.mkdir(parents=True, exist_ok=True)
+    total = sum(len(job.pairs) for job in jobs)
+    for bad in run_jobs(_pack_shard, ((work, job) for job in jobs), workers, progress, total):
+        if bad and not work.options.skip_bad:
+            raise UserError(f"{bad[0]}; mend it, or leave such pairs out with --skip-bad (finished shards are kept)")
 
 
 def _without_pairs(source: Source) -> Source:

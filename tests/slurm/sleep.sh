@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# A job that only takes room.
+sleep 1
