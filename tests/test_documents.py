@@ -37,8 +37,10 @@ def test_every_option_that_the_documents_name_exists(capsys):
             command.main(["--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
     known |= {"--config", "--multi_gpu", "--num_machines", "--num_processes", "--main_process_port", "--same_network"}
-    known |= {"--section.field", "--mixed_precision", "--dynamo_backend", "--help"}
+    known |= {"--section.field", "--mixed_precision", "--dynamo_backend", "--config_file", "--help"}
+    # of sbatch and scancel
+    known |= {"--array", "--nodes", "--gpus-per-node", "--cpus-per-task", "--signal", "--batch"}
     known = {name.replace("_", "-") for name in known}
-    for document in ("README.md", "launch/README.md", "shards/README.md"):
+    for document in ("README.md", "docs/cluster.md", "launch/README.md", "shards/README.md"):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", (ROOT / document).read_text()):
             assert option.rstrip(".").replace("_", "-") in known, (document, option)
