@@ -41,6 +41,7 @@ requeue() {
     fi
     echo "job: $1; back into the queue"
     trap '' TERM # which ends this script as well
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    echo "job: SLURM does not take it back; submit it again to go on" >&2
+    exit 1
 }

@@ -178,3 +178,11 @@ def test_what_a_user_cancels_does_not_come_back(cluster, train):
     cluster.wait(lambda: "stopped at sample" in job.said(), 30)
     assert not cluster.client("squeue", "-h", "-j", str(job.number), "-t", "PD,R").strip()
     assert cluster.restarts(job.number) == 0
+
+
+def test_a_job_that_slurm_does_not_take_back_says_so(cluster, train):
+    job = train(["--nodes=1", "--no-requeue"], ranks=1, **{"train.samples": 12 * 1000})
+    job.wait_for_step(4)
+    cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
+    assert job.wait_for_end(60) == "FAILED"
+    assert "SLURM does not take it back; submit it again to go on" in job.said()
