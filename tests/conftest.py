@@ -1,6 +1,8 @@
 """Fixtures that several test files share: a few rendered rooms as shards, and the real pairs where they are at hand."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,20 @@ def undisturbed(room_shards, tmp_path_factory) -> Path:
     done = run("train", run=directory, **small(data_shards=room_shards))
     assert done.returncode == 0, done.stderr
     return directory
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Iterator[Callable[[str], Path]]:
+    """Makes directories that go when the tests of the file are done: the checkpoints of a training are large."""
+    made = []
+
+    def make(name: str) -> Path:
+        made.append(tmp_path_factory.mktemp(name))
+        return made[-1]
+
+    yield make
+    for directory in made:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

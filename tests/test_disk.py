@@ -45,8 +45,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(room_shards, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
+def undisturbed(room_shards, scratch) -> Path:
+    run = scratch("undisturbed") / "run"
     done = warm_run("train", before=without_pictures, run=run, **options(room_shards))
     assert done.returncode == 0, done.stderr
     return run

@@ -54,9 +54,9 @@ def end(directory: Path) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(room_shards, tmp_path_factory) -> Path:
+def undisturbed(room_shards, scratch) -> Path:
     # in a directory of the same name, since that stands in the config that the weights carry along
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    directory = scratch("undisturbed") / "run"
     done = warm_run("train", cwd=directory.parent, before=without_pictures, run="run", **options(room_shards))
     assert done.returncode == 0, done.stderr
     return directory

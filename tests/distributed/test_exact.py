@@ -28,9 +28,9 @@ def train(directory: Path, shards: Path, processes: int, before=holes, **changes
 
 
 @pytest.fixture(scope="module", params=["group", "frozen"])
-def steps(request, room_shards, tmp_path_factory):
+def steps(request, room_shards, scratch):
     """(ranks, accumulation) -> the checkpoint after one step; ranks and parts differ in their count of valid pixels."""
-    root, norm = tmp_path_factory.mktemp(request.param), request.param
+    root, norm = scratch(request.param), request.param
     shapes = [(ranks, parts) for ranks in (1, 2, 4) for parts in (1, 2, 4)]
     found = {}
     for ranks, parts in shapes if norm == "group" else [(1, 1), (2, 2), (4, 1)]:

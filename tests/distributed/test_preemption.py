@@ -26,8 +26,8 @@ def options(shards: Path, directory: Path, **changes):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(room_shards, tmp_path_factory):
-    root = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(room_shards, scratch):
+    root = scratch("undisturbed")
     done = warm_run("train", processes=2, before=without_pictures, **options(room_shards, root))
     assert done.returncode == 0, done.stderr
     return learned(root / "run")

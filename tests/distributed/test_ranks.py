@@ -20,9 +20,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def runs(undisturbed, room_shards, tmp_path_factory):
+def runs(undisturbed, room_shards, scratch):
     """The same small training on 1, 2 and 3 ranks, and on 2 ranks with 3 accumulation steps: directories by name."""
-    root, options = tmp_path_factory.mktemp("ranks"), small(data_shards=room_shards)
+    root, options = scratch("ranks"), small(data_shards=room_shards)
     outcomes = {
         "2": run("train", processes=2, run=root / "2", **options),
         "3": warm_run("train", processes=3, run=root / "3", **options),

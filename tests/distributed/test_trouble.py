@@ -18,9 +18,9 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def many_shards(tmp_path_factory):
+def many_shards(scratch):
     """40 training rooms, two in a shard, and 4 test rooms: more shards than are fetched ahead."""
-    output = tmp_path_factory.mktemp("server") / "served/rooms"
+    output = scratch("server") / "served/rooms"
     output.parent.mkdir()
     options = PackOptions(size=(48, 64), samples_per_shard=2)
     pack(rooms({"train": 40, "test": 4}), output, options, workers=2, progress=lambda done, total: None)
@@ -32,9 +32,9 @@ def options(**changes):
 
 
 @pytest.fixture(scope="module")
-def local(many_shards, tmp_path_factory):
+def local(many_shards, scratch):
     """What the same training learns from the directory itself."""
-    directory = tmp_path_factory.mktemp("local") / "run"
+    directory = scratch("local") / "run"
     done = warm_run("train", processes=2, before=without_pictures, run=directory, **options(data_shards=many_shards))
     assert done.returncode == 0, done.stderr
     return learned(directory)

@@ -142,9 +142,9 @@ def options(room_shards):
 
 
 @pytest.fixture(scope="module")
-def one_host(network, options, tmp_path_factory):
+def one_host(network, options, scratch):
     """What four ranks on one host leave behind; made only where there are two hosts to compare with it."""
-    directory = tmp_path_factory.mktemp("one") / "run"
+    directory = scratch("one") / "run"
     done = warm_run("train", processes=4, run=directory, **options)
     assert done.returncode == 0, done.stderr
     return directory

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from commands import learned, run, small
@@ -43,21 +45,21 @@ class Job:
         return self.log.read_text()
 
 
-@pytest.fixture(scope="session")
-def train(cluster, room_shards, tmp_path_factory):
+@pytest.fixture
+def train(cluster, room_shards, tmp_path):
     """Starts trainings of the same config, by default two nodes with a rank each."""
 
     def start(sbatch=(), ranks=1, environment=None, **options):
-        root, environment = tmp_path_factory.mktemp("job"), {"RANKS_PER_NODE": str(ranks)} | (environment or {})
+        root, environment = Path(mkdtemp(dir=tmp_path)), {"RANKS_PER_NODE": str(ranks)} | (environment or {})
         return Job(cluster, root, room_shards, [*NODES, *sbatch], environment, **options)
 
     return start
 
 
-@pytest.fixture(scope="session")
-def quiet(room_shards, tmp_path_factory):
+@pytest.fixture(scope="module")
+def quiet(room_shards, scratch):
     """The directory of the same training on two ranks, without a job, that nothing happens to."""
-    directory = tmp_path_factory.mktemp("quiet") / "run"
+    directory = scratch("quiet") / "run"
     done = warm_run("train", processes=2, run=directory, **small(data_shards=room_shards, **PLAN))
     assert done.returncode == 0, done.stderr
     return directory
