@@ -9,7 +9,15 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..errors import UserError
 from ..files import write_atomic, writing
@@ -40,7 +48,7 @@ class Monitor:
         console = Console(highlight=False, soft_wrap=True)
         self._plain = not console.is_terminal
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.fields[doing]}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
@@ -49,7 +57,8 @@ class Monitor:
             console=console,
             disable=path is None or self._plain,
         )
-        self._task = self._bar.add_task("", total=total, completed=samples_seen, text="")
+        self._task = self._bar.add_task("", total=total, completed=samples_seen, doing="training", text="")
+        self._second: TaskID | None = None
         self._file: BinaryIO | None = None
         self._pending = b""
         if path is not None:
@@ -69,6 +78,36 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line for the user: above the bar, and in this rank's log."""
         print(text, flush=True)
+
+    def phase(self, doing: str) -> Callable[[int, int], None]:
+        """Something done between steps -> `progress(done, images)`; it is over where both are equal, or with the next
+        step or phase."""
+        self._end_phase()
+        spoken = time.monotonic()
+        self._second = task = self._bar.add_task("", total=None, doing=doing, text="")
+
+        def progress(done: int, images: int) -> None:
+            nonlocal spoken
+            if self._second != task:
+                return
+            self._bar.update(task, completed=done, total=images)
+            now = time.monotonic()
+            if self._plain and now - spoken > PLAIN_SECONDS:
+                spoken = now
+                self.say(f"{doing}: {done}/{images} images")
+            if done == images:
+                self._end_phase()
+
+        return progress
+
+    def _end_phase(self) -> None:
+        if self._second is not None:
+            self._bar.remove_task(self._second)
+            self._second = None
+
+    def moved(self, samples_seen: int) -> None:
+        """The training has come so far; cheap enough for every step: nothing is written or printed."""
+        self._bar.update(self._task, completed=samples_seen)
 
     def record(self, **values: Any) -> None:
         """A line of metrics.jsonl."""
@@ -91,6 +130,7 @@ class Monitor:
 
     def step(self, samples_seen: int, **values: Any) -> None:
         """A line of metrics.jsonl about a step; moves the bar, or without a terminal prints a line now and then."""
+        self._end_phase()
         self.record(samples=samples_seen, **values)
         text = progress_text(values)
         self._bar.update(self._task, completed=samples_seen, text=text)
