@@ -21,6 +21,8 @@ SAMPLE_SHARDS = "shards/rooms"
 
 
 Switch = Literal["auto", "on", "off"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+"""Those that accelerate knows."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,9 @@ class Config:
     debug_from: Path | None = None
     """With --debug: begin where the newest checkpoint in this directory is (RUN/checkpoints, or RUN/failed after a loss
     that was not finite)."""
+    log_with: tuple[Tracker, ...] = ()
+    """Also log to these, pictures included: tensorboard (in RUN/trackers), wandb, …; each has to be installed, for
+    example as the extra of its name."""
     debug: bool = False
     """Single process, no threads, deterministic, anomaly detection, a handful of steps, first batch described, full
     tracebacks; works under a debugger. Writes to a temporary directory."""
@@ -140,6 +145,7 @@ class Config:
 FREE = {
     *(
         "run",
+        "log_with",
         "debug",
         "debug_from",
         "data.shards",
@@ -229,10 +235,15 @@ def as_toml(config: Config) -> str:
     sections: dict[str, list[str]] = {}
     for name, value in flat(config):
         section, _, key = name.rpartition(".")
-        shown = f"{value[0]}x{value[1]}" if isinstance(value, tuple) else value
-        text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)
-        sections.setdefault(section, []).append(f"{key} = {text}\n")
+        sections.setdefault(section, []).append(f"{key} = {_toml(value)}\n")
     return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple) and all(isinstance(item, int) for item in value) and value:
+        value = "x".join(map(str, value))
+    plain = list(value) if isinstance(value, tuple) else value
+    return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
 
 
 if __name__ == "__main__":  # what a command line comes to, for job scripts and for people

@@ -36,12 +36,21 @@ from .learning.metrics import PROTOCOLS, Protocol, summarise, to_size
 from .learning.model import restore
 from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
 from .progress import shown
-from .results import DIGEST, Truth, as_record, digests, sha256_of_truth, show, write_csv, write_json
+from .results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
 from .run.checkpoint import find_model, read_model
 from .run.distributed import Precision, all_sum, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
-from .scoring import Measure, Predict, model_predict, protocol_measure, score_baselines, score_mean, score_split
+from .scoring import (
+    Measure,
+    Predict,
+    breakdown_measure,
+    model_predict,
+    protocol_measure,
+    score_baselines,
+    score_mean,
+    score_split,
+)
 from .source import Layout, open_checked
 
 
@@ -231,25 +240,22 @@ def evaluate(
     -> (record, `score` rows by protocol, what was predicted). Raises UserError.
     """
     protocols = [PROTOCOLS[name] for name in command.protocols]
-    measures = [*map(protocol_measure, protocols), Measure(SIGNALS, signals), Measure(DIGEST, digests)]
+    measures = [*map(protocol_measure, protocols), breakdown_measure(protocols[0])]
+    measures += [Measure(SIGNALS, signals), Measure(DIGEST, digests)]
     show_progress = shown(Console(), "scoring") if accelerator.is_main_process else contextlib.nullcontext(_silent)
     with show_progress as progress:
         options = (command.batch_size, command.threads)
-        *rows, signs, prints = score_split(
+        *rows, where, signs, prints = score_split(
             accelerator, contestant.predict, samples, measures, *options, progress=progress
         )
     if train:
         baselines = score_baselines(accelerator, samples, train, protocols)
     else:
         baselines = score_mean(accelerator, samples, mean_depth(signs), protocols)
-    keys = [samples.key(sample) for sample in range(len(samples))]
-    manifest = samples.manifest.sha256 if isinstance(samples, ShardSet) else None
-    scenes = [samples.meta(sample).get("scene", "") for sample in range(len(samples))]
-    sha256 = sha256_of_truth(keys, samples.size, prints)
-    truth = Truth(samples.place, split, samples.size, manifest, keys, scenes, sha256)
+    truth = truth_of(samples, split, prints)
     findings = diagnose(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
     findings += worse_than_blind(rows, baselines, protocols)
-    return as_record({"model": rows, **baselines}, protocols, truth, contestant.about, findings), rows, truth
+    return as_record({"model": rows, **baselines}, protocols, truth, contestant.about, findings, where), rows, truth
 
 
 def worse_than_blind(

@@ -16,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .data.samples import Samples
+from .data.shards import ShardSet
 from .errors import UserError
 from .files import write_atomic, writing
+from .learning.breakdown import summarise_breakdown
 from .learning.metrics import PROTOCOLS, TERMS, Protocol, image_metrics, summarise
 
 FORMAT, VERSION = "mde_dist.evaluation", 1
@@ -57,6 +60,14 @@ def sha256_of_truth(keys: Sequence[str], size: tuple[int, int], rows: torch.Tens
     return hashlib.sha256("\n".join([f"{size[0]}x{size[1]}", *lines]).encode()).hexdigest()
 
 
+def truth_of(samples: Samples, split: str, rows: torch.Tensor) -> Truth:
+    """The truth that was scored, the first images of `samples` or all, from their `digests`."""
+    keys = [samples.key(sample) for sample in range(len(rows))]
+    manifest = samples.manifest.sha256 if isinstance(samples, ShardSet) else None
+    sha256 = sha256_of_truth(keys, samples.size, rows)
+    return Truth(samples.place, split, samples.size, manifest, keys, samples.scenes[: len(keys)], sha256)
+
+
 def fingerprint(protocol: Protocol, images: int, truth: Truth) -> dict[str, Any]:
     """Everything that two results must have in common to be compared."""
     numbers = json.loads(json.dumps(asdict(protocol)).replace("Infinity", "null"))  # JSON has no infinity
@@ -74,8 +85,11 @@ def as_record(
     truth: Truth,
     predictor: Mapping[str, Any],
     findings: Sequence[str],
+    where: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """`tables`: `score` rows by name ("model" and baselines) and protocol -> the record that `--json` writes.
+
+    `where`: `breakdown` rows under the first protocol.
 
     Raises UserError where nothing could be scored.
     """
@@ -102,8 +116,10 @@ def as_record(
         },
         "unscored": {s.protocol: [truth.keys[sample] for sample in s.unscored] for s in summaries["model"]},
         "findings": list(findings),
+        "where": {} if where is None else {protocols[0].name: summarise_breakdown(where)},
         "images": {
             "keys": truth.keys,
+            "scenes": truth.scenes,
             "terms": {p.name: _terms(rows) for p, rows in zip(protocols, tables["model"], strict=True)},
         },
     }
@@ -114,10 +130,14 @@ def _terms(rows: torch.Tensor) -> dict[str, list[float]]:
     return {"pixels": [int(count) for count in columns[0]], **dict(zip(TERMS, columns[1:], strict=True))}
 
 
+def as_text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError where the disk does not take it."""
     with writing(path):
-        write_atomic(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_atomic(path, as_text(record))
 
 
 def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], truth: Truth) -> None:

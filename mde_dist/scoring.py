@@ -15,6 +15,7 @@ from .data.prefetch import Prefetch
 from .data.samples import Samples
 from .data.shards import ShardSet
 from .errors import UserError
+from .learning.breakdown import COLUMNS, breakdown
 from .learning.metrics import TERMS, Protocol, score
 from .run.distributed import agree, all_sum
 
@@ -50,6 +51,11 @@ class Measure:
 def protocol_measure(protocol: Protocol) -> Measure:
     """The rows that `learning.metrics.summarise` takes."""
     return Measure(1 + len(TERMS), partial(score, protocol=protocol))
+
+
+def breakdown_measure(protocol: Protocol) -> Measure:
+    """The rows that `learning.breakdown.summarise_breakdown` takes."""
+    return Measure(COLUMNS, partial(breakdown, protocol=protocol))
 
 
 def model_predict(

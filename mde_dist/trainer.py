@@ -1,10 +1,16 @@
 """What a training holds open, and what it does beside its steps: go on, evaluate, log, save, reject, finish."""
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -14,6 +20,7 @@ from .errors import UserError
 from .learner import Learner
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
+from .results import DIGEST, as_record, as_text, digests, truth_of
 from .run.account import Account, peak_flops
 from .run.checkpoint import newest_checkpoint, versions
 from .run.directory import RunDirectory
@@ -23,7 +30,9 @@ from .run.monitor import Monitor
 from .run.preemption import StopFlag
 from .run.saver import Saver
 from .run.state import State
-from .scoring import model_predict, protocol_measure, score_baselines, score_split
+from .run.trackers import Trackers, opened_trackers
+from .scoring import Measure, breakdown_measure, model_predict, protocol_measure, score_baselines, score_split
+from .showcase import Watch, strips, write_showcase
 from .stream import News, batch_keys
 
 DEBUG_STEPS = 4
@@ -48,8 +57,11 @@ class Trainer:
     monitor: Monitor
     saver: Saver
     account: Account
-    troubles: list[UserError] = field(default_factory=list)
-    """What the disk did not take, where that is to end the run."""
+    trackers: Trackers
+    complain: Callable[[UserError], None]
+    """What becomes of a file that the disk did not take."""
+    troubles: list[UserError]
+    """Of these, what is to end the run."""
 
     @property
     def writes(self) -> bool:
@@ -77,12 +89,18 @@ class Trainer:
         config, state, model = self.config, self.state, self.learner.scored
         protocol = PROTOCOLS[config.evaluate.protocol]
         options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
+        measures = [protocol_measure(protocol), breakdown_measure(protocol), Measure(DIGEST, digests)]
+        watch = Watch(min(len(self.held_out), config.evaluate.limit or len(self.held_out)), self.held_out.size)
         share_buffers(self.accelerator, model)
         model.eval()
         try:
             # forward, not the call: a compiled model would be compiled again for these batches
-            predict, measures = model_predict(model.forward, self.size, self.accelerator), [protocol_measure(protocol)]
-            (rows,) = score_split(self.accelerator, predict, self.held_out, measures, *options, stop=lambda: bool(stop))
+            predict = watch.watching(model_predict(model.forward, self.size, self.accelerator))
+            rows, where, prints = score_split(
+                *(self.accelerator, predict, self.held_out, measures, *options),
+                stop=lambda: bool(stop),
+                progress=self.monitor.phase("evaluating"),
+            )
         except UserError:
             self.save()  # what was learned is whole, what it was to be scored on is not
             raise
@@ -94,14 +112,44 @@ class Trainer:
             state.best = {"abs_rel": score, "samples": state.samples_seen, "step": state.step}
         state.evaluated = state.samples_seen
         self.monitor.record(
-            samples=state.samples_seen, evaluation=protocol.name, images=summary.images, **summary.metrics
+            samples=state.samples_seen,
+            evaluation=protocol.name,
+            images=summary.images,
+            **summary.metrics,
+            time=_now(),
         )
         self.monitor.say(
             f"evaluated at sample {state.samples_seen}: {protocol.name} abs_rel {score:.4f}, "
             f"delta1 {summary.metrics['delta1']:.4f}{' (best so far)' if best else ''}"
         )
+        self.trackers.log(state.samples_seen, protocol.name, summary.metrics)
+        maps = watch.gather(self.accelerator)
+        if self.writes:
+            self._keep_evaluation(rows, where, prints, best)
+            self._keep_panels(watch.chosen, *maps)
         self.save()
         self.account.restart()
+
+    def _keep_evaluation(self, rows: torch.Tensor, where: torch.Tensor, prints: torch.Tensor, best: bool) -> None:
+        """Every image's numbers, as `evaluate --json` has them: for the report, and to compare runs by."""
+        protocol = PROTOCOLS[self.config.evaluate.protocol]
+        truth = truth_of(self.held_out, self.config.data.eval_split, prints)
+        about = {"path": str(self.config.run), "samples": self.state.samples_seen, "size": list(self.size)}
+        about |= {"flip": False, "precision": self.accelerator.mixed_precision}
+        try:
+            record = as_record({"model": [rows]}, [protocol], truth, about, [], where)
+            self.directory.keep_evaluation(as_text(record), best)
+        except UserError as error:
+            self.complain(error)
+
+    def _keep_panels(self, chosen: list[int], *maps: np.ndarray) -> None:
+        """How a few images are predicted now, for the report and for trackers."""
+        try:
+            write_showcase(self.config.run, self.state.samples_seen, [*map(self.held_out.key, chosen)], *maps)
+        except UserError as error:
+            self.complain(error)
+        if self.trackers:
+            self.trackers.show(self.state.samples_seen, "held-out", strips(*maps))
 
     def record_baselines(self, stop: StopFlag) -> None:
         """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""
@@ -122,7 +170,8 @@ class Trainer:
         values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(norm)}
         values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
         rates = self.account.rates(rows[:, 1:], self.total - state.samples_seen)
-        self.monitor.step(state.samples_seen, **values, batch=f"{news.batch_hash:x}", **rates)
+        self.monitor.step(state.samples_seen, **values, batch=f"{news.batch_hash:x}", **rates, time=_now())
+        self.trackers.log(state.samples_seen, "train", values | rates)
         self.account.restart()
 
     def reject(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
@@ -199,9 +248,18 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
         flops = training_flops(config.model, size)
         account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
         saver = opened.enter_context(Saver(complain))
+        about = as_json(config)
+        run_id = hashlib.sha256(json.dumps([str(config.run.resolve()), this_run]).encode()).hexdigest()[:16]
+        trackers = together(
+            accelerator,
+            lambda: opened.enter_context(
+                opened_trackers(accelerator, config.log_with, config.run, run_id, about, state.samples_seen)
+            ),
+        )
+        monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator))
         yield Trainer(
             *(config, accelerator, shards, held_out, size, total, directory, learner, state, monitor, saver, account),
-            troubles,
+            *(trackers, complain, troubles),
         )
 
 
@@ -213,6 +271,25 @@ def resume(directory: RunDirectory, config: Config, learner: Learner) -> State:
         learner.load(checkpoint)
     directory.start()
     return State() if checkpoint is None else checkpoint.state
+
+
+def describe_start(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    """On what the run goes on from here, for metrics.jsonl."""
+    device = accelerator.device
+    return {
+        "time": _now(),
+        "ranks": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "batch_size": config.train.batch_size,
+        "host": socket.gethostname(),
+        **versions(),
+    }
+
+
+def _now() -> float:
+    """Seconds since 1970, to the millisecond."""
+    return round(time.time(), 3)
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -31,7 +31,7 @@ SMALL = {
 }
 
 
-SPEEDS = {"images_per_second", "data_wait", "slowest_rank", "slower", "memory_gb", "seconds_left"}
+SPEEDS = {"images_per_second", "data_wait", "slowest_rank", "slower", "memory_gb", "seconds_left", "time"}
 """What two equal runs differ in."""
 
 
@@ -93,8 +93,9 @@ def records(run_directory: Path) -> list[dict[str, Any]]:
 
 
 def learned(run_directory: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what may differ between two equal runs: speeds."""
-    return [{k: v for k, v in r.items() if k not in SPEEDS} for r in records(run_directory)]
+    """metrics.jsonl without what may differ between two equal runs: speeds, and where a run was taken up again."""
+    found = (r for r in records(run_directory) if "start" not in r)
+    return [{k: v for k, v in r.items() if k not in SPEEDS} for r in found]
 
 
 def files_below(folder: Path) -> set[str]:

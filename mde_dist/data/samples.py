@@ -5,6 +5,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -51,6 +52,17 @@ class Samples(ABC):
     @abstractmethod
     def meta(self, sample: int) -> dict[str, str]:
         """The sample's own record: scene, source, split; empty where it has none. Raises DamagedSample."""
+
+    @cached_property
+    def scenes(self) -> list[str]:
+        """The scene of each sample; empty where it names none, or its record is damaged."""
+        return [self._scene(sample) for sample in range(len(self))]
+
+    def _scene(self, sample: int) -> str:
+        try:
+            return str(self.meta(sample).get("scene", ""))
+        except DamagedSample:
+            return ""
 
     @abstractmethod
     def key(self, sample: int) -> str:

@@ -9,6 +9,7 @@ Every metric is a function of a few means over pixels (`TERMS`): these are kept 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,28 +66,41 @@ def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> 
     prediction: (batch, h, w) metres (any unit where the protocol aligns it), brought bilinearly to the ground truth's
     size; depth: (batch, height, width) metres, 0 = hole. An image without a valid pixel is a row of 0, never nan.
     """
+    return torch.stack([_row(p, g) for p, g, _ in compared(prediction, depth, protocol)])
+
+
+def compared(
+    prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What a protocol compares in each image: predictions, as it holds them, and truths of the scored pixels, float64
+    (pixels,) metres; and where these pixels are, bool (height, width). Arguments as of `score`."""
     # compared in the depth's own precision: 1 mm as float32 is a hair above 1e-3 as float64
-    valid = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
-    prediction = to_size(prediction, depth)
+    scored = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
     if protocol.crop is not None:
         rows, columns = crop_slices(protocol.crop, depth.shape[-2], depth.shape[-1])
-        prediction, depth, valid = (x[:, rows, columns] for x in (prediction, depth, valid))
-    images = zip(prediction, depth, valid, strict=True)
-    return torch.stack([_score_pixels(p[mask], g[mask].double(), protocol) for p, g, mask in images])
+        inside = torch.zeros_like(scored[0])
+        inside[rows, columns] = True
+        scored &= inside
+    for p, g, mask in zip(to_size(prediction, depth), depth, scored, strict=True):
+        truth = g[mask].double()
+        yield (_held(p[mask], truth, protocol) if len(truth) else truth), truth, mask
 
 
-def _score_pixels(p: torch.Tensor, g: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """The row of one image from its valid pixels, float64 (pixels,)."""
-    if not len(g):
-        return torch.zeros(1 + len(TERMS), dtype=torch.float64, device=g.device)
+def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """Predictions (pixels,) as a protocol takes them."""
     if protocol.align == "scale and shift":
         p = align(p, g)
     if protocol.clamp is not None:
         low, high = protocol.clamp
-        p = torch.nan_to_num(p, nan=low, posinf=high, neginf=low).clamp(low, high)
-    else:
-        # a value that is not finite is no prediction: as wrong as predicting nothing at all
-        p = torch.where(is_number(p), p, 0.0)
+        return torch.nan_to_num(p, nan=low, posinf=high, neginf=low).clamp(low, high)
+    # a value that is not finite is no prediction: as wrong as predicting nothing at all
+    return torch.where(is_number(p), p, 0.0)
+
+
+def _row(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The row of one image from its scored pixels, float64 (pixels,)."""
+    if not len(g):
+        return torch.zeros(1 + len(TERMS), dtype=torch.float64, device=g.device)
     terms = _pixel_terms(p, g)
     return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in TERMS)])
 
