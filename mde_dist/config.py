@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -232,18 +232,18 @@ def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any
 
 def as_toml(config: Config) -> str:
     """The resolved config as a file that `--config` reads back."""
+    return toml_text(flat(config))
+
+
+def toml_text(values: Iterable[tuple[str, Any]]) -> str:
+    """(`section.field`, value) pairs as TOML; values as they are in a config, or as `as_json` has them."""
     sections: dict[str, list[str]] = {}
-    for name, value in flat(config):
+    for name, value in values:
         section, _, key = name.rpartition(".")
-        sections.setdefault(section, []).append(f"{key} = {_toml(value)}\n")
+        shown = "x".join(map(str, value)) if isinstance(value, tuple | list) else value
+        text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)
+        sections.setdefault(section, []).append(f"{key} = {text}\n")
     return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple) and all(isinstance(item, int) for item in value) and value:
-        value = "x".join(map(str, value))
-    plain = list(value) if isinstance(value, tuple) else value
-    return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
 
 
 if __name__ == "__main__":  # what a command line comes to, for job scripts and for people
