@@ -240,10 +240,15 @@ def toml_text(values: Iterable[tuple[str, Any]]) -> str:
     sections: dict[str, list[str]] = {}
     for name, value in values:
         section, _, key = name.rpartition(".")
-        shown = "x".join(map(str, value)) if isinstance(value, tuple | list) else value
-        text = json.dumps(shown if isinstance(shown, bool | int | float) else str(shown), ensure_ascii=False)
-        sections.setdefault(section, []).append(f"{key} = {text}\n")
+        sections.setdefault(section, []).append(f"{key} = {_toml(value)}\n")
     return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
+
+
+def _toml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple | list) else value
+    if isinstance(plain, list) and all(isinstance(item, int) for item in plain) and plain:
+        plain = "x".join(map(str, plain))
+    return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
 
 
 if __name__ == "__main__":  # what a command line comes to, for job scripts and for people
