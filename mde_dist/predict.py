@@ -6,25 +6,21 @@ python -m mde_dist.predict --checkpoint RUN/model.safetensors --output DIR IMAGE
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image
 from rich.progress import track
 
 from .command import parse, run_command
-from .data.augment import normalise, resize_image
 from .data.depth import metres_to_millimetres, png_bytes
 from .data.sources import IMAGE_SUFFIXES, reason
 from .errors import UserError
 from .files import write_atomic
-from .learning.model import DepthModel, restore
 from .pictures import colorize, save_image
-from .run.checkpoint import find_model, read_model
-
-SMALLEST = 32  # pixels; the encoder halves five times
+from .predictor import open_predictor, pick_device
+from .run.checkpoint import find_model
 
 
 @dataclass(frozen=True)
@@ -41,35 +37,6 @@ class PredictCommand:
     """A model.safetensors, instead of --run; it needs nothing else."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps …; auto = a GPU where there is one."""
-
-
-class Predictor:
-    """A trained model that takes images of any size."""
-
-    def __init__(self, model: DepthModel, metadata: dict[str, Any], device: torch.device):
-        self.config: dict[str, Any] = metadata["config"]
-        """The config that it was trained with, by `section.field`."""
-        self._model, self._device = model.to(device).eval(), device
-        self._area = metadata["size"][0] * metadata["size"][1]
-
-    @torch.inference_mode()
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """RGB uint8 (height, width, 3) -> depth float32 (height, width), metres.
-
-        The model sees the image with as many pixels as it was trained at, aspect kept.
-        """
-        height, width = image.shape[:2]
-        scale = (self._area / (height * width)) ** 0.5
-        size = max(SMALLEST, round(height * scale)), max(SMALLEST, round(width * scale))
-        pixels = torch.from_numpy(np.array(image)).to(self._device).permute(2, 0, 1)[None].float() / 255
-        depth = self._model(normalise(resize_image(pixels, size)))[:, None]
-        return resize_image(depth, (height, width))[0, 0].float().cpu().numpy()
-
-
-def open_predictor(path: Path, device: torch.device) -> Predictor:
-    """The model of a model.safetensors, ready for images. Raises UserError."""
-    metadata, tensors = read_model(path)
-    return Predictor(restore(metadata, tensors), metadata, device)
 
 
 def main(argv: list[str]) -> None:
@@ -108,18 +75,6 @@ def find_images(inputs: Sequence[Path]) -> list[tuple[Path, Path]]:
     if not found:
         raise UserError(f"no image in {', '.join(map(str, inputs))} ({', '.join(IMAGE_SUFFIXES)})")
     return [(file, name) for name, file in found.items()]
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises UserError where the device is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not there ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def write_prediction(target: Path, depth: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .data.augment import normalise, prepare_depth, prepare_images
+from .data.augment import prepare_depth, prepare_images
 from .data.loader import Batch, Draw, Loader, Stopped
 from .data.prefetch import Prefetch
 from .data.samples import Samples
@@ -17,6 +17,7 @@ from .data.shards import ShardSet
 from .errors import UserError
 from .learning.breakdown import COLUMNS, breakdown
 from .learning.metrics import TERMS, Protocol, score
+from .predictor import estimate
 from .run.distributed import agree, all_sum
 
 Predict = Callable[[Batch], torch.Tensor]
@@ -64,13 +65,8 @@ def model_predict(
     """A model that sees the images at `size`; with `flip` its mean over the image and the mirrored image."""
 
     def predict(batch: Batch) -> torch.Tensor:
-        image = normalise(prepare_images(batch, size))
-        image = image.contiguous(memory_format=torch.channels_last)  # as while training: it shows in the last digits
         with accelerator.autocast():
-            depth = model(image).float()
-            if flip:
-                depth = (depth + model(image.flip(-1)).float().flip(-1)) / 2
-        return depth
+            return estimate(model, prepare_images(batch, size), flip)
 
     return predict
 

@@ -13,7 +13,7 @@ from mde_dist.data.depth import to_metres
 from mde_dist.data.shards import open_split
 from mde_dist.errors import UserError
 from mde_dist.learning.model import ModelConfig, build
-from mde_dist.predict import open_predictor
+from mde_dist.predictor import open_predictor
 from mde_dist.run.checkpoint import model_bytes
 
 
