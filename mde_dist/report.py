@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from .command import parse, run_command
 from .data.depth import to_metres
@@ -20,12 +18,10 @@ from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards
 from .pictures import Panel, draw_curves, draw_panels
-from .predict import Predictor, open_predictor
+from .predictor import Predictor, open_predictor
 from .run.checkpoint import find_model
-from .run.monitor import read_records
-
-BLOG = {"abs_rel": 0.179, "delta1": 0.73}
-"""What the recipe that this project started from reports on NYU Depth v2: for orientation, under another protocol."""
+from .run.records import read_records
+from .run.scores import show_scores
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ def main(argv: list[str]) -> None:
     if command.images < 1:
         raise UserError(f"--images {command.images}: must be at least 1")
     made = draw(command.run, command.images)
-    show_scores(command.run)
+    show_scores(command.run, load_records(command.run))
     for path in made:
         print(f"made: {path}")
 
@@ -90,23 +86,6 @@ def abs_rel(prediction: np.ndarray, truth: np.ndarray) -> float:
     """abs_rel over all valid pixels, for the title of a panel."""
     valid = truth > 0
     return float(np.mean(np.abs(prediction - truth)[valid] / truth[valid]))
-
-
-def show_scores(run: Path) -> None:
-    """The last evaluation against predicting without looking, and against the figure that started it all."""
-    records = load_records(run)
-    evaluations = [record for record in records if "evaluation" in record and "baseline" not in record]
-    if not evaluations:
-        return
-    last, best = evaluations[-1], min(evaluations, key=lambda record: record["abs_rel"])
-    table = Table(title=f"{run}: {last['evaluation']} protocol, {last['images']} images", title_justify="left")
-    for column in ("", "abs_rel", "delta1"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows = [(f"model at sample {last['samples']}", last), (f"best, at sample {best['samples']}", best)]
-    for name, record in [*rows, *((record["baseline"], record) for record in baselines(records))]:
-        table.add_row(name, f"{record['abs_rel']:.4f}", f"{record['delta1']:.4f}")
-    table.add_row("the blog's ResNet18, NYU Depth v2", f"{BLOG['abs_rel']:.3f}", f"{BLOG['delta1']:.2f}", style="dim")
-    Console().print(table)
 
 
 if __name__ == "__main__":

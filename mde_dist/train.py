@@ -28,6 +28,8 @@ from .learning.losses import mse
 from .run.distributed import agree, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
+from .run.records import read_records
+from .run.scores import show_scores
 from .scoring import Interrupted
 from .stream import poisoned, share_news, take_share, training_stream
 from .trainer import Trainer, opened_trainer
@@ -177,7 +179,7 @@ def publish(trainer: Trainer) -> None:
     directory = trainer.directory
     weights = directory.publish_model(trainer.learner.published())
     made = report.draw(directory.path)
-    report.show_scores(directory.path)
+    show_scores(directory.path, read_records(directory.path / "metrics.jsonl"))
     for path in (weights, *made):
         print(f"made: {path}")
     print(f"next: python -m mde_dist.evaluate --run {directory.path} --protocols eigen full blog")

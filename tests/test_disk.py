@@ -3,6 +3,7 @@
 On real file systems of a limited size, which only root can mount.
 """
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -17,10 +18,9 @@ from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.errors import UserError
 from mde_dist.run.checkpoint import newest_checkpoint
-from mde_dist.run.monitor import Monitor, read_records
+from mde_dist.run.records import RecordFile, read_records
 from mde_dist.run.saver import Saver
 
-SPEED = {"images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 1}
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 
 
@@ -128,19 +128,19 @@ def test_a_directory_that_becomes_read_only_stops_the_run_with_one_line(undistur
 
 def test_lines_that_the_disk_did_not_take_are_written_when_it_does(tmp_path):
     path, complaints = tmp_path / "metrics.jsonl", []
-    with Monitor(path, 0, 0, 100, complaints.append) as monitor:
-        monitor.record(samples=1)
-        real, monitor._file = monitor._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115, PTH123
+    with contextlib.closing(RecordFile(path, 0, 0, complaints.append)) as records:
+        records.write({"samples": 1})
+        real, records._file = records._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115, PTH123
         for samples in (2, 3):
-            monitor.step(samples, loss=1.0, **SPEED)
+            records.write({"samples": samples})
         assert [r["samples"] for r in read_records(path)] == [1]
         assert [str(error) for error in complaints] == ["/dev/full: cannot be written (No space left on device)"]
         with pytest.raises(UserError, match="No space left"):
-            monitor.finish()
-        monitor._file.close()
-        monitor._file = real
-        monitor.record(samples=4)
-        monitor.finish()
+            records.finish()
+        records._file.close()
+        records._file = real
+        records.write({"samples": 4})
+        records.finish()
     assert [r["samples"] for r in read_records(path)] == [1, 2, 3, 4]
 
 

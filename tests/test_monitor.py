@@ -2,9 +2,10 @@
 
 import json
 
-from mde_dist.run.monitor import Monitor, keep_until, progress_text, read_records
+from mde_dist.run.monitor import Monitor, progress_text
+from mde_dist.run.records import keep_until, read_records
 
-SPEED = {"images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
+SPEED = {"lr": 1e-4, "images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 
 
 def lines(path):
@@ -47,7 +48,7 @@ def test_without_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
     with Monitor(tmp_path / "metrics.jsonl", 0, 0, 100) as monitor:
         for step in range(50):
             monitor.step(step, loss=1.0, **SPEED)
-    line = "samples 0/100 loss 1.0000, 1.0 images/s, 0% waiting for data, 0.5 GB, 1:01:01 left"
+    line = "samples 0/100 loss 1.0000, lr 1.00e-04, 1.0 images/s, 0% waiting for data, 0.5 GB, 1:01:01 left"
     assert capsys.readouterr().out.splitlines() == [line]
     assert len(read_records(tmp_path / "metrics.jsonl")) == 50
 
@@ -55,6 +56,7 @@ def test_without_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
 def test_what_is_worth_saying_is_said_and_what_is_not_known_is_left_out():
     said = progress_text({"loss": None, **SPEED, "mfu": 0.123, "slowest_rank": 3, "slower": 0.2, "seconds_left": None})
     assert said == (
-        "loss not finite, 1.0 images/s, 0% waiting for data, MFU 12.3%, rank 3 is 20% slower than the mean, 0.5 GB"
+        "loss not finite, lr 1.00e-04, 1.0 images/s, 0% waiting for data, MFU 12.3%, "
+        "rank 3 is 20% slower than the mean, 0.5 GB"
     )
     assert "slower" not in progress_text({"loss": 1.0, **SPEED, "slowest_rank": 0, "slower": 0.01})

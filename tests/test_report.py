@@ -11,6 +11,7 @@ from mde_dist.errors import UserError
 from mde_dist.learning.model import ModelConfig, build
 from mde_dist.pictures import Panel, colorize, draw_panels
 from mde_dist.run.checkpoint import MODEL, OPTIMIZER, model_bytes, save_checkpoint
+from mde_dist.run.scores import show_scores
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_curves_and_panels_are_pictures_with_content(run, capsys):
 
 
 def test_the_table_shows_the_last_and_the_best_evaluation(run, capsys):
-    report.show_scores(run)
+    show_scores(run, report.load_records(run))
     said = capsys.readouterr().out
     assert "model at sample 30" in said and "0.3000" in said
     assert "best, at sample 20" in said and "0.2500" in said

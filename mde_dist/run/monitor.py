@@ -1,33 +1,23 @@
-"""What a run says while it works: a progress bar or plain lines, and metrics.jsonl."""
+"""What a run says while it works: a live display or plain lines, and metrics.jsonl."""
 
-import json
 import time
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.live import Live
 
 from ..errors import UserError
-from ..files import write_atomic, writing
-
-PLAIN_SECONDS = 5.0
-"""Least time between progress lines where the output is no terminal."""
+from ..progress import FRAMES, Bar, PlainLines, clock_time, is_screen
+from .display import Display, step_words
+from .records import RecordFile
+from .scores import Scores
 
 
 class Monitor:
-    """Use it in a `with`. Ranks other than 0 have `path=None`: no metrics.jsonl and no bar."""
+    """Use it in a `with`. Ranks other than 0 have `path=None`: no metrics.jsonl, and plain lines for their logs."""
 
     def __init__(
         self,
@@ -36,139 +26,93 @@ class Monitor:
         evaluated: int,
         total: int,
         complain: Callable[[UserError], None] = lambda error: None,
+        live: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """`path`: metrics.jsonl; lines from after `samples_seen` (evaluations: after `evaluated`) are dropped:
-        a run that was cut off wrote them, and they will be written again. `complain`: called when it can no longer be
-        written. Raises UserError."""
-        self.error: UserError | None = None
-        """Why the last lines of metrics.jsonl could not be written; they are kept and tried again with the next."""
-        self._complain = complain
-        self._total = total
-        self._spoken = 0.0
+        """`path`: metrics.jsonl; lines from after `samples_seen` (evaluations: after `evaluated`) are dropped.
+        `complain`: called when it can no longer be written. `live`: draw where there is a terminal. Raises UserError.
+        """
+        self._clock = clock
+        self._records = RecordFile(path, samples_seen, evaluated, complain) if path is not None else None
+        self._bar = Bar("training", "samples", samples_seen, total, clock)
+        self._display = Display(self._bar, Scores(self._records.kept if self._records else ()))
         console = Console(highlight=False, soft_wrap=True)
-        self._plain = not console.is_terminal
-        self._bar = Progress(
-            TextColumn("{task.fields[doing]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=path is None or self._plain,
-        )
-        self._task = self._bar.add_task("", total=total, completed=samples_seen, doing="training", text="")
-        self._second: TaskID | None = None
-        self._file: BinaryIO | None = None
-        self._pending = b""
-        if path is not None:
-            with writing(path):
-                keep_until(path, samples_seen, evaluated)
-                self._file = path.open("ab", buffering=0)
+        self._live: Live | None = None
+        if path is not None and live and is_screen(console):
+            self._live = Live(self._display, console=console, refresh_per_second=FRAMES)
+        self._lines: PlainLines | None = None  # of the steps: the first one is due at once
 
     def __enter__(self) -> "Monitor":
-        self._bar.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bar.stop()
-        if self._file is not None:
-            self._file.close()
+        self._end_display()
+        if self._records is not None:
+            self._records.close()
 
     def say(self, text: str) -> None:
-        """A line for the user: above the bar, and in this rank's log."""
+        """A line for the user: above the display, and in this rank's log."""
         print(text, flush=True)
+
+    def record(self, **values: Any) -> None:
+        """A line of metrics.jsonl; evaluations and baselines appear in the table."""
+        if self._records is not None:
+            self._records.write(values)
+        self._display.scores.add(values)
 
     def phase(self, doing: str) -> Callable[[int, int], None]:
         """Something done between steps -> `progress(done, images)`; it is over where both are equal, or with the next
         step or phase."""
         self._end_phase()
-        spoken = time.monotonic()
-        self._second = task = self._bar.add_task("", total=None, doing=doing, text="")
+        bar, lines = Bar(doing, "images", clock=self._clock), PlainLines(self._clock)
+        self._bar.rest()
+        self._display.phase = bar
 
         def progress(done: int, images: int) -> None:
-            nonlocal spoken
-            if self._second != task:
-                return
-            self._bar.update(task, completed=done, total=images)
-            now = time.monotonic()
-            if self._plain and now - spoken > PLAIN_SECONDS:
-                spoken = now
-                self.say(f"{doing}: {done}/{images} images")
-            if done == images:
+            bar.reached(done, images)
+            if self._live is None and lines.due():
+                self.say(bar.words())
+            if done == images and self._display.phase is bar:
                 self._end_phase()
 
         return progress
 
-    def _end_phase(self) -> None:
-        if self._second is not None:
-            self._bar.remove_task(self._second)
-            self._second = None
-
     def moved(self, samples_seen: int) -> None:
         """The training has come so far; cheap enough for every step: nothing is written or printed."""
-        self._bar.update(self._task, completed=samples_seen)
-
-    def record(self, **values: Any) -> None:
-        """A line of metrics.jsonl."""
-        if self._file is None:
-            return
-        self._pending += json.dumps(values).encode() + b"\n"
-        try:
-            while self._pending:  # a disk that fills takes a part
-                self._pending = self._pending[self._file.write(self._pending) :]
-            self.error = None
-        except OSError as error:
-            before, self.error = self.error, UserError(f"{self._file.name}: cannot be written ({error.strerror})")
-            if before is None:
-                self._complain(self.error)
-
-    def finish(self) -> None:
-        """Raises UserError where metrics.jsonl lacks lines."""
-        if self.error is not None:
-            raise self.error
+        self._end_phase()
+        self._bar.reached(samples_seen, self._bar.total or samples_seen)
 
     def step(self, samples_seen: int, **values: Any) -> None:
-        """A line of metrics.jsonl about a step; moves the bar, or without a terminal prints a line now and then."""
-        self._end_phase()
+        """A line of metrics.jsonl about a step; without a display it prints a line now and then."""
         self.record(samples=samples_seen, **values)
-        text = progress_text(values)
-        self._bar.update(self._task, completed=samples_seen, text=text)
-        now = time.monotonic()
-        if self._plain and now - self._spoken > PLAIN_SECONDS:
-            self._spoken = now
-            self.say(f"samples {samples_seen}/{self._total} {text}")
+        self.moved(samples_seen)
+        self._display.values = values
+        if self._live is None and (self._lines is None or self._lines.due()):
+            self._lines = self._lines or PlainLines(self._clock)
+            self.say(f"samples {samples_seen}/{self._bar.total} {progress_text(values)}")
+
+    def finish(self) -> None:
+        """No more steps: what is printed from now on stands below the display. Raises UserError where metrics.jsonl
+        lacks lines."""
+        self._end_display()
+        if self._records is not None:
+            self._records.finish()
+
+    def _end_phase(self) -> None:
+        if self._display.phase is not None:
+            self._display.phase = None
+            self._bar.rest()
+
+    def _end_display(self) -> None:
+        self._end_phase()
+        self._display.over = True
+        if self._live is not None:
+            self._live.stop()
 
 
-def progress_text(values: Mapping[str, Any]) -> str:
-    """What a line of metrics.jsonl about a step says to the user."""
-    loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-    parts = [f"loss {loss}", f"{values['images_per_second']:.1f} images/s"]
-    parts.append(f"{values['data_wait']:.0%} waiting for data")
-    if "mfu" in values:
-        parts.append(f"MFU {values['mfu']:.1%}")
-    if values.get("slower", 0) > 0.05:
-        parts.append(f"rank {values['slowest_rank']} is {values['slower']:.0%} slower than the mean")
-    parts.append(f"{values['memory_gb']:.1f} GB")
-    if values["seconds_left"] is not None:
-        parts.append(f"{timedelta(seconds=values['seconds_left'])} left")
-    return ", ".join(parts)
-
-
-def keep_until(path: Path, samples_seen: int, evaluated: int) -> None:
-    """Drop the lines of metrics.jsonl that the checkpoint to go on from knows nothing of; at sample 0 all of them."""
-    if path.is_file():
-        kept = (r for r in read_records(path) if r["samples"] <= (evaluated if "evaluation" in r else samples_seen))
-        # a run that begins anew scores the baselines again
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept if samples_seen))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # cut off in mid-line: the process died while writing it
-    return records
+def progress_text(values: dict[str, Any]) -> str:
+    """What a plain line says about a step."""
+    left = values["seconds_left"]
+    return ", ".join(step_words(values) + ([f"{clock_time(left)} left"] if left is not None else []))
