@@ -158,7 +158,7 @@ def newest_checkpoint(directory: Path) -> Checkpoint:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint and check every byte. Raises UserError."""
     try:
-        record = _read_state_file(path)
+        record = read_state_file(path)
         tensors = {name: load(_read_whole(path / name, about)) for name, about in record["files"].items()}
         if not {MODEL, OPTIMIZER} <= tensors.keys() <= {MODEL, OPTIMIZER, EMA}:
             raise ValueError(f"it should name {MODEL} and {OPTIMIZER}")
@@ -167,7 +167,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} is not whole ({' '.join(str(error).split())[:200]})") from None
 
 
-def _read_state_file(path: Path) -> dict[str, Any]:
+def read_state_file(path: Path) -> dict[str, Any]:
     """state.json with the parts that are needed, of the types that are needed. Raises OSError, ValueError, KeyError."""
     if (path / STATE).stat().st_size > _LARGEST_STATE:
         raise ValueError(f"{STATE} is too large")
