@@ -24,6 +24,8 @@ from .learning.breakdown import summarise_breakdown
 from .learning.metrics import PROTOCOLS, TERMS, Protocol, image_metrics, summarise
 
 FORMAT, VERSION = "mde_dist.evaluation", 1
+EVALUATIONS = "evaluations"
+"""In a run directory: last.json and best.json, the records of its last and of its best evaluation."""
 _LARGEST = 1 << 30  # bytes of a record that is read
 DIGEST = 4
 """Columns of `digest_measure`."""
@@ -130,14 +132,11 @@ def _terms(rows: torch.Tensor) -> dict[str, list[float]]:
     return {"pixels": [int(count) for count in columns[0]], **dict(zip(TERMS, columns[1:], strict=True))}
 
 
-def as_text(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=1, allow_nan=False) + "\n"
-
-
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Raises UserError where the disk does not take it."""
     with writing(path):
-        write_atomic(path, as_text(record))
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], truth: Truth) -> None:

@@ -20,7 +20,7 @@ from .errors import UserError
 from .learner import Learner
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
-from .results import DIGEST, as_record, as_text, digests, truth_of
+from .results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
 from .run.account import Account, peak_flops
 from .run.checkpoint import newest_checkpoint, versions
 from .run.directory import RunDirectory
@@ -138,18 +138,21 @@ class Trainer:
         about |= {"flip": False, "precision": self.accelerator.mixed_precision}
         try:
             record = as_record({"model": [rows]}, [protocol], truth, about, [], where)
-            self.directory.keep_evaluation(as_text(record), best)
+            for name in ("last", "best") if best else ("last",):
+                write_json(self.config.run / EVALUATIONS / f"{name}.json", record)
         except UserError as error:
             self.complain(error)
 
     def _keep_panels(self, chosen: list[int], *maps: np.ndarray) -> None:
         """How a few images are predicted now, for the report and for trackers."""
+        keys = [self.held_out.key(sample) for sample in chosen]
         try:
-            write_showcase(self.config.run, self.state.samples_seen, [*map(self.held_out.key, chosen)], *maps)
+            write_showcase(self.config.run, self.state.samples_seen, keys, *maps)
         except UserError as error:
             self.complain(error)
         if self.trackers:
-            self.trackers.show(self.state.samples_seen, "held-out", strips(*maps))
+            pictures = {f"held-out/{key}": strip for key, strip in zip(keys, strips(*maps), strict=True)}
+            self.trackers.show(self.state.samples_seen, pictures)
 
     def record_baselines(self, stop: StopFlag) -> None:
         """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist import report, scoring, stream
+from mde_dist import report, results, scoring, showcase, stream
 from mde_dist.checkup import data as checkup_data
 from mde_dist.checkup import machine
 from mde_dist.checkup import step as checkup_step
@@ -38,6 +38,8 @@ POINTS: dict[str, tuple[Any, str]] = {
     "removal of a checkpoint": (shutil, "rmtree"),
     "line of metrics": (monitor.Monitor, "record"),
     "file of the run": (directory, "write_atomic"),
+    "file of an evaluation": (results, "write_atomic"),
+    "picture of an evaluation": (showcase, "write_atomic"),
     "pictures": (report, "draw"),
 }
 """What can be struck: by the place where it is looked up."""

@@ -20,10 +20,11 @@ POINTS = [
     ("line of metrics", 1, "in"),
     ("forward", 2, "before"),
     ("backward", 2, "after"),
-    ("optimizer", 2, "before"),
     ("optimizer", 2, "after"),
-    ("line of metrics", 4, "in"),
-    ("line of metrics", 4, "after"),
+    ("line of metrics", 5, "in"),
+    ("line of metrics", 5, "after"),
+    ("file of an evaluation", 3, "in"),
+    ("picture of an evaluation", 1, "after"),
     ("evaluation", 8, "after"),  # of the model: the baselines take six
     ("file of a checkpoint", 1, "in"),
     ("file of a checkpoint", 6, "in"),
@@ -50,6 +51,8 @@ def end(directory: Path) -> tuple:
     """All that a run leaves, but for its logs and its speed."""
     weights = {path.name: sha256_of(path) for path in directory.glob("checkpoints/*/*.safetensors")}
     files = {name for name in files_below(directory) if not name.startswith("logs/")}
+    weights |= {path.name: sha256_of(path) for path in directory.glob("panels/*")}
+    weights |= {path.name: sha256_of(path) for path in directory.glob("evaluations/*")}
     return files, learned(directory), weights, sha256_of(directory / "model.safetensors")
 
 

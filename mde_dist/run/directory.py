@@ -4,6 +4,8 @@ RUN/config.toml      the resolved config, which --config reads back
 RUN/metrics.jsonl    a line per log interval and per evaluation
 RUN/checkpoints/     see checkpoint.py
 RUN/evaluations/     last.json and best.json, as `evaluate --json` writes them
+RUN/panels/          see showcase.py
+RUN/trackers/        what --log-with tensorboard and others write
 RUN/model.safetensors  the last weights, once training has ended
 RUN/PREEMPTED        there while a run that a signal stopped waits to be continued
 RUN/logs/            the output of each rank, see logs.py
@@ -23,7 +25,6 @@ from ..files import write_atomic, writing
 from .checkpoint import MODEL, Checkpoint, load_newest, save_checkpoint
 
 PREEMPTED = "PREEMPTED"
-EVALUATIONS = "evaluations"
 
 
 class RunDirectory:
@@ -85,14 +86,6 @@ class RunDirectory:
 
     def _save(self, name: str, files: Mapping[str, bytes], record: Mapping[str, Any], *keep: Any) -> Path:
         return save_checkpoint(self.path / name, files, {**record, "identity": self._identity}, *keep)
-
-    def keep_evaluation(self, record: str, best: bool) -> None:
-        """The record of the last evaluation, and of the best one. Raises UserError."""
-        folder = self.path / EVALUATIONS
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            for name in ("last", "best") if best else ("last",):
-                write_atomic(folder / f"{name}.json", record)
 
     def mark_preempted(self, text: str) -> None:
         """For job scripts: this run wants to be continued."""

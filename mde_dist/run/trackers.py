@@ -32,9 +32,9 @@ class Trackers:
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         self._each("log", numbers, samples_seen)
 
-    def show(self, samples_seen: int, name: str, images: np.ndarray) -> None:
-        """Pictures, uint8 (count, height, width, 3), where the tracker takes any."""
-        self._each("log_images", {name: images}, samples_seen)
+    def show(self, samples_seen: int, images: Mapping[str, np.ndarray]) -> None:
+        """Named pictures, RGB uint8 (height, width, 3), where the tracker takes any."""
+        self._each("log_images", {name: image[None] for name, image in images.items()}, samples_seen)
 
     def finish(self) -> None:
         self._each("finish")

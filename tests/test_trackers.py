@@ -1,0 +1,70 @@
+"""Trackers through accelerate: real TensorBoard files of a run that is killed and goes on."""
+
+from functools import partial
+
+import pytest
+from commands import small
+from faults import die, together
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import warm_run, without_pictures
+
+from mde_dist.config import read_config
+
+
+def events(run) -> EventAccumulator:
+    found = EventAccumulator(str(run / "trackers/mde_dist"), size_guidance={"scalars": 0, "images": 0})
+    return found.Reload()
+
+
+def test_a_killed_run_has_one_log_with_numbers_and_pictures(room_shards, tmp_path):
+    run = tmp_path / "run"
+    given = {"run": run, "log-with": "tensorboard", **small(data_shards=room_shards)}
+    done = warm_run(
+        "train", before=partial(together, without_pictures, partial(die, "optimizer", 4, "before")), **given
+    )
+    assert done.returncode == -9
+    done = warm_run("train", before=without_pictures, **given)
+    assert done.returncode == 0, done.stderr
+    found = events(run)
+    assert [e.step for e in found.Scalars("train/loss")] == [12, 24, 36, 48, 60]
+    assert [e.step for e in found.Scalars("eigen/abs_rel")] == [24, 48, 60]
+    names = [name for name in found.Tags()["images"] if name.startswith("held-out/")]
+    assert len(names) == 6
+    for pictures in map(found.Images, names):
+        assert [e.step for e in pictures] == [24, 48, 60]
+        assert (pictures[0].width, pictures[0].height) == (3 * 64, 48)
+
+
+def test_a_tracker_that_is_not_there_is_one_line(room_shards, tmp_path):
+    done = warm_run("train", run=tmp_path / "run", **{"log-with": "aim"}, **small(data_shards=room_shards))
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --log-with aim: not installed; pip install aim, or leave it out"
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(room_shards, tmp_path):
+    given = {"run": tmp_path / "run", "log-with": "tensorboard", **small(data_shards=room_shards)}
+    done = warm_run("train", before=partial(together, without_pictures, broken_tensorboard), **given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: tensorboard: OSError: the server is gone; training goes on") == 1
+
+
+def broken_tensorboard() -> None:
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(self, *values, **options):
+        raise OSError("the server is gone")
+
+    TensorBoardTracker.log = fail
+
+
+def test_trackers_stand_in_the_config_that_is_read_back(tmp_path):
+    from mde_dist.config import as_toml
+
+    config = read_config(["--log-with", "tensorboard", "wandb"])
+    (tmp_path / "config.toml").write_text(as_toml(config))
+    assert read_config(["--config", str(tmp_path / "config.toml")]) == config
+    none = read_config([])
+    (tmp_path / "config.toml").write_text(as_toml(none))
+    assert read_config(["--config", str(tmp_path / "config.toml")]) == none
+    with pytest.raises(Exception, match="log-with"):
+        read_config(["--log-with", "paper"])
