@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .data.augment import normalise, resize_image
 from .errors import UserError
 from .learning.model import DepthModel, restore
-from .run.checkpoint import read_model
+from .run.checkpoint import MODEL, read_model
 from .run.distributed import Precision
 
 SMALLEST = 32  # pixels; the encoder halves five times
@@ -108,10 +108,16 @@ class Predictor:
         return depth.cpu().numpy()
 
 
-def open_predictor(path: Path, device: torch.device, flip: bool = False, precision: Precision = "auto") -> Predictor:
-    """The model of a model.safetensors, ready for images; options as of Predictor. Raises UserError."""
-    metadata, tensors = read_model(path)
-    return Predictor(restore(metadata, tensors), metadata, device, flip, precision)
+def open_predictor(
+    path: str | Path, device: torch.device | None = None, flip: bool = False, precision: Precision = "auto"
+) -> Predictor:
+    """The model of a model.safetensors, or of a folder that has one, ready for images. Raises UserError.
+
+    `device`: by default a GPU where there is one; the other options as of Predictor.
+    """
+    path = Path(path)
+    metadata, tensors = read_model(path / MODEL if path.is_dir() else path)
+    return Predictor(restore(metadata, tensors), metadata, device or pick_device("auto"), flip, precision)
 
 
 def pick_device(name: str) -> torch.device:
