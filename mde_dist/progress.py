@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -15,9 +16,10 @@ from rich.text import Text
 
 PLAIN_SECONDS = 5.0
 """Least time between plain lines."""
-FRAMES = 4
+FRAMES = 3
 """Drawings a second of what is live."""
 _SPACING, _POINTS = 0.5, 64  # seconds between points, and points: the rate is that of the last half minute
+_ROOM = 4  # columns behind the bars: the ^C that a terminal echoes there must not begin a new line
 
 
 def is_screen(console: Console) -> bool:
@@ -80,11 +82,8 @@ class Bar:
     @property
     def left(self) -> float | None:
         """Seconds until the end; None where there is no rate yet."""
-        rate, points = self.rate, list(self._points)
-        if rate is None or self.total is None:
-            return None
-        since = self._clock() - points[-1][0] if points else 0.0
-        return max((self.total - self.done) / rate - since, 0.0)
+        rate = self.rate
+        return None if rate is None or self.total is None else (self.total - self.done) / rate
 
     def words(self) -> str:
         """A plain line."""
@@ -103,36 +102,44 @@ class Bars:
         self.bars: Sequence[Bar] = bars
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
-        table = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        width = options.max_width - _ROOM
+        table = Table.grid(padding=(0, 1, 0, 0), pad_edge=False, expand=True)
+        table.width = width
         table.add_column(no_wrap=True)
         table.add_column(ratio=1)
-        columns: list[Callable[[Bar], str]] = [_count]
-        columns += [_rate] if width >= 60 else []
-        columns += [_elapsed] if width >= 70 else []
-        columns += [_left] if width >= 50 else []
-        for _ in columns:
-            table.add_column(justify="right", no_wrap=True)
+        columns = [column for column in _COLUMNS if width >= column.least]
+        for column in columns:
+            table.add_column(justify="right", no_wrap=True, min_width=column.width)
         for bar in self.bars:
             drawn = ProgressBar(bar.total, bar.done, pulse=bar.total is None)
-            table.add_row(bar.doing, drawn, *(Text(column(bar)) for column in columns))
+            table.add_row(bar.doing, drawn, *(Text(column.text(bar)) for column in columns))
         yield table
 
 
+@dataclass(frozen=True)
+class _Column:
+    """What stands beside a bar."""
+
+    text: Callable[[Bar], str]
+    width: int
+    """So many characters at least, so that the bar does not change its length all the time."""
+    least: int
+    """Width of a terminal that has room for it."""
+
+
 def _count(bar: Bar) -> str:
-    return "" if bar.total is None else f"{bar.done:,}/{bar.total:,} {bar.unit}"
+    if bar.total is None:
+        return ""
+    total = f"{bar.total:,}"
+    return f"{bar.done:>{len(total)},}/{total} {bar.unit}"
 
 
-def _rate(bar: Bar) -> str:
-    return "" if bar.rate is None else f"{_number(bar.rate)}/s"
-
-
-def _elapsed(bar: Bar) -> str:
-    return clock_time(bar.elapsed)
-
-
-def _left(bar: Bar) -> str:
-    return "" if bar.left is None or bar.done == bar.total else f"{clock_time(bar.left)} left"
+_COLUMNS = (
+    _Column(_count, 0, 0),
+    _Column(lambda bar: "" if bar.rate is None else f"{_number(bar.rate)}/s", 7, 45),
+    _Column(lambda bar: clock_time(bar.elapsed), 7, 70),
+    _Column(lambda bar: "" if bar.left is None or bar.done == bar.total else f"{clock_time(bar.left)} left", 12, 55),
+)
 
 
 def _number(rate: float) -> str:

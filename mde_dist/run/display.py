@@ -28,19 +28,21 @@ class Display:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         complete = self.over and self.bar.done == self.bar.total  # then the command's summary has the table
         if self.scores and not complete and options.size.height >= _HEIGHT:
-            yield self.scores.table()
             yield ""
-        yield from map(Text, lines_of(step_words(self.values), options.max_width))
+            yield self.scores.table()
+        yield ""
+        yield from map(Text, lines_of(step_words(self.values, speed=False), options.max_width))
         yield Bars(self.bar, *([self.phase] if self.phase else []))
 
 
-def step_words(values: Mapping[str, Any]) -> list[str]:
-    """What a line of metrics.jsonl about a step says to the user, but for the time left."""
+def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
+    """What a line of metrics.jsonl about a step says to the user, but for the time left; the speed where wanted."""
     if not values:
         return []
     parts = ["loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"]
     parts.append(f"lr {values['lr']:.2e}")
-    parts.append(f"{values['images_per_second']:.1f} images/s")
+    if speed:
+        parts.append(f"{values['images_per_second']:.1f} images/s")
     parts.append(f"{values['data_wait']:.0%} waiting for data")
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")

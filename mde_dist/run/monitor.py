@@ -1,5 +1,6 @@
 """What a run says while it works: a live display or plain lines, and metrics.jsonl."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,8 @@ class Monitor:
         self._records = RecordFile(path, samples_seen, evaluated, complain) if path is not None else None
         self._bar = Bar("training", "samples", samples_seen, total, clock)
         self._display = Display(self._bar, Scores(self._records.kept if self._records else ()))
-        console = Console(highlight=False, soft_wrap=True)
+        # the very stdout of now: the logs will put something before it that leads back to the display
+        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         if path is not None and live and is_screen(console):
             self._live = Live(self._display, console=console, refresh_per_second=FRAMES)
@@ -115,4 +117,4 @@ class Monitor:
 def progress_text(values: dict[str, Any]) -> str:
     """What a plain line says about a step."""
     left = values["seconds_left"]
-    return ", ".join(step_words(values) + ([f"{clock_time(left)} left"] if left is not None else []))
+    return ", ".join(step_words(values, speed=True) + ([f"{clock_time(left)} left"] if left is not None else []))
