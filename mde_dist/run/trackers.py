@@ -68,9 +68,7 @@ def opened_trackers(
     """
     missing = [name for name in names if name not in map(str, filter_trackers(list(names), run))]
     if missing:
-        raise UserError(
-            f"--log-with {missing[0]}: not installed; pip install 'mde_dist[{missing[0]}]', or leave it out"
-        )
+        raise UserError(f"--log-with {missing[0]}: not installed; pip install {missing[0]}, or leave it out")
     if names and accelerator.is_main_process:
         accelerator.project_configuration.set_directories(str(run / FOLDER))
         accelerator.log_with = filter_trackers(list(names), run)
