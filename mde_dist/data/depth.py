@@ -101,10 +101,10 @@ def decode(data: bytes | memoryview, codec: str, out: np.ndarray) -> None:
         raise ValueError(f"depth does not decode: {error}") from None
 
 
-def png_bytes(millimetres: np.ndarray) -> bytes:
-    """uint16 (height, width) -> a 16-bit grey PNG."""
+def png_bytes(millimetres: np.ndarray, level: int = 6) -> bytes:
+    """uint16 (height, width) -> a 16-bit grey PNG; `level` of compression, 1 to 9."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(millimetres)).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(millimetres)).save(buffer, format="PNG", compress_level=level)
     return buffer.getvalue()
 
 

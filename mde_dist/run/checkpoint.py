@@ -206,9 +206,12 @@ def _step(path: Path) -> int:
 
 
 def find_model(run: Path | None, checkpoint: Path | None) -> Path:
-    """The weights that `--run DIR` (its newest checkpoint) or `--checkpoint FILE` names. Raises UserError."""
+    """The weights that `--run DIR` (its newest checkpoint) or `--checkpoint FILE` (or its folder) names.
+
+    Raises UserError.
+    """
     if checkpoint is not None and run is None:
-        return checkpoint
+        return checkpoint / MODEL if checkpoint.is_dir() else checkpoint
     if run is None or checkpoint is not None:
         raise UserError("name what to use: either --run DIR or --checkpoint FILE.safetensors")
     # the average is what was evaluated, where there is one
