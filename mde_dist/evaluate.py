@@ -10,7 +10,9 @@ Two results can be compared where their fingerprints are the same: protocol, num
 
 import contextlib
 import io
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,6 +142,7 @@ def main(argv: list[str]) -> None:
                 write_json(command.json, record)
             if command.csv:
                 write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
+            print(*summary(command), sep="\n", flush=True)
         del contestant  # and with it the model, before the process group goes: see `processes`
 
 
@@ -242,16 +245,16 @@ def evaluate(
     protocols = [PROTOCOLS[name] for name in command.protocols]
     measures = [*map(protocol_measure, protocols), breakdown_measure(protocols[0])]
     measures += [Measure(SIGNALS, signals), Measure(DIGEST, digests)]
-    show_progress = shown(Console(), "scoring") if accelerator.is_main_process else contextlib.nullcontext(_silent)
-    with show_progress as progress:
+    with progress_of("scoring", accelerator) as progress:
         options = (command.batch_size, command.threads)
         *rows, where, signs, prints = score_split(
             accelerator, contestant.predict, samples, measures, *options, progress=progress
         )
-    if train:
-        baselines = score_baselines(accelerator, samples, train, protocols)
-    else:
-        baselines = score_mean(accelerator, samples, mean_depth(signs), protocols)
+    with progress_of("baselines", accelerator) as progress:
+        if train:
+            baselines = score_baselines(accelerator, samples, train, protocols, progress=progress)
+        else:
+            baselines = score_mean(accelerator, samples, mean_depth(signs), protocols, progress)
     truth = truth_of(samples, split, prints)
     findings = diagnose(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
     findings += worse_than_blind(rows, baselines, protocols)
@@ -290,8 +293,25 @@ def identity(samples: Samples | None) -> str:
     return f"{samples.place}, {len(samples)} images" if samples else "not at hand"
 
 
-def _silent(done: int, total: int) -> None:
-    """Progress that the main process shows."""
+def progress_of(doing: str, accelerator: Accelerator) -> AbstractContextManager[Callable[[int, int], None]]:
+    """What the main process shows of a pass over the images."""
+    if accelerator.is_main_process:
+        return shown(Console(), doing, "images")
+    return contextlib.nullcontext(lambda done, images: None)
+
+
+def summary(command: EvaluateCommand) -> list[str]:
+    """What was made, and what to do next."""
+    if command.json:
+        words = shlex.join(["--compare", str(command.json), "OTHER.json"])
+        then = f"python -m mde_dist.evaluate {words}  (does another result differ by more than chance?)"
+    elif command.predictions:
+        then = "the same with --json FILE, to --compare it with another"
+    elif command.run:
+        then = f"python -m mde_dist.report --run {shlex.quote(str(command.run))}"
+    else:
+        then = f"python -m mde_dist.predict --checkpoint {shlex.quote(str(command.checkpoint))} --output depth IMAGE …"
+    return [*(f"made: {path}" for path in (command.json, command.csv) if path), f"next: {then}"]
 
 
 if __name__ == "__main__":

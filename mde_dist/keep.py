@@ -1,5 +1,6 @@
 """Shards that are there: verified, repaired, indexed, and shown. The part of `mde_dist.shard` behind the packing."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,12 +23,13 @@ _AS_IT_WAS = "what was there is as it was"  # the manifest is written last
 
 def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -> int:
     """Check a directory of shards, with `mend` repair it; returns the exit code: 1 where something is left wrong."""
-    with shown(console, "verifying") as progress:
+    with shown(console, "verifying", "samples") as progress:
         verdict = verify(directory, workers, progress)
     splits = verdict.manifest.splits.values()
     total, shards = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
     if not verdict.problems:
         say(f"{directory}: {total:,} samples in {shards:,} shards, all whole")
+        say(training_command(directory))
         return 0
     whole = sum(len(report.rows) for reports in verdict.reports.values() for report in reports)
     say(*verdict.problems[:_SHOWN])
@@ -46,6 +48,7 @@ def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -
     show_splits(console, repaired, directory)
     say(f"repaired; what was damaged is in {directory / QUARANTINE}, to be removed when nobody needs it")
     say("the manifest is a new one: runs that were begun on the old one cannot be continued on these shards")
+    say(training_command(directory))
     return 0
 
 
@@ -68,12 +71,17 @@ def index_shards(
                 f"lies within {low:g}..{high:g} m; if they are millimetres, say --depth-scale {split}=0.001"
             )
 
-    with writing(directory, _AS_IT_WAS), shown(console, "indexing") as progress:
+    with writing(directory, _AS_IT_WAS), shown(console, "indexing", "samples") as progress:
         manifest, problems = adopt(directory, workers, progress, skip_bad, check)
     show_splits(console, manifest, directory)
     if problems:
         say(f"{len(problems):,} left out:", *problems[:_SHOWN])
-    say(f"next: accelerate launch -m mde_dist.train --data.shards {directory}")
+    say(training_command(directory))
+
+
+def training_command(shards: Path) -> str:
+    """What to do with shards that are there."""
+    return f"next: accelerate launch -m mde_dist.train --data.shards {shlex.quote(str(shards))}"
 
 
 def show_splits(console: Console, manifest: Manifest, place: Path) -> None:

@@ -163,7 +163,7 @@ class PlainLines:
 
 @contextmanager
 def shown(
-    console: Console, doing: str, unit: str = "pairs", clock: Callable[[], float] = time.monotonic
+    console: Console, doing: str, unit: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[int, int], None]]:
     """Yields `progress(done, total)`, to be called a few times a second with counts of `unit`.
 

@@ -143,22 +143,30 @@ def score_baselines(
     protocols: Sequence[Protocol],
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
-    """Per baseline and protocol the rows of predicting without looking: the training mean, and its mean map."""
+    """Per baseline and protocol the rows of predicting without looking: the training mean, and its mean map.
+
+    An image counts once per baseline for `progress(done, images)`.
+    """
     mean_map = torch.from_numpy(train.mean_map()).to(accelerator.device)
     maps = {
         "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"]),
         "mean map of training": mean_map,
     }
-    return _score_blind(accelerator, samples, maps, protocols, limit, stop)
+    return _score_blind(accelerator, samples, maps, protocols, limit, stop, progress)
 
 
 def score_mean(
-    accelerator: Accelerator, samples: Samples, metres: float, protocols: Sequence[Protocol]
+    accelerator: Accelerator,
+    samples: Samples,
+    metres: float,
+    protocols: Sequence[Protocol],
+    progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
     """As `score_baselines` where no training data are at hand: the mean of the very truth that is scored."""
     mean = torch.full(samples.size, metres, device=accelerator.device)
-    return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols)
+    return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols, progress=progress)
 
 
 def _score_blind(
@@ -168,15 +176,19 @@ def _score_blind(
     protocols: Sequence[Protocol],
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
     """Per name and protocol the rows of predicting one map, (height, width) metres, for every image."""
     measures = [protocol_measure(protocol) for protocol in protocols]
-    return {
-        name: score_split(
-            accelerator, partial(_blind, blind), samples, measures, batch_size=4, threads=1, limit=limit, stop=stop
-        )
-        for name, blind in maps.items()
-    }
+    tables = {}
+    for name, blind in maps.items():
+
+        def count(done: int, images: int, before: int = len(tables)) -> None:
+            progress(before * images + done, len(maps) * images)
+
+        options = (partial(_blind, blind), samples, measures)
+        tables[name] = score_split(accelerator, *options, 4, 1, limit, stop, progress=count)
+    return tables
 
 
 def _blind(depth: torch.Tensor, batch: Batch) -> torch.Tensor:

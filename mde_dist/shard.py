@@ -29,7 +29,7 @@ from .data.remote import is_remote
 from .data.sources import DepthMap
 from .dry_run import PREVIEW, dry_run
 from .errors import UserError
-from .keep import index_shards, say, show_splits, verify_shards
+from .keep import index_shards, say, show_splits, training_command, verify_shards
 from .progress import shown
 from .source import Layout, given_scales, open_checked
 
@@ -116,7 +116,7 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     started = time.monotonic()
     options = (source, output, pack_options(config), config.workers)
-    with shown(console, "packing") as progress:
+    with shown(console, "packing", "pairs") as progress:
         if config.part:
             count = pack_part(*options, progress, config.part, probes)
         else:
@@ -186,7 +186,7 @@ def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> 
             say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
     pairs = sum(split.samples for split in manifest.splits.values())
     say(f"{pairs:,} pairs in {seconds:.1f} s, {pairs / seconds:.0f} pairs/s")
-    say(f"next: accelerate launch -m mde_dist.train --data.shards {output}")
+    say(training_command(output))
 
 
 if __name__ == "__main__":
