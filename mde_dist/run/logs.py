@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+
 from ..errors import UserError
 
 LOGS = "logs"
@@ -75,6 +77,9 @@ def alarm(text: str, terminal: bool) -> None:
     for stream in (_log, (_terminal or sys.stderr) if terminal else None):
         if stream is not None:
             with suppress(OSError, ValueError):
+                if stream.isatty():  # below what may be drawn there, which has hidden the cursor
+                    print(file=stream)
+                    Console(file=stream).show_cursor()
                 print(text, file=stream, flush=True)
 
 
