@@ -7,14 +7,22 @@ import json
 import signal
 import subprocess
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from commands import environment, files_below, learned, records, run, small, start, wait_for
 from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
+from mde_dist.data.augment import normalise, resize_image
 from mde_dist.errors import UserError
+from mde_dist.learning.metrics import to_size
+from mde_dist.learning.model import restore
+from mde_dist.results import read_record
+from mde_dist.run.checkpoint import read_model
 from mde_dist.run.distributed import check_world
+from mde_dist.showcase import read_showcase
 
 pytestmark = pytest.mark.distributed
 
@@ -55,7 +63,8 @@ def test_every_topology_leaves_one_set_of_files(runs, other):
     logs = {name for name in files_below(runs[other]) if name.startswith("logs/")}
     assert logs == {f"logs/rank-{rank}.log" for rank in range(int(other[0]))}
     assert files_below(runs[other]) - logs == files_below(runs["1"]) - logs
-    assert [r["samples"] for r in records(runs[other])] == [r["samples"] for r in records(runs["1"])]
+    assert [r["samples"] for r in learned(runs[other])] == [r["samples"] for r in learned(runs["1"])]
+    assert [r["start"]["ranks"] for r in records(runs[other]) if "start" in r] == [int(other[0])]
 
 
 def test_a_checkpoint_scores_the_same_digits_on_1_2_and_3_ranks(runs, tmp_path):
@@ -76,6 +85,28 @@ def test_the_baselines_do_not_depend_on_the_ranks(runs):
 
     assert of("1") == of("2") == of("3")
     assert len(of("1")) == 2
+
+
+@pytest.mark.parametrize("name", ["1", "2", "3"])
+def test_the_held_out_images_are_kept_with_what_the_model_predicts_for_them(runs, name):
+    shown, other = read_showcase(runs[name]), read_showcase(runs["1"])
+    assert shown.keys == other.keys and len(shown.keys) == 6
+    assert (shown.image == other.image).all() and (shown.truth == other.truth).all()
+    assert sorted(shown.predictions) == [24, 48, 60]
+    model = restore(*read_model(runs[name] / "model.safetensors")).eval()
+    image = torch.from_numpy(shown.image).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        expected = to_size(model(normalise(resize_image(image, (32, 32)))), torch.from_numpy(shown.truth))
+    assert np.abs(shown.predictions[60] - expected.numpy()).max() < 2e-3
+
+
+def test_a_training_keeps_the_record_that_an_evaluation_of_its_model_writes(runs, tmp_path):
+    kept = read_record(runs["2"] / "evaluations/last.json")
+    done = warm_run("evaluate", run=runs["2"], json=tmp_path / "scores.json", **{"batch-size": 3})
+    assert done.returncode == 0, done.stderr
+    scored = read_record(tmp_path / "scores.json")
+    for name in ("fingerprints", "images", "where", "ground_truth"):
+        assert kept[name] == scored[name]
 
 
 def test_killed_on_two_ranks_it_goes_on_on_one_with_the_same_batches(runs, room_shards, tmp_path):
@@ -149,3 +180,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(runs, room_shards, tmp_
     done = warm_run("train", processes=2, before=without_pictures, run=directory, **options)
     assert done.returncode == 0, done.stderr
     assert learned(directory) == learned(runs["2"])
+    first, again = (r for r in records(directory) if "start" in r)
+    assert 0 == first["samples"] < again["samples"]
+    assert first["start"]["time"] < again["start"]["time"]
