@@ -30,7 +30,7 @@ class Unreadable(Exception):
 def read_image(path: Path) -> np.ndarray:
     """RGB uint8 (height, width, 3), to be written to; of several pictures in a file the first. Raises Unreadable.
 
-    Plain RGB and grey images are decoded as for training: the same pixels.
+    JPEGs are decoded as for training and scoring: the same pixels.
     """
     try:
         data = path.read_bytes()
@@ -38,10 +38,7 @@ def read_image(path: Path) -> np.ndarray:
             if max(picture.size) > MAX_SIDE:
                 raise ValueError(f"it claims {picture.height}x{picture.width} pixels; {MAX_SIDE} is the largest side")
             turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-            if picture.mode in ("RGB", "L") and not picture.has_transparency_data:
-                image = decode_image(data, path)[0]
-            else:
-                image = _flatten(picture)
+            image = decode_image(data, path)[0] if picture.format == "JPEG" else _flatten(picture)
     except BadPair as error:
         raise Unreadable(str(error)) from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
