@@ -102,12 +102,24 @@ def write_showcase(
     folder, width = run / FOLDER, image.shape[2]
     with writing(folder):
         folder.mkdir(exist_ok=True)
-        if not (folder / "keys.json").is_file():
+        if not _kept(folder, keys, image):
+            for left in folder.glob("samples-*.png"):  # by a run that was given up
+                left.unlink()
             with atomic_file(folder / "image.png") as file:
                 Image.fromarray(image.reshape(-1, width, 3)).save(file, format="PNG")
             write_atomic(folder / "truth.png", png_bytes(truth.reshape(-1, width)))
             write_atomic(folder / "keys.json", json.dumps(list(keys)) + "\n")
         write_atomic(folder / f"samples-{samples_seen:08d}.png", png_bytes(prediction.reshape(-1, width)))
+
+
+def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
+    """Whether it is these images that are kept already."""
+    try:
+        with Image.open(folder / "image.png") as picture:
+            same = picture.size == (image.shape[2], image.shape[0] * image.shape[1])
+        return same and json.loads((folder / "keys.json").read_text()) == list(keys)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def read_showcase(run: Path) -> Showcase | None:

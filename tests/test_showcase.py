@@ -75,6 +75,15 @@ def test_a_broken_file_is_named_by_its_folder(tmp_path, name):
         read_showcase(tmp_path)
 
 
+def test_other_images_take_the_place_of_those_that_a_run_given_up_left(tmp_path):
+    ones, image = np.ones((1, 4, 4), np.uint16), np.zeros((1, 4, 4, 3), np.uint8)
+    write_showcase(tmp_path, 800, ["a"], image, ones, ones)
+    write_showcase(tmp_path, 400, ["b"], image + 7, 2 * ones, ones)
+    found = read_showcase(tmp_path)
+    assert (found.keys, list(found.predictions)) == (["b"], [400])
+    assert (found.image == 7).all() and np.allclose(found.truth, 2e-3)
+
+
 def test_pictures_of_other_sizes_are_refused(tmp_path):
     ones = np.ones((1, 4, 4), np.uint16)
     write_showcase(tmp_path, 800, ["a"], np.zeros((1, 4, 4, 3), np.uint8), ones, ones)
