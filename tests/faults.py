@@ -25,7 +25,8 @@ from mde_dist.checkup import step as checkup_step
 from mde_dist.data.shards import ShardSet
 from mde_dist.learning import losses
 from mde_dist.learning.model import DepthModel
-from mde_dist.run import checkpoint, directory, monitor
+from mde_dist.run import checkpoint, directory
+from mde_dist.run import records as run_records
 
 POINTS: dict[str, tuple[Any, str]] = {
     "forward": (DepthModel, "forward"),
@@ -36,7 +37,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "rename of a checkpoint": (Path, "rename"),
     "flush of a directory": (checkpoint, "sync_directory"),
     "removal of a checkpoint": (shutil, "rmtree"),
-    "line of metrics": (monitor.Monitor, "record"),
+    "line of metrics": (run_records.RecordFile, "write"),
     "file of the run": (directory, "write_atomic"),
     "file of an evaluation": (results, "write_atomic"),
     "picture of an evaluation": (showcase, "write_atomic"),

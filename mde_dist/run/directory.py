@@ -117,8 +117,9 @@ class RunDirectory:
             self._lock.seek(0)
             holder = self._lock.read().strip()
             raise UserError(f"--run {self.path}: another training is at work in it ({holder})") from None
-        for left in self.path.glob(".*.tmp"):  # by a process that died while it wrote
-            left.unlink()
+        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # by a process that died while it wrote
+            if left.is_file():  # a checkpoint's goes when the next one stands
+                left.unlink()
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
