@@ -181,9 +181,11 @@ def shown(
         yield progress
         return
     before, console.soft_wrap = console.soft_wrap, True
+    live = Live(Bars(bar), console=console, refresh_per_second=FRAMES)
     try:
-        with Live(Bars(bar), console=console, refresh_per_second=FRAMES) as live:
-            yield bar.reached
-            live.transient = bar.total is None  # there was nothing to do
+        live.start(refresh=True)  # Ctrl-C in the midst of it has to give the cursor back, too
+        yield bar.reached
     finally:
+        live.transient = bar.total is None  # there was nothing to do
+        live.stop()
         console.soft_wrap = before

@@ -94,3 +94,19 @@ def test_a_log_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "logs").write_text("")
     with pytest.raises(UserError, match="cannot be written"), rank_log(tmp_path, 0, 1):
         pass
+
+
+def test_last_words_on_a_terminal_stand_below_what_is_drawn_and_give_the_cursor_back(tmp_path):
+    done = run(
+        """
+        os.environ["TERM"] = "xterm"
+        screen, terminal = os.openpty()
+        os.dup2(terminal, 2)
+        with rank_log(Path(sys.argv[1]), 0, 1):
+            alarm("last words", terminal=True)
+        os.write(1, os.read(screen, 1000))
+        """,
+        tmp_path,
+    )
+    assert done.stdout == "\n\x1b[?25hlast words\n", done.stderr  # subprocess reads \r\n as a line's end
+    assert log_path(tmp_path, 0).read_text().splitlines()[1:] == ["last words"]

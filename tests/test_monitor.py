@@ -4,6 +4,7 @@ import json
 
 from mde_dist.run.monitor import Monitor, progress_text
 from mde_dist.run.records import keep_until, read_records
+from mde_dist.run.scores import show_scores
 
 SPEED = {"lr": 1e-4, "images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 
@@ -60,3 +61,50 @@ def test_what_is_worth_saying_is_said_and_what_is_not_known_is_left_out():
         "rank 3 is 20% slower than the mean, 0.5 GB"
     )
     assert "slower" not in progress_text({"loss": 1.0, **SPEED, "slowest_rank": 0, "slower": 0.01})
+
+
+def test_starts_are_kept_with_what_they_began(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    starts = [{"samples": samples, "start": {"ranks": 1}} for samples in (0, 20, 20, 40)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*starts[:2], {"samples": 30}, *starts[2:]]))
+    assert keep_until(path, samples_seen=20, evaluated=0) == starts[:3]
+    assert read_records(path) == starts[:3]
+    assert keep_until(path, samples_seen=0, evaluated=0) == []
+    assert path.read_text() == ""
+
+
+def test_plain_lines_have_their_least_distance_in_time_whatever_is_done(tmp_path, capsys):
+    now = [0.0]
+    with Monitor(tmp_path / "metrics.jsonl", 0, 0, 1000, clock=lambda: now[0]) as monitor:
+        for step in range(60):
+            now[0] += 1
+            monitor.moved(step)
+            monitor.step(step, loss=1.0, **SPEED)
+        steps = capsys.readouterr().out.splitlines()
+        progress = monitor.phase("evaluating")
+        for done in range(1, 61):
+            now[0] += 1
+            progress(done, 60)
+        phase = capsys.readouterr().out.splitlines()
+        quick = monitor.phase("evaluating")
+        for done in range(1, 61):
+            quick(done, 60)
+    assert [line.split()[1] for line in steps] == [f"{step}/1000" for step in range(0, 60, 5)]
+    assert [line.split()[1] for line in phase] == [f"{done}/60" for done in range(5, 61, 5)]
+    assert phase[1] == "evaluating: 10/60 images, 1.0 images/s, 0:00:50 left"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_goes_on_knows_its_scores(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    scores = {"evaluation": "eigen", "images": 8, "delta1": 0.5}
+    with Monitor(path, 0, 0, 100) as monitor:
+        monitor.record(samples=0, baseline="training mean everywhere", abs_rel=0.5, **scores)
+        for samples, abs_rel in ((10, 0.3), (20, 0.4), (30, 0.2)):
+            monitor.record(samples=samples, abs_rel=abs_rel, **scores)
+    with Monitor(path, 25, 20, 100):
+        pass
+    show_scores(tmp_path, read_records(path))
+    said = capsys.readouterr().out
+    assert "model at sample 20 " in said and "best, at sample 10 " in said and "training mean everywhere " in said
+    assert "sample 30" not in said
