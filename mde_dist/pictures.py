@@ -1,4 +1,4 @@
-"""Depth as colours: curves, panels and single maps as image files, drawn with matplotlib."""
+"""Depth as colours: panels and single maps, as pixels and as image files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +43,20 @@ def colorize(depth: np.ndarray, low: float, high: float) -> np.ndarray:
     return colors
 
 
+def colorize_error(prediction: np.ndarray, truth: np.ndarray, worst: float) -> np.ndarray:
+    """Both float metres (height, width) -> RGB uint8 (height, width, 3): |error| over 0..worst; holes are grey."""
+    scaled = np.clip(np.abs(prediction - truth) / worst, 0, 1)
+    colors = (mpl.colormaps[ERROR_COLORS](scaled)[..., :3] * 255).round().astype(np.uint8)
+    colors[truth <= 0] = 128
+    return colors
+
+
+def color_bar(colors: str) -> np.ndarray:
+    """A colour map from left to right, RGB uint8 (4, 256, 3)."""
+    row = (mpl.colormaps[colors](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
+    return np.repeat(row[None], 4, axis=0)
+
+
 def save_image(path: Path, image: np.ndarray) -> None:
     """RGB uint8 (height, width, 3) -> a PNG file."""
     with atomic_file(path) as file:
@@ -51,7 +65,7 @@ def save_image(path: Path, image: np.ndarray) -> None:
 
 def save_figure(path: Path, figure: Figure) -> None:
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
@@ -95,29 +109,4 @@ def draw_thumbnails(path: Path, thumbnails: Sequence[Thumbnail], title: str) -> 
         for axis in (top, bottom):
             axis.set(xticks=[], yticks=[], facecolor="0.5")  # holes show as grey
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.6, aspect=50, pad=0.01, label="depth, metres")
-    save_figure(path, figure)
-
-
-def draw_curves(
-    path: Path,
-    evaluations: Sequence[dict[str, Any]],
-    baselines: Sequence[dict[str, Any]],
-    steps: Sequence[dict[str, Any]],
-    title: str,
-) -> None:
-    """abs_rel and delta1 of the held-out split, and the training loss, over samples seen."""
-    figure = Figure(figsize=(12, 3.6), dpi=90, layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(1, 3)
-    for axis, metric, better in ((axes[0], "abs_rel", "lower is better"), (axes[1], "delta1", "higher is better")):
-        xs = [record["samples"] for record in evaluations]
-        axis.plot(xs, [record[metric] for record in evaluations], "o-", color="C0", label="model")
-        for number, record in enumerate(baselines):
-            axis.axhline(record[metric], color="0.45", linestyle=("--", ":")[number % 2], label=record["baseline"])
-        axis.set(title=f"{metric} ({better})", xlabel="samples seen")
-    axes[2].plot([record["samples"] for record in steps], [record["loss"] for record in steps], color="C1")
-    axes[2].set(title="training loss, m²", xlabel="samples seen", yscale="log")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
     save_figure(path, figure)

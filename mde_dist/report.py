@@ -1,91 +1,95 @@
-"""Run directory -> pictures: curves over training, and depth panels of held-out images.
+"""Run directories -> one HTML page that opens from disk, and its curves and panels as PNG files.
 
-python -m mde_dist.report --run DIR
+    python -m mde_dist.report --run DIR
+    python -m mde_dist.report --run DIR DIR … --output FILE.html
+
+One run's page is RUN/report.html, beside RUN/curves.png, speed.png and panels.png; several runs, side by side, are
+report.html in the current directory. With --output the pictures lie beside FILE.html, and are named after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from .command import parse, run_command
-from .data.depth import to_metres
-from .data.shards import open_split
-from .data.store import CacheOptions
 from .errors import UserError
-from .evaluate import held_out_shards
-from .pictures import Panel, draw_curves, draw_panels
-from .predictor import Predictor, open_predictor
-from .run.checkpoint import find_model
-from .run.records import read_records
+from .files import write_atomic, writing
+from .page.figures import draw_charts
+from .page.history import Run, read_runs
+from .page.pages import Report, charts_of, collect, render
+from .page.panels import last_panels
+from .pictures import draw_panels
 from .run.scores import show_scores
+
+NAME = "report.html"
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Draw the curves and panels of a run."""
+    """Show a run, or several side by side, on one HTML page, with the curves and panels as PNG files."""
 
-    run: Path
-    """Run directory."""
-    images: int = 8
-    """Held-out images in the panels, evenly spaced over the split."""
+    run: tuple[Path, ...]
+    """Run directories."""
+    output: Path | None = None
+    """The page; by default RUN/report.html, or report.html here where several runs are named."""
 
 
 def main(argv: list[str]) -> None:
     command = parse(ReportCommand, argv, "python -m mde_dist.report")
-    if command.images < 1:
-        raise UserError(f"--images {command.images}: must be at least 1")
-    made = draw(command.run, command.images)
-    show_scores(command.run, load_records(command.run))
+    runs = read_runs(command.run)
+    made = write(runs, command.output)
+    for run in runs:
+        show_scores(run.path, scored_lines(run))
     for path in made:
         print(f"made: {path}")
 
 
-def draw(run: Path, images: int = 8) -> list[Path]:
-    """Write curves.png and panels.png into the run directory; returns their paths. Raises UserError."""
-    records = load_records(run)
-    evaluations = [record for record in records if "evaluation" in record and "baseline" not in record]
-    curves = run / "curves.png"
-    title = f"{run.name}: {evaluations[-1]['evaluation']} protocol" if evaluations else run.name
-    steps = [record for record in records if "loss" in record]
-    draw_curves(curves, evaluations, baselines(records), steps, title)
-    predictor = open_predictor(find_model(run, None), torch.device("cpu"))
-    panels = run / "panels.png"
-    draw_panels(panels, list(held_out_panels(predictor, images)), f"{run.name}: held-out images")
-    return [curves, panels]
+def scored_lines(run: Run) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold scores."""
+    for what, lines in (("baseline", run.baselines), ("evaluation", run.evaluations)):
+        for line in lines:
+            if {"abs_rel", "images"} <= line.values.keys():
+                yield {what: line.kind, **line.values, "samples": line.samples, "images": int(line.values["images"])}
 
 
-def load_records(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. Raises UserError."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"--run {run}: no metrics.jsonl in it; is it a run directory?")
-    return read_records(path)
+def draw(run: Path) -> list[Path]:
+    """All there is to see of one run, into its directory; returns the paths. Raises UserError."""
+    return write(read_runs([run]))
 
 
-def baselines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record for record in records if "baseline" in record]
+def write(runs: Sequence[Run], output: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
+    """Write the page at `output` (see ReportCommand) and the pictures beside it; returns their paths.
+
+    `say` takes a line on each thing that the page leaves out. Raises UserError.
+    """
+    page = output or (runs[0].path / NAME if len(runs) == 1 else Path(NAME))
+    if page.is_dir() or not page.absolute().parent.is_dir():
+        raise UserError(f"--output {page}: must be the name of a file in a folder that is there")
+    report = collect(runs)
+    for line in report.missing:
+        say(f"note: {line}")
+    words = ["python", "-m", "mde_dist.report", "--run", *(str(run.path) for run in runs)]
+    text = render(report, words + (["--output", str(output)] if output else []))
+    with writing(page):
+        write_atomic(page, text)
+        return [page, *draw_pictures(report, page)]
 
 
-def held_out_panels(predictor: Predictor, images: int) -> Iterator[Panel]:
-    """Evenly spaced images of the split that the model was evaluated on."""
-    config = predictor.config
-    cache = CacheOptions(Path(config.get("data.cache", CacheOptions.directory)))
-    with open_split(held_out_shards(config), config["data.eval_split"], cache) as shards:
-        image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
-        for sample in np.linspace(0, len(shards) - 1, min(images, len(shards))).astype(int):
-            shards.read_into(int(sample), image, depth)
-            truth, prediction = to_metres(depth), predictor(image)
-            yield Panel(f"{shards.key(int(sample))}\n{abs_rel(prediction, truth):.3f}", image.copy(), truth, prediction)
-
-
-def abs_rel(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """abs_rel over all valid pixels, for the title of a panel."""
-    valid = truth > 0
-    return float(np.mean(np.abs(prediction - truth)[valid] / truth[valid]))
+def draw_pictures(report: Report, page: Path) -> Iterator[Path]:
+    """The PNG files beside the page."""
+    prefix = "" if page.name == NAME else f"{page.stem}-"
+    title = ", ".join(run.name for run in report.runs)
+    for name, charts in zip(("curves", "speed"), charts_of(report.runs), strict=True):
+        if charts:
+            path = page.with_name(f"{prefix}{name}.png")
+            draw_charts(path, charts, title)
+            yield path
+    panels = [panel for film in report.films for panel in last_panels(film)]
+    if panels:
+        path = page.with_name(f"{prefix}panels.png")
+        draw_panels(path, panels, f"{title}: held-out images")
+        yield path
 
 
 if __name__ == "__main__":

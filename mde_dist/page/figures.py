@@ -1,0 +1,66 @@
+"""Charts -> PNG files, drawn with matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..pictures import save_figure
+from .axes import along_axis, value_axis
+from .curves import Chart
+from .styles import style
+
+_COLUMNS = 3
+
+
+def draw_charts(path: Path, charts: Sequence[Chart], title: str) -> None:
+    """All charts in one picture, three in a row."""
+    rows = -(-len(charts) // _COLUMNS)
+    height = 2.9 * rows + 0.8
+    figure = Figure(figsize=(12, height), dpi=90)
+    # by hand: matplotlib's own search for a layout takes longer than all the rest
+    figure.subplots_adjust(0.05, 0.8 / height, 0.985, 1 - 0.75 / height, wspace=0.2, hspace=0.48)
+    figure.suptitle(title, y=1 - 0.15 / height)
+    axes = figure.subplots(rows, _COLUMNS, squeeze=False).reshape(-1)
+    for axis, chart in zip(axes, charts, strict=False):
+        _draw(axis, chart)
+    for axis in axes[len(charts) :]:
+        axis.set_visible(False)
+    if any(len(chart.curves) > 1 for chart in charts):
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=9, frameon=False)
+    save_figure(path, figure)
+
+
+def _draw(axis: Axes, chart: Chart) -> None:
+    (x_axis, along), y_axis = along_axis(chart), value_axis(chart)
+    for curve in chart.curves:
+        look = style(curve.run)
+        line: dict[str, Any] = {"color": look.light, "linewidth": 1.6, "dashes": look.dash or (None, None)}
+        line |= {"marker": look.marker if chart.dots else "", "markersize": 4.5}
+        for number, stretch in enumerate(curve.stretches):
+            xs = [point.x for point in stretch]
+            if len(stretch) == 1:
+                line["marker"] = look.marker
+            axis.plot(xs, [point.y for point in stretch], label="" if number else curve.name, **line)
+            low, high = [point.low for point in stretch], [point.high for point in stretch]
+            axis.fill_between(xs, low, high, color=look.light, alpha=0.18, linewidth=0)
+    for number, (name, value) in enumerate(chart.references):
+        axis.axhline(value, color="0.4", linestyle=("--", ":")[number % 2], linewidth=1)
+        axis.annotate(name, (1, value), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7)
+    for mark in chart.marks:
+        axis.axvline(mark.x, color=style(mark.run).light, linestyle=(0, (1, 2)), linewidth=1)
+    if chart.log:
+        axis.set_yscale("log")
+    axis.set_ylim(y_axis.low, y_axis.high)
+    axis.set_xlim(x_axis.low, x_axis.high * 1.02)
+    axis.set_yticks([value for value, _ in y_axis.ticks], [text for _, text in y_axis.ticks])
+    axis.set_yticks([], minor=True)
+    axis.set_xticks([value for value, _ in x_axis.ticks], [text for _, text in x_axis.ticks])
+    unit, better = chart.unit and f", {chart.unit}", chart.better and f" ({chart.better} is better)"
+    axis.set_title(f"{chart.title}{unit}{better}", fontsize=10)
+    axis.set_xlabel(along, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
