@@ -29,10 +29,10 @@ def test_the_lines_that_read_shards_with_plain_webdataset_work(document, tmp_pat
 
 
 def test_every_option_that_the_documents_name_exists(capsys):
-    from mde_dist import evaluate, predict, report, shard, train
+    from mde_dist import evaluate, export, predict, report, shard, train
 
     known = set()
-    for command in (evaluate, predict, report, shard, train):
+    for command in (evaluate, export, predict, report, shard, train):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
@@ -41,6 +41,6 @@ def test_every_option_that_the_documents_name_exists(capsys):
     # of sbatch and scancel
     known |= {"--array", "--nodes", "--gpus-per-node", "--cpus-per-task", "--signal", "--batch"}
     known = {name.replace("_", "-") for name in known}
-    for document in ("README.md", "docs/cluster.md", "launch/README.md", "shards/README.md"):
+    for document in ("README.md", "docs/cluster.md", "docs/export.md", "launch/README.md", "shards/README.md"):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", (ROOT / document).read_text()):
             assert option.rstrip(".").replace("_", "-") in known, (document, option)
