@@ -20,6 +20,7 @@ from torch import nn
 
 from . import report
 from .announce import describe, describe_batch
+from .card import write_card
 from .command import run_command
 from .config import SAMPLE_SHARDS, Config, read_config
 from .data.shards import ShardSet, open_split
@@ -175,15 +176,20 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
 
 
 def publish(trainer: Trainer) -> None:
-    """Publish the weights, draw what there is to see, and say where everything is."""
-    directory = trainer.directory
-    weights = directory.publish_model(trainer.learner.published())
-    made = report.draw(directory.path)
-    show_scores(directory.path, read_records(directory.path / "metrics.jsonl"))
-    for path in (weights, *made):
+    """Publish the weights with their card, draw what there is to see, and say where everything is. Raises UserError."""
+    run = trainer.directory.path
+    made = [trainer.directory.publish_model(trainer.learner.published())]
+    for make in (lambda: [write_card(run)], lambda: report.draw(run)):
+        try:
+            made += make()
+        except UserError as error:  # what was learned is safe
+            print(f"warning: {error}", flush=True)
+    show_scores(run, read_records(run / "metrics.jsonl"))
+    for path in made:
         print(f"made: {path}")
-    print(f"next: python -m mde_dist.evaluate --run {directory.path} --protocols eigen full blog")
-    print(f"      python -m mde_dist.predict --checkpoint {weights} --output depth IMAGE …", flush=True)
+    print(f"next: python -m mde_dist.evaluate --run {run} --protocols eigen full blog")
+    print(f"      python -m mde_dist.predict --run {run} --output depth IMAGE …")
+    print(f"      python -m mde_dist.export --run {run} --output model", flush=True)
 
 
 if __name__ == "__main__":
