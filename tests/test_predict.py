@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mde_dist import evaluate, predict
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import DepthModel, ModelConfig, build
+from mde_dist.predicting.inputs import Frame
 from mde_dist.predicting.preview import preview, round_numbers
 from mde_dist.predictor import open_predictor
 from mde_dist.run.checkpoint import model_bytes
@@ -168,6 +170,24 @@ def test_neither_batches_nor_full_memory_show_in_the_maps(checkpoint, images, tm
         for name in files_below(tmp_path / "one"):
             stored = [np.asarray(Image.open(tmp_path / one / name)).astype(int) for one in ("one", kind)]
             assert np.abs(stored[0] - stored[1]).max() <= (1 if "_depth" in name else 3), name
+
+
+def test_of_many_sizes_few_images_wait_for_others_of_theirs(checkpoint):
+    predictor = open_predictor(checkpoint, torch.device("cpu"))
+    predictor.batch_size, pulled, given = 2, [], []
+    widths = [40, *range(40, 120, 4), 60, 60, 40, 120]
+
+    def frames():
+        for number, width in enumerate(widths):
+            pulled.append(number)
+            yield Frame(Path(str(number)), np.zeros((60, width, 3), np.uint8))
+
+    for batch in predict.batches(predictor, frames()):
+        assert len({predictor.seen(*frame.image.shape[:2]) for frame in batch}) == 1
+        assert len(pulled) - len(given) <= 6
+        given += [int(str(frame.name)) for frame in batch]
+    assert given[:2] == [0, 1]  # of one size
+    assert sorted(given) == list(range(len(widths)))
 
 
 def test_with_flip_a_mirrored_image_has_the_mirrored_map(checkpoint, images, tmp_path):

@@ -139,9 +139,9 @@ def test_of_a_folder_its_images_are_taken_by_name(room, tmp_path):
     saved(folder / "b_depth.png", Image.fromarray(np.ones((4, 4), np.uint16)))
     inputs = find_inputs([folder], folder / "depth")
     assert names(inputs) == ["a/c", "b"]
-    assert [note.split(": ")[1] for note in inputs.notes] == [
-        "1 depth maps (16-bit grey PNG) were left out; named one by one they are read",
-        "1 videos were left out; name them to have their frames predicted",
+    assert list(inputs.notes) == [
+        f"left out in {folder}: 1 depth maps (16-bit grey PNG); name them one by one so that they are read as images",
+        f"left out in {folder}: 1 videos; name them one by one so that their frames are predicted",
     ]
     assert names(find_inputs([folder], tmp_path / "elsewhere")) == ["a/c", "b", "depth/b_color"]
     assert names(find_inputs([folder / "b_depth.png", folder / "notes.txt"], tmp_path)) == ["b_depth", "notes"]

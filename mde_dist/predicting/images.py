@@ -48,6 +48,8 @@ def read_image(path: Path) -> np.ndarray:
 
 def is_depth_map(path: Path) -> bool:
     """Whether a file is a PNG of 16-bit grey: in a folder of images a depth map rather than one of them."""
+    if path.suffix.lower() != ".png":
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(26)

@@ -106,21 +106,23 @@ def _in_folder(folder: Path, output: Path) -> tuple[list[tuple[Path, Path]], lis
         raise UserError(
             f"--output {output} is the folder of the images; name another one, where results are by themselves"
         )
-    files = sorted(
+    files = [
         path
         for path in folder.rglob("*")
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # thumbnails, and what systems keep
         and not root.joinpath(path.relative_to(folder)).is_relative_to(target)  # earlier results
         and path.is_file()
-    )
+    ]
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    depth = {path for path in images if is_depth_map(path)}
-    videos = [path for path in files if is_video(path)]
-    notes = [
-        f"{folder}: {len(depth)} depth maps (16-bit grey PNG) were left out; named one by one they are read"
-    ] * bool(depth)
-    notes += [f"{folder}: {len(videos)} videos were left out; name them to have their frames predicted"] * bool(videos)
-    return [(path, path.relative_to(folder).with_suffix("")) for path in images if path not in depth], notes
+    depth = [path for path in images if is_depth_map(path)]
+    notes = _left_out(folder, "depth maps (16-bit grey PNG)", "that they are read as images", depth)
+    notes += _left_out(folder, "videos", "that their frames are predicted", [path for path in files if is_video(path)])
+    taken = sorted({*images} - {*depth})
+    return [(path, path.relative_to(folder).with_suffix("")) for path in taken], notes
+
+
+def _left_out(folder: Path, what: str, purpose: str, files: Sequence[Path]) -> list[str]:
+    return [f"left out in {folder}: {len(files):,} {what}; name them one by one so {purpose}"] if files else []
 
 
 def _check_videos(inputs: Inputs, found: dict[Path, Path]) -> None:
