@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from mde_dist import evaluate, predict
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import DepthModel, ModelConfig, build
+from mde_dist.predicting.ahead import threads
 from mde_dist.predicting.inputs import Frame
 from mde_dist.predicting.preview import preview, round_numbers
 from mde_dist.predictor import open_predictor
@@ -237,6 +240,16 @@ def test_results_that_cannot_be_written_are_one_line(checkpoint, images, tmp_pat
     with pytest.raises(UserError, match="depth: cannot be written"):
         run(images, checkpoint, tmp_path / "depth")
     assert (tmp_path / "depth").read_text() == "a file"
+
+
+def test_what_waits_for_a_thread_is_not_begun_when_it_is_left():
+    at_work, begun = threading.Event(), []
+    with pytest.raises(KeyboardInterrupt), threads(1) as pool:
+        pool.submit(lambda: (at_work.set(), time.sleep(0.5), begun.append("first")))
+        pool.submit(begun.append, "second")
+        at_work.wait()
+        raise KeyboardInterrupt
+    assert begun == ["first"]
 
 
 def test_ctrl_c_leaves_whole_files_only(checkpoint, tmp_path):

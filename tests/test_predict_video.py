@@ -130,12 +130,18 @@ def test_a_video_that_was_cut_off_gives_the_frames_it_has(rooms, tmp_path, name)
     assert "of 0.7 seconds: it is cut off" in said[-1]
 
 
-def test_a_frame_that_does_not_decode_is_named_and_the_others_are_read(rooms, tmp_path):
-    path = write_video(tmp_path / "a.avi", rooms, "mjpeg", "yuvj420p")
+@pytest.mark.parametrize(
+    ("codec", "pixels", "damaged"),
+    [("mjpeg", "yuvj420p", slice(100, 400)), ("mpeg4", "yuv420p", slice(110, 170))],
+    ids=["it does not decode", "it decodes to nonsense"],
+)
+def test_a_damaged_frame_is_named_and_the_others_are_read(rooms, tmp_path, codec, pixels, damaged):
+    path = write_video(tmp_path / "a.avi", rooms, codec, pixels)
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(container.streams.video[0]) if packet.size]
     data = bytearray(path.read_bytes())
-    places = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xd8"]
-    assert len(places) == 7  # a JPEG each
-    data[places[3] + 100 : places[3] + 400] = bytes(300)  # its tables
+    start = places[3] + 8  # behind the head of the packet
+    data[start + damaged.start : start + damaged.stop] = bytes(damaged.stop - damaged.start)
     path.write_bytes(data)
     assert read(path) == ([0, 1, 2, 4, 5, 6], [f"{path}, frame 3: damaged"])
     assert read(path, 2) == ([0, 2, 4, 6], [])
