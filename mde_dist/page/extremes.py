@@ -76,6 +76,8 @@ def extremes(run: Run) -> Extremes:
     if run.weights is None:
         raise UserError("there are no weights")
     best, worst = ranked(run.record, run.protocol)
+    if not best:
+        raise UserError("too few images were scored")
     predictor = open_predictor(run.weights, torch.device("cpu"), precision="fp32")
     options = CacheOptions(Path(predictor.config.get("data.cache") or CacheOptions.directory), patience=_PATIENCE)
     split = predictor.config.get("data.eval_split") or "test"

@@ -18,6 +18,9 @@ from ..run.directory import PREEMPTED
 from ..run.records import read_records
 from ..showcase import Showcase, read_showcase
 
+_MOST = 1 << 53
+"""Samples: more are no float."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -187,7 +190,7 @@ def sort_out(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], list[Li
     lines: list[Line] = []
     for record in records:
         samples, start = record.get("samples"), record.get("start")
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
+        if type(samples) is not int or not 0 <= samples <= _MOST:
             continue
         if isinstance(start, dict):
             began = number(start.get("time"))

@@ -34,7 +34,7 @@ class Group:
     """Runs that were scored on the same images under the same protocol: only these share a chart of scores."""
 
     title: str
-    """What they were scored by; empty where there is one group only."""
+    """Which they are, and what they were scored by; empty where there is one group only."""
     runs: Sequence[Place]
     metrics: Sequence[str]
     """Of the protocol."""
@@ -120,7 +120,8 @@ def _group(runs: Sequence[Place], several: bool) -> Group:
     first = runs[0][1]
     protocol = str(first.protocol)
     broken_down = [(place, run.name, there) for place, run in runs if (there := breakdown_of(run)) is not None]
-    title = f"{protocol} protocol" + (f", fingerprint {short(first.mark)}" if first.mark else "")
+    names, mark = ", ".join(run.name for _, run in runs), f", fingerprint {short(first.mark)}" if first.mark else ""
+    title = f"{names}: {protocol} protocol{mark}"
     return Group(
         title if several else "",
         runs,
