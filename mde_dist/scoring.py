@@ -180,7 +180,7 @@ def _score_blind(
 ) -> dict[str, list[torch.Tensor]]:
     """Per name and protocol the rows of predicting one map, (height, width) metres, for every image."""
     measures = [protocol_measure(protocol) for protocol in protocols]
-    tables = {}
+    tables: dict[str, list[torch.Tensor]] = {}
     for name, blind in maps.items():
 
         def count(done: int, images: int, before: int = len(tables)) -> None:
