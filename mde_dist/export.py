@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     images, checked_on = real_images(command, metadata["config"], size)
     with torch.inference_mode():
         expected = estimate(restore(metadata, tensors).eval(), images)
+    if not expected.isfinite().all():
+        raise UserError(f"{weights}: gives depths that are not finite, on {checked_on}")
     with whole_folder(command.output.absolute()) as folder:
         write_atomic(folder / MODEL, weights.read_bytes())
         exported = trace(metadata, tensors, size)

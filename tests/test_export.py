@@ -20,7 +20,7 @@ from mde_dist import export
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import DepthModel
-from mde_dist.run.checkpoint import model_bytes
+from mde_dist.run.checkpoint import model_bytes, read_model
 
 SIZE = (50, 70)  # no multiple of 32
 FILES = ("model.onnx", "model.pt2")
@@ -184,6 +184,15 @@ def test_a_program_that_differs_from_the_model_is_not_handed_on(checkpoint, outp
         export.main(["--checkpoint", str(checkpoint), "--output", str(output), "--formats", "torch"])
     assert "\n" not in str(error.value)
     assert list(output.parent.iterdir()) == []
+
+
+def test_a_model_that_is_broken_is_not_handed_on(checkpoint, output, tmp_path):
+    metadata, tensors = read_model(checkpoint)
+    tensors["head.bias"] *= torch.nan
+    (tmp_path / "broken.safetensors").write_bytes(model_bytes(tensors, metadata))
+    with pytest.raises(UserError, match=r"broken\.safetensors: gives depths that are not finite"):
+        export.main(["--checkpoint", str(tmp_path / "broken.safetensors"), "--output", str(output)])
+    assert not output.exists()
 
 
 def test_a_torch_that_writes_pickle_is_refused(model, checkpoint, output, monkeypatch):
