@@ -158,6 +158,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             before = state.samples_seen
             state.samples_seen, state.replaced, state.step = behind, replaced, state.step + 1
             account.step(batch_size)
+            monitor.moved(state.samples_seen)
             if state.samples_seen >= trainer.total or state.due(config.train.log_every, before):
                 trainer.log(losses, norm, rate, news)
             if state.due(config.train.checkpoint_every, before) and not trainer.evaluation_due():

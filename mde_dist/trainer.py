@@ -158,7 +158,9 @@ class Trainer:
         """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""
         protocol, limit = PROTOCOLS[self.config.evaluate.protocol], self.config.evaluate.limit
         tables = score_baselines(
-            self.accelerator, self.held_out, self.shards, [protocol], limit, stop=lambda: bool(stop)
+            *(self.accelerator, self.held_out, self.shards, [protocol], limit),
+            stop=lambda: bool(stop),
+            progress=self.monitor.phase("baselines"),
         )
         for name, (rows,) in tables.items():
             summary = summarise(rows, protocol)
@@ -243,7 +245,8 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
         same_everywhere(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
         total = state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.samples
         metrics = config.run / "metrics.jsonl" if writes else None
-        monitor = together(accelerator, lambda: Monitor(metrics, state.samples_seen, state.evaluated, total, complain))
+        places = (state.samples_seen, state.evaluated, total)
+        monitor = together(accelerator, lambda: Monitor(metrics, *places, complain, live=not config.debug))
         opened.enter_context(monitor)
         if not config.debug:  # a debugger wants the terminal itself
             together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
