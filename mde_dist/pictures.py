@@ -74,9 +74,11 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     low, high = (float(edge) for edge in np.percentile(valid, (1, 99)))
     errors = [np.where(p.truth > 0, np.abs(p.prediction - p.truth), np.nan) for p in panels]
     worst = max(float(np.nanpercentile(np.concatenate([e.reshape(-1) for e in errors]), 98)), 1e-3)
-    figure = Figure(figsize=(11, 2.05 * len(panels) + 1.1), dpi=80, layout="constrained")
-    figure.suptitle(title)
+    height = 2.02 * len(panels) + 1.25
+    figure = Figure(figsize=(11, height), dpi=80)
+    figure.suptitle(title, y=1 - 0.1 / height)
     axes = figure.subplots(len(panels), 4, squeeze=False)
+    figure.subplots_adjust(0.055, 0.65 / height, 0.995, 1 - 0.6 / height, wspace=0.025, hspace=0.04)
     depth_style: dict[str, Any] = {"cmap": DEPTH_COLORS, "vmin": low, "vmax": high}
     error_style: dict[str, Any] = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": worst}
     for row, panel, error in zip(axes, panels, errors, strict=True):
@@ -89,8 +91,9 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
             axis.set(xticks=[], yticks=[], facecolor="0.5")  # holes show as grey
     for axis, name in zip(axes[0], ("image", "truth", "prediction", "absolute error"), strict=True):
         axis.set_title(name, fontsize=10)
-    figure.colorbar(shown, ax=axes[:, 1:3], location="bottom", shrink=0.8, aspect=40, pad=0.01, label="depth, metres")
-    figure.colorbar(wrong, ax=axes[:, 3:], location="bottom", shrink=0.9, aspect=20, pad=0.01, label="error, metres")
+    for drawn, left, width, label in ((shown, 0.36, 0.33, "depth, metres"), (wrong, 0.78, 0.2, "error, metres")):
+        bar = figure.add_axes((left, 0.48 / height, width, 0.11 / height))
+        figure.colorbar(drawn, cax=bar, orientation="horizontal", label=label)
     save_figure(path, figure)
 
 

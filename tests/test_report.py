@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import LOGGED, HeldOut, held_out, make_run, untrained
+from made_runs import BEGAN, LOGGED, HeldOut, held_out, make_run, untrained
 from PIL import Image
 
 from mde_dist import report
@@ -103,6 +103,15 @@ def test_restarts_are_marked_where_they_were(made):
     assert [mark.x for mark in over_time.marks] == pytest.approx([33.6, 60.0, 96.0])
     assert "went on at sample 600, 1 h after the last line before" in over_time.marks[1].text
     assert not any(chart.marks for chart in all_charts(read_run(made / "calm", "calm")))
+
+
+def test_a_start_that_nothing_came_of_is_told_but_not_marked(calm):
+    lines = lines_of(calm)
+    again = next(line for line in lines if "start" in line)
+    write_lines(calm, [*lines, {**again, "samples": 1200, "start": {**again["start"], "time": BEGAN + 9000}}])
+    run = read_run(calm, "calm")
+    assert not any(chart.marks for chart in all_charts(run))
+    assert facts(run)["starts"] == "2" and "2 min in training" in lead(run)
 
 
 def test_lines_that_were_written_twice_count_once(calm):

@@ -70,8 +70,8 @@ def value_axis(chart: Chart) -> Axis:
     if chart.from_zero and low >= 0:
         least = 0.02 if chart.percent else 0.0  # of next to nothing not even the noise is worth a full height
         return linear(0.0, max(high * 1.08, least), percent=chart.percent)
-    room = (high - low) * 0.07
-    return linear(low - room, high + room, percent=chart.percent)
+    room, name = (high - low) * 0.07, (high - low) * 0.05 if chart.references else 0.0
+    return linear(low - room, high + room + name, percent=chart.percent)
 
 
 TIME_UNITS = ((1.0, "s", 120.0), (60.0, "min", 7200.0), (3600.0, "h", 259200.0), (86400.0, "days", math.inf))

@@ -211,7 +211,7 @@ def _sums(run: Run) -> list[float]:
 
 
 def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[Mark]:
-    """Where the run went on after a stop."""
+    """Where the run went on after a stop; a start that nothing came of is none."""
     spans, sums = run.spans(), _sums(run)
     return [
         Mark(
@@ -221,7 +221,7 @@ def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[Mar
             f"{duration(max(0.0, start.time - spans[number - 1][1]))} after the last line before",
         )
         for number, start in enumerate(run.starts)
-        if number
+        if number and start.samples < run.samples
     ]
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from ..pictures import save_figure
 from .axes import along_axis, value_axis
 from .curves import Chart
+from .plots import plot
 from .styles import style
 
 _COLUMNS = 3
@@ -47,9 +48,12 @@ def _draw(axis: Axes, chart: Chart) -> None:
             axis.plot(xs, [point.y for point in stretch], label="" if number else curve.name, **line)
             low, high = [point.low for point in stretch], [point.high for point in stretch]
             axis.fill_between(xs, low, high, color=look.light, alpha=0.18, linewidth=0)
-    for number, (name, value) in enumerate(chart.references):
-        axis.axhline(value, color="0.4", linestyle=("--", ":")[number % 2], linewidth=1)
-        axis.annotate(name, (1, value), (-2, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7)
+    for (name, value), at in zip(chart.references, plot(chart).references, strict=True):
+        axis.axhline(value, color="0.4", linestyle=":", linewidth=1.2)
+        side, gap = ("right", -3) if at.at_end else ("left", 3)
+        up, edge = (2, "bottom") if at.name_y < at.y else (-2, "top")
+        place = (float(at.at_end), value), (gap, up), ("axes fraction", "data"), "offset points"
+        axis.annotate(name, *place, fontsize=7, color="0.25", ha=side, va=edge)
     for mark in chart.marks:
         axis.axvline(mark.x, color=style(mark.run).light, linestyle=(0, (1, 2)), linewidth=1)
     if chart.log:

@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 360, 216
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 36
 SIZE = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 _MOST_DOTS = 60
-_LETTER, _LINE = 5.9, 14.0
+_LETTER, _LINE = 6.4, 14.0
 """Width of a letter, about, and height of a line of text."""
 
 

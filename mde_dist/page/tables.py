@@ -1,6 +1,6 @@
 """What was run, what differs between runs, and how every image and every scene is scored: as rows of text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -30,9 +30,7 @@ def facts(run: Run) -> dict[str, str]:
     for start in run.starts:
         hosts.setdefault(on_what(start.values), {})[str(start.values.get("host", ""))] = None
     found["devices"] = "; ".join(f"{what} on {', '.join(names)}" for what, names in hosts.items() if what)
-    found["model"] = ", ".join(
-        f"{value}" for name in ("model.backbone", "model.weights", "data.size") if (value := config.get(name))
-    )
+    found["model"] = ", ".join(_model(config))
     found["batch"] = str(config.get("train.batch_size", ""))
     found["versions"] = _versions(run)
     found["data"] = _shards(config, "data.shards", "data.train_split", run.manifest("manifest"))
@@ -106,6 +104,15 @@ def starts(run: Run) -> list[dict[str, str]]:
             | {"batch": str(batch)}
         )
     return rows if len(rows) > 1 else []
+
+
+def _model(config: Mapping[str, Any]) -> Iterator[str]:
+    if "model.backbone" in config:
+        yield str(config["model.backbone"])
+    if "model.weights" in config:
+        yield "from scratch" if config["model.weights"] == "none" else f"{config['model.weights']} weights"
+    if config.get("data.size", "None") != "None":
+        yield f"trained at {config['data.size']}"
 
 
 def _versions(run: Run) -> str:
