@@ -83,7 +83,7 @@ def extremes(run: Run) -> Extremes:
     split = predictor.config.get("data.eval_split") or "test"
     try:
         with open_split(held_out_shards(predictor.config), split, options) as shards:
-            if shards.manifest.sha256 != run.record["ground_truth"]["manifest"]:
+            if shards.manifest.sha256 != run.record["ground_truth"].get("manifest"):
                 raise UserError(f"{shards.place} holds other shards than those that were evaluated")
             seen = [list(_predicted(shards, predictor, group)) for group in (best, worst)]
     except DamagedSample as error:

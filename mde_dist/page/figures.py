@@ -56,7 +56,7 @@ def _draw(axis: Axes, chart: Chart) -> None:
         axis.annotate(name, *place, fontsize=7, color="0.25", ha=side, va=edge)
     for mark in chart.marks:
         axis.axvline(mark.x, color=style(mark.run).light, linestyle=(0, (1, 2)), linewidth=1)
-    if chart.log:
+    if y_axis.log:
         axis.set_yscale("log")
     axis.set_ylim(y_axis.low, y_axis.high)
     axis.set_xlim(x_axis.low, x_axis.high * 1.02)

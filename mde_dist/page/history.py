@@ -3,7 +3,6 @@
 What an older version, a run that just began or a damaged file leaves out is None or empty, and said in `notes`.
 """
 
-import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from ..showcase import Showcase, read_showcase
 
 _MOST = 1 << 53
 """Samples: more are no float."""
+_LARGEST = 1e100
+"""Of a value: sums and ratios of larger ones might not be finite."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def read_run(path: Path, name: str) -> Run:
         raise UserError(f"--run {path}: no metrics.jsonl in it; is it a run directory?")
     try:
         records = read_records(metrics)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{metrics}: cannot be read ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{metrics}: cannot be read ({' '.join(str(error).split())})") from None
     starts, lines = sort_out([record for record in records if isinstance(record, dict)])
     notes: list[str] = []
     toml, config = _config(path / "config.toml", notes)
@@ -211,13 +212,12 @@ def once_each(lines: Iterator[Line]) -> list[Line]:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
+    """A number that can be drawn, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
+    if not abs(value) < _LARGEST:  # of nan, too
         return None
+    return float(value) if abs(value) > 1 / _LARGEST else 0.0
 
 
 def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
@@ -258,7 +258,7 @@ def _record(path: Path, protocol: str | None, notes: list[str]) -> Mapping[str, 
         return None
     try:
         record = read_record(path)
-        if protocol not in record["fingerprints"]:
+        if protocol not in record["fingerprints"] or not isinstance(record.get("ground_truth"), dict):
             raise UserError(f"{path} has no {protocol} evaluation")
     except UserError as error:
         missing = f"{path} is not there: no single images and no errors by distance and position are known"

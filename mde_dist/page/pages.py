@@ -15,7 +15,6 @@ from .. import __version__
 from ..errors import UserError
 from ..learning.metrics import PROTOCOLS
 from ..results import short
-from ..run.checkpoint import MODEL
 from . import tables
 from .axes import Axis
 from .curves import Chart, score_charts, speed_charts, training_charts
@@ -173,7 +172,7 @@ def _parts(report: Report) -> Iterator[tuple[str, str]]:
         ("extremes", "Best and worst"): report.extremes,
         ("where", "Errors"): any(group.distance or group.heat or group.scenes for group in report.groups),
         ("images", "Images"): any(group.images for group in report.groups),
-        ("run", "Config"): True,
+        ("run", "What was run"): True,
     }
     yield from (part for part, shown in there.items() if shown)
 
@@ -187,14 +186,12 @@ def next_commands(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     for run in runs:
         who, where = (f" ({run.name})" if len(runs) > 1 else ""), shlex.quote(str(run.path))
         if not run.finished:
-            yield (
-                f"go on{who}",
-                f"accelerate launch -m mde_dist.train --config {shlex.quote(f'{run.path}/config.toml')}",
-            )
+            config = shlex.quote(f"{run.path}/config.toml")
+            yield f"go on{who}", f"accelerate launch -m mde_dist.train --config {config}"
             continue
         yield f"score it{who}", f"python -m mde_dist.evaluate --run {where} --protocols eigen full blog"
-        weights = shlex.quote(str(run.path / MODEL))
-        yield f"use it{who}", f"python -m mde_dist.predict --checkpoint {weights} --output depth IMAGE_OR_FOLDER"
+        yield f"use it{who}", f"python -m mde_dist.predict --run {where} --output depth IMAGE …"
+        yield f"take it elsewhere{who}", f"python -m mde_dist.export --run {where} --output model"
     records = [shlex.quote(f"{run.path}/evaluations/last.json") for run in runs if run.record is not None]
     if len(records) > 1:
         yield "tell whether they differ", f"python -m mde_dist.evaluate --compare {' '.join(records[:2])}"

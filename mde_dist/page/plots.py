@@ -177,8 +177,8 @@ def _data(chart: Chart, x_axis: Axis, y_axis: Axis) -> dict[str, Any]:
             points += [[_digits(p.x), _digits(p.y), _y(y_axis, p.y)] for p in stretch]
         curves.append({"run": curve.run, "name": curve.name, "points": points})
     return {
-        **{"title": chart.title, "unit": chart.unit, "over": chart.over, "percent": chart.percent},
-        **{"end": x_axis.high, "curves": curves, "marks": [mark.x for mark in chart.marks]},
+        **{"title": chart.title, "over": chart.over, "percent": chart.percent},
+        **{"end": x_axis.high, "curves": curves},
         "frame": [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM],
     }
 

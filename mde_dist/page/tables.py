@@ -32,6 +32,7 @@ def facts(run: Run) -> dict[str, str]:
     found["devices"] = "; ".join(f"{what} on {', '.join(names)}" for what, names in hosts.items() if what)
     found["model"] = ", ".join(_model(config))
     found["batch"] = str(config.get("train.batch_size", ""))
+    found["left out"] = ", ".join(_left_out(run))
     found["versions"] = _versions(run)
     found["data"] = _shards(config, "data.shards", "data.train_split", run.manifest("manifest"))
     held_out = "data.eval_shards" if config.get("data.eval_shards", "None") != "None" else "data.shards"
@@ -115,6 +116,13 @@ def _model(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"trained at {config['data.size']}"
 
 
+def _left_out(run: Run) -> Iterator[str]:
+    last = run.steps[-1].values if run.steps else {}
+    for name, what in (("replaced", "damaged samples replaced"), ("skipped", "batches that were not finite")):
+        if last.get(name):
+            yield f"{last[name]:,.0f} {what}"
+
+
 def _versions(run: Run) -> str:
     last = run.starts[-1].values if run.starts else run.state
     versions = last.get("versions")
@@ -172,8 +180,6 @@ def scores(runs: Sequence[Place]) -> list[Score]:
 class Column:
     title: str
     numbers: bool
-    run: int | None = None
-    """Place of the run that it is of, where runs are held against each other."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +190,10 @@ class ImageTable:
 
 def image_table(runs: Sequence[Place]) -> ImageTable | None:
     """Every image of the last evaluation; of runs that were scored on the same images abs_rel side by side."""
-    known = [(place, run, *_images(run)) for place, run in runs if run.record is not None]
+    known = [(run, *_images(run)) for _, run in runs if run.record is not None]
     if not known:
         return None
-    _, first, keys, table = known[0]
+    first, keys, table = known[0]
     scenes = _scenes(first, len(keys))
     columns = [Column("image", False)] + ([Column("scene", False)] if scenes else []) + [Column("pixels", True)]
     heads = [[key, *([scenes[place]] if scenes else []), f"{table[key][0]:.0f}"] for place, key in enumerate(keys)]
@@ -196,9 +202,9 @@ def image_table(runs: Sequence[Place]) -> ImageTable | None:
         columns += [Column(metric, True) for metric in metrics]
         cells = [[_cell(table[key], number) for number in range(1, len(metrics) + 1)] for key in keys]
     else:
-        columns += [Column(f"abs_rel, {run.name}", True, place) for place, run, _, _ in known]
-        columns += [Column(f"{run.name} − {first.name}", True) for _, run, _, _ in known[1:]]
-        cells = [_side_by_side([other.get(key) for _, _, _, other in known]) for key in keys]
+        columns += [Column(f"abs_rel, {run.name}", True) for run, _, _ in known]
+        columns += [Column(f"{run.name} − {first.name}", True) for run, _, _ in known[1:]]
+        cells = [_side_by_side([other.get(key) for _, _, other in known]) for key in keys]
     return ImageTable(columns, [head + row for head, row in zip(heads, cells, strict=True)])
 
 

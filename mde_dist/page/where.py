@@ -77,7 +77,6 @@ class Cell:
 class HeatMap:
     """abs_rel by position in the image, of one run."""
 
-    run: int
     name: str
     rows: int
     columns: int
@@ -91,10 +90,10 @@ def heat_maps(found: Sequence[tuple[int, str, Breakdown]]) -> tuple[Sequence[Hea
     if not values:
         return None
     axis = linear(min(values), max(values), most=4)
-    return [_heat_map(place, name, there.cells, axis) for place, name, there in found], axis
+    return [_heat_map(name, there.cells, axis) for _, name, there in found], axis
 
 
-def _heat_map(place: int, name: str, grid: Sequence[Sequence[float | None]], axis: Axis) -> HeatMap:
+def _heat_map(name: str, grid: Sequence[Sequence[float | None]], axis: Axis) -> HeatMap:
     colors = mpl.colormaps[ERROR_COLORS]
     cells = []
     for row, line in enumerate(grid):
@@ -109,4 +108,4 @@ def _heat_map(place: int, name: str, grid: Sequence[Sequence[float | None]], axi
         said = f" Least {low:.3f} in row {at[0] + 1}, column {at[1] + 1}, most {high:.3f} in row {there[0] + 1}, "
         said += f"column {there[1] + 1}."
     summary = f"{name}: abs_rel by position, in {len(grid)} rows and {len(grid[0])} columns of the image.{said}"
-    return HeatMap(place, name, len(grid), len(grid[0]), cells, summary)
+    return HeatMap(name, len(grid), len(grid[0]), cells, summary)
