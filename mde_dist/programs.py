@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,8 +46,7 @@ def trace(
     metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
     """The model of a model.safetensors as a graph for images of `size`, any batch. Raises UserError."""
-    # contiguous: torch.export.save warns of weights that are channels last
-    program = DepthProgram(restore(metadata, tensors).to(memory_format=torch.contiguous_format)).eval()
+    program = DepthProgram(restore(metadata, tensors)).eval()  # channels last: twice as fast in torch on a CPU
     shapes = {"image": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         exported = torch.export.export(program, (torch.zeros(2, 3, *size),), dynamic_shapes=shapes)
@@ -62,7 +62,9 @@ def write_torch(exported: torch.export.ExportedProgram, path: Path, about: Mappi
     Raises UserError where this torch would write a pickle.
     """
     archive = io.BytesIO()
-    torch.export.save(exported, archive, extra_files={"mde_dist.json": json.dumps(about, indent=1)})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor")  # of weights that are channels last; all are written
+        torch.export.save(exported, archive, extra_files={"mde_dist.json": json.dumps(about, indent=1)})
     pickles = _pickles(archive)
     if pickles:
         raise UserError(
