@@ -1,4 +1,4 @@
-"""Trackers through accelerate: real TensorBoard files of a run that is killed and goes on."""
+"""Trackers and curves of a run that is killed and goes on: real TensorBoard files, and what the report reads."""
 
 from functools import partial
 
@@ -8,7 +8,8 @@ from faults import die, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import warm_run, without_pictures
 
-from mde_dist.config import read_config
+from mde_dist.config import as_toml, read_config
+from mde_dist.page.history import read_runs
 
 
 def events(run) -> EventAccumulator:
@@ -16,23 +17,32 @@ def events(run) -> EventAccumulator:
     return found.Reload()
 
 
-def test_a_killed_run_has_one_log_with_numbers_and_pictures(room_shards, tmp_path):
+def test_a_run_killed_three_times_has_one_log_and_one_curve(room_shards, tmp_path):
     run = tmp_path / "run"
-    given = {"run": run, "log-with": "tensorboard", **small(data_shards=room_shards)}
-    done = warm_run(
-        "train", before=partial(together, without_pictures, partial(die, "optimizer", 4, "before")), **given
-    )
-    assert done.returncode == -9
+    given = {"run": run, "log-with": "tensorboard", **small(data_shards=room_shards, train_samples=96)}
+    fault = partial(together, without_pictures, partial(die, "optimizer", 3, "before"))
+    for _ in range(3):
+        assert warm_run("train", before=fault, **given).returncode == -9
     done = warm_run("train", before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
+
+    steps, evaluations = [12, 24, 36, 48, 60, 72, 84, 96], [24, 48, 72, 96]
     found = events(run)
-    assert [e.step for e in found.Scalars("train/loss")] == [12, 24, 36, 48, 60]
-    assert [e.step for e in found.Scalars("eigen/abs_rel")] == [24, 48, 60]
+    assert [e.step for e in found.Scalars("train/loss")] == steps
+    assert [e.step for e in found.Scalars("eigen/abs_rel")] == evaluations
     names = [name for name in found.Tags()["images"] if name.startswith("held-out/")]
     assert len(names) == 6
     for pictures in map(found.Images, names):
-        assert [e.step for e in pictures] == [24, 48, 60]
+        assert [e.step for e in pictures] == evaluations
         assert (pictures[0].width, pictures[0].height) == (3 * 64, 48)
+
+    (told,) = read_runs([run])
+    assert [line.samples for line in told.steps] == steps
+    assert [line.samples for line in told.evaluations] == evaluations
+    assert len(told.starts) == 4
+    assert [line.attempt for line in told.steps] == sorted(line.attempt for line in told.steps)
+    assert told.steps[-1].attempt == 3
+    assert sorted(told.showcase.predictions) == evaluations
 
 
 def test_a_tracker_that_is_not_there_is_one_line(room_shards, tmp_path):
@@ -58,8 +68,6 @@ def broken_tensorboard() -> None:
 
 
 def test_trackers_stand_in_the_config_that_is_read_back(tmp_path):
-    from mde_dist.config import as_toml
-
     config = read_config(["--log-with", "tensorboard", "wandb"])
     (tmp_path / "config.toml").write_text(as_toml(config))
     assert read_config(["--config", str(tmp_path / "config.toml")]) == config
