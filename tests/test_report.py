@@ -148,6 +148,17 @@ def test_a_long_run_is_thinned_and_nothing_that_stood_out_is_lost():
     assert all(point.y == pytest.approx(math.sin(point.x / 9000) + 2, abs=1e-3) for point in ordinary)
 
 
+def test_the_best_evaluation_is_marked_however_many_there_are(made):
+    run = read_run(made / "calm", "calm")
+    many = [replace(run.evaluations[0], samples=n, values={"abs_rel": abs(n - 70) + 1.0}) for n in range(100)]
+    for lines, dots in ((run.evaluations, 5), (many, 1)):
+        (chart,) = [c for c in score_charts([(0, replace(run, evaluations=lines))], "eigen") if c.title == "abs_rel"]
+        (stroke,) = plot(chart).strokes
+        assert len(stroke.dots) == dots
+        assert sum(dot.best for dot in stroke.dots) == 1
+    assert "abs_rel 1.0000 after 70 samples" in stroke.dots[0].text
+
+
 def test_a_short_run_is_drawn_as_it_is_and_groups_stay_apart():
     pairs = [(1.0, 2.0), (2.0, 3.0), (3.0, None), (4.0, 5.0)]
     stretches = thin([pairs, [(5.0, 1.0)], [(6.0, None)]])

@@ -9,7 +9,7 @@ from .axes import Axis, along_axis, linear, value_axis
 from .curves import Chart, Curve, Point, duration
 
 WIDTH, HEIGHT = 360, 216
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 36
 SIZE = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 _MOST_DOTS = 60
 _LETTER, _LINE = 6.4, 14.0
@@ -93,8 +93,8 @@ def _stroke(chart: Chart, curve: Curve, x_axis: Axis, y_axis: Axis) -> Stroke:
             upper = [f"{_x(x_axis, point.x)} {_y(y_axis, point.high)}" for point in stretch]
             lower = [f"{_x(x_axis, point.x)} {_y(y_axis, point.low)}" for point in reversed(stretch)]
             band.append("M" + "L".join(upper + lower) + "z")
-    points = curve.points if chart.dots and len(curve.points) <= _MOST_DOTS else []
-    best = best_of(chart, curve)
+    best, crowded = best_of(chart, curve), len(curve.points) > _MOST_DOTS
+    points = [point for point in curve.points if chart.dots and (point.x == best or not crowded)]
     dots = [
         Dot(
             *(_x(x_axis, point.x), _y(y_axis, point.y)),
