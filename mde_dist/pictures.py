@@ -13,7 +13,7 @@ from PIL import Image
 from .files import atomic_file
 
 DEPTH_COLORS = "magma_r"  # even steps in brightness, also for colour-blind eyes and in grey; near is bright
-ERROR_COLORS = "cividis"
+ERROR_COLORS = "viridis"  # no grey in it: that means a hole
 
 
 @dataclass(frozen=True)

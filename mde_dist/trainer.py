@@ -262,7 +262,8 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
                 opened_trackers(accelerator, config.log_with, config.run, run_id, about, state.samples_seen)
             ),
         )
-        monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator))
+        if state.samples_seen < total:
+            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator))
         yield Trainer(
             *(config, accelerator, shards, held_out, size, total, directory, learner, state, monitor, saver, account),
             *(trackers, complain, troubles),
