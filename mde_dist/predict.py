@@ -81,7 +81,7 @@ class PredictCommand:
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
     batch_size: int | None = None
-    """Images per forward pass; by default 1 on a CPU and 32 on a GPU. Where memory runs out it is halved."""
+    """Images per forward pass; by default 4 on a CPU and 32 on a GPU. Where memory runs out it is halved."""
 
 
 @dataclass
