@@ -46,7 +46,7 @@ def trace(
     metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
     """The model of a model.safetensors as a graph for images of `size`, any batch. Raises UserError."""
-    program = DepthProgram(restore(metadata, tensors)).eval()  # channels last: twice as fast in torch on a CPU
+    program = DepthProgram(restore(metadata, tensors)).eval()  # channels last, as the model itself runs
     shapes = {"image": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         exported = torch.export.export(program, (torch.zeros(2, 3, *size),), dynamic_shapes=shapes)
