@@ -31,7 +31,7 @@ def train(directory: Path, shards: Path, processes: int, before=holes, **changes
 def steps(request, room_shards, scratch):
     """(ranks, accumulation) -> the checkpoint after one step; ranks and parts differ in their count of valid pixels."""
     root, norm = scratch(request.param), request.param
-    shapes = [(ranks, parts) for ranks in (1, 2, 4) for parts in (1, 2, 4)]
+    shapes = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
     found = {}
     for ranks, parts in shapes if norm == "group" else [(1, 1), (2, 2), (4, 1)]:
         run = root / f"{ranks}x{parts}"
