@@ -34,6 +34,7 @@ from .data.source_samples import SourceSamples
 from .data.sources import DepthMap
 from .data.store import CacheOptions, open_store
 from .errors import UserError
+from .learning.breakdown import split_breakdown
 from .learning.metrics import PROTOCOLS, Protocol, summarise, to_size
 from .learning.model import restore
 from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
@@ -243,13 +244,15 @@ def evaluate(
     -> (record, `score` rows by protocol, what was predicted). Raises UserError.
     """
     protocols = [PROTOCOLS[name] for name in command.protocols]
-    measures = [*map(protocol_measure, protocols), breakdown_measure(protocols[0])]
+    measures = [breakdown_measure(protocols[0]), *map(protocol_measure, protocols[1:])]
     measures += [Measure(SIGNALS, signals), Measure(DIGEST, digests)]
     with progress_of("scoring", accelerator) as progress:
         options = (command.batch_size, command.threads)
-        *rows, where, signs, prints = score_split(
+        first, *others, signs, prints = score_split(
             accelerator, contestant.predict, samples, measures, *options, progress=progress
         )
+    first, where = split_breakdown(first)
+    rows = [first, *others]
     with progress_of("baselines", accelerator) as progress:
         if train:
             baselines = score_baselines(accelerator, samples, train, protocols, progress=progress)

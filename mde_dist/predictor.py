@@ -12,7 +12,7 @@ from .data.augment import normalise, resize_image
 from .errors import UserError
 from .learning.model import DepthModel, restore
 from .run.checkpoint import MODEL, read_model
-from .run.distributed import Precision
+from .run.distributed import Precision, mixed_precision
 
 SMALLEST = 32  # pixels; the encoder halves five times
 CPU_BATCH, GPU_BATCH = 4, 32  # one by one the threads of a CPU wait for each other too often, more bring nothing
@@ -55,8 +55,7 @@ class Predictor:
         self.device = device
         self.batch_size = CPU_BATCH if device.type == "cpu" else GPU_BATCH
         """Images at once: may be set, and is lowered when the device's memory runs out."""
-        bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-        self.precision = "bf16" if bf16 else "fp32"
+        self.precision = mixed_precision(precision, device.type == "cuda").replace("no", "fp32")
         self._model, self._flip = model.to(device).eval(), flip
         self._area = metadata["size"][0] * metadata["size"][1]
 

@@ -21,7 +21,7 @@ from .data.shards import ShardSet
 from .errors import UserError
 from .files import write_atomic, writing
 from .learning.breakdown import summarise_breakdown
-from .learning.metrics import PROTOCOLS, TERMS, Protocol, image_metrics, summarise
+from .learning.metrics import PROTOCOLS, SCORE_COLUMNS, TERMS, Protocol, image_metrics, summarise
 
 FORMAT, VERSION = "mde_dist.evaluation", 1
 EVALUATIONS = "evaluations"
@@ -91,7 +91,7 @@ def as_record(
 ) -> dict[str, Any]:
     """`tables`: `score` rows by name ("model" and baselines) and protocol -> the record that `--json` writes.
 
-    `where`: `breakdown` rows under the first protocol.
+    `where`: rows of `split_breakdown` under the first protocol.
 
     Raises UserError where nothing could be scored.
     """
@@ -179,7 +179,7 @@ def rows_of(record: Mapping[str, Any], protocol: str) -> tuple[list[str], np.nda
     """(keys, `score` rows float64 (images, 1 + terms)) of a record. Raises ValueError, KeyError or TypeError."""
     keys, terms = record["images"]["keys"], record["images"]["terms"][protocol]
     rows = np.array([terms[name] for name in ("pixels", *TERMS)], dtype=np.float64).T
-    if rows.shape != (len(keys), 1 + len(TERMS)) or not np.isfinite(rows).all() or len(set(keys)) != len(keys):
+    if rows.shape != (len(keys), SCORE_COLUMNS) or not np.isfinite(rows).all() or len(set(keys)) != len(keys):
         raise ValueError(f"protocol {protocol}: its images are not whole")
     return [str(key) for key in keys], rows
 

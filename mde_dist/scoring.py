@@ -15,8 +15,8 @@ from .data.prefetch import Prefetch
 from .data.samples import Samples
 from .data.shards import ShardSet
 from .errors import UserError
-from .learning.breakdown import COLUMNS, breakdown
-from .learning.metrics import TERMS, Protocol, score
+from .learning.breakdown import COLUMNS, score_with_breakdown
+from .learning.metrics import SCORE_COLUMNS, Protocol, score
 from .predictor import estimate
 from .run.distributed import agree, all_sum
 
@@ -51,12 +51,12 @@ class Measure:
 
 def protocol_measure(protocol: Protocol) -> Measure:
     """The rows that `learning.metrics.summarise` takes."""
-    return Measure(1 + len(TERMS), partial(score, protocol=protocol))
+    return Measure(SCORE_COLUMNS, partial(score, protocol=protocol))
 
 
 def breakdown_measure(protocol: Protocol) -> Measure:
-    """The rows that `learning.breakdown.summarise_breakdown` takes."""
-    return Measure(COLUMNS, partial(breakdown, protocol=protocol))
+    """The same, and where the errors are: the rows that `learning.breakdown.split_breakdown` takes."""
+    return Measure(COLUMNS, partial(score_with_breakdown, protocol=protocol))
 
 
 def model_predict(

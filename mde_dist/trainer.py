@@ -18,6 +18,7 @@ from .config import Config, as_json, as_toml, identity
 from .data.shards import ShardSet
 from .errors import UserError
 from .learner import Learner
+from .learning.breakdown import split_breakdown
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
 from .results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
@@ -31,7 +32,7 @@ from .run.preemption import StopFlag
 from .run.saver import Saver
 from .run.state import State
 from .run.trackers import Trackers, opened_trackers
-from .scoring import Measure, breakdown_measure, model_predict, protocol_measure, score_baselines, score_split
+from .scoring import Measure, breakdown_measure, model_predict, score_baselines, score_split
 from .showcase import Watch, strips, write_showcase
 from .stream import News, batch_keys
 
@@ -89,14 +90,14 @@ class Trainer:
         config, state, model = self.config, self.state, self.learner.scored
         protocol = PROTOCOLS[config.evaluate.protocol]
         options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
-        measures = [protocol_measure(protocol), breakdown_measure(protocol), Measure(DIGEST, digests)]
+        measures = [breakdown_measure(protocol), Measure(DIGEST, digests)]
         watch = Watch(min(len(self.held_out), config.evaluate.limit or len(self.held_out)), self.held_out.size)
         share_buffers(self.accelerator, model)
         model.eval()
         try:
             # forward, not the call: a compiled model would be compiled again for these batches
             predict = watch.watching(model_predict(model.forward, self.size, self.accelerator))
-            rows, where, prints = score_split(
+            scored, prints = score_split(
                 *(self.accelerator, predict, self.held_out, measures, *options),
                 stop=lambda: bool(stop),
                 progress=self.monitor.phase("evaluating"),
@@ -105,6 +106,7 @@ class Trainer:
             self.save()  # what was learned is whole, what it was to be scored on is not
             raise
         model.train()
+        rows, where = split_breakdown(scored)
         summary = summarise(rows, protocol)
         score = summary.metrics["abs_rel"]
         best = score < state.best.get("abs_rel", float("inf"))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mde_dist.learning.breakdown import EDGES, GRID, breakdown, summarise_breakdown
-from mde_dist.learning.metrics import PROTOCOLS, crop_slices, image_metrics, score, summarise
+from mde_dist.learning.breakdown import EDGES, GRID, score_with_breakdown, split_breakdown, summarise_breakdown
+from mde_dist.learning.metrics import PROTOCOLS, Protocol, crop_slices, image_metrics, score, summarise
 
 
 def maps(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,11 +16,18 @@ def maps(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(draw.uniform(0.2, 11, truth.shape).astype(np.float32)), torch.from_numpy(truth)
 
 
+def sums(prediction: torch.Tensor, truth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """The sums of a breakdown, whose other half is the score to the last bit."""
+    rows, found = split_breakdown(score_with_breakdown(prediction, truth, protocol))
+    assert rows.equal(score(prediction, truth, protocol))
+    return found
+
+
 @pytest.mark.parametrize("name", ["eigen", "full", "blog"])
 def test_bins_and_cells_are_means_over_the_pixels_that_the_protocol_scores(name):
     protocol = PROTOCOLS[name]
     prediction, truth = maps(50, 70)
-    found = summarise_breakdown(breakdown(prediction, truth, protocol))
+    found = summarise_breakdown(sums(prediction, truth, protocol))
     p, g = prediction.double().numpy(), truth.double().numpy()
     scored = (truth.numpy() > protocol.valid[0]) & (truth.numpy() < protocol.valid[1])
     if protocol.crop:
@@ -55,7 +62,7 @@ def test_bins_and_cells_are_means_over_the_pixels_that_the_protocol_scores(name)
 def test_the_bins_of_one_image_add_up_to_its_score():
     protocol = PROTOCOLS["eigen"]
     prediction, truth = (x[:1] for x in maps(48, 64, seed=1))
-    found = summarise_breakdown(breakdown(prediction, truth, protocol))["distance"]
+    found = summarise_breakdown(sums(prediction, truth, protocol))["distance"]
     weights = np.array(found["pixels"], float)
     values = np.array([x or 0.0 for x in found["abs_rel"]])
     expected = image_metrics(score(prediction, truth, protocol), protocol)[0, 0].item()
@@ -64,7 +71,7 @@ def test_the_bins_of_one_image_add_up_to_its_score():
 
 def test_an_image_without_a_pixel_adds_nothing():
     prediction, truth = maps(48, 64)
-    rows = breakdown(prediction, truth, PROTOCOLS["full"])
+    rows = sums(prediction, truth, PROTOCOLS["full"])
     assert (rows[2] == 0).all()
     assert (rows[:2].sum(1) != 0).all()
     assert summarise(score(prediction, truth, PROTOCOLS["full"]), PROTOCOLS["full"]).unscored == (2,)

@@ -76,7 +76,8 @@ def change(path, **values):
 def test_the_card_tells_what_the_run_found(run, room_shards):
     assert write_card(run) == run / "README.md"
     card = ModelCard.load(run / "README.md")
-    assert card.data.library_name == "mde_dist" and card.data.pipeline_tag == "depth-estimation"
+    front = card.data.to_dict()
+    assert (front["library_name"], front["pipeline_tag"]) == ("mde_dist", "depth-estimation")
     assert {"safetensors", "resnet18"} <= set(card.data.tags) and "onnx" not in card.data.tags
     assert card.data.datasets is None  # rendered rooms are no data set of the hub
     assert card.data.license is None

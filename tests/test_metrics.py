@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mde_dist.learning.metrics import (
     METRICS,
     PROTOCOLS,
-    TERMS,
+    SCORE_COLUMNS,
     crop_slices,
     image_metrics,
     summarise,
@@ -418,7 +418,7 @@ def test_mean_is_over_images_not_over_pixels():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.floats(0, 1))
 def test_summary_is_the_mean_of_the_scored_rows(seed, images, empty):
     rng = np.random.default_rng(seed)
-    rows = rng.random((images, 1 + len(TERMS)))
+    rows = rng.random((images, SCORE_COLUMNS))
     rows[:, 0] = rng.integers(1, 1000, images)
     rows[rng.random(images) < empty] = 0
     scored = torch.from_numpy(rows[rows[:, 0] > 0])

@@ -4,26 +4,32 @@ from typing import Any
 
 import torch
 
-from .metrics import Protocol, compared
+from .metrics import SCORE_COLUMNS, Protocol, compared, score_row
 
 EDGES = tuple(range(11))
 """Of the bins of distance, metres; the last one takes what is beyond as well."""
 GRID = (12, 16)
 """Cells of the image, rows by columns."""
 _BINS, _CELLS = len(EDGES) - 1, GRID[0] * GRID[1]
-COLUMNS = 3 * _BINS + 2 * _CELLS
+COLUMNS = SCORE_COLUMNS + 3 * _BINS + 2 * _CELLS
 
 
-def breakdown(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """-> float64 (batch, COLUMNS): sums over the pixels that the protocol scores, what `summarise_breakdown` takes.
+def score_with_breakdown(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """-> float64 (batch, COLUMNS): rows of `learning.metrics.score`, and beside them sums over the same pixels.
 
     Per bin of true distance the number of pixels, their |p-g|/g and their p-g in metres; per cell of the image the
     number of pixels and their |p-g|/g. Arguments as of `learning.metrics.score`.
     """
-    return torch.stack([_row(p, g, mask) for p, g, mask in compared(prediction, depth, protocol)])
+    images = compared(prediction, depth, protocol)
+    return torch.stack([torch.cat([score_row(p, g), _sums(p, g, mask)]) for p, g, mask in images])
 
 
-def _row(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def split_breakdown(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> rows of `score`, and rows that `summarise_breakdown` takes."""
+    return rows[:, :SCORE_COLUMNS], rows[:, SCORE_COLUMNS:]
+
+
+def _sums(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     error = p - g
     relative, one = error.abs() / g, torch.ones_like(g)
     distance = g.long().clamp(0, _BINS - 1)
@@ -35,7 +41,7 @@ def _row(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def summarise_breakdown(rows: torch.Tensor) -> dict[str, Any]:
-    """`breakdown` rows of all images (images, COLUMNS) -> plain tables of means over pixels; None where there is none.
+    """The rows of all images, from `split_breakdown` -> plain tables of means over pixels; None where there is none.
 
     {"distance": {"edges", "pixels", "abs_rel", "bias"}, "position": {"pixels", "abs_rel"}}; bias in metres, positive
     where the prediction is too far; positions in rows of the image.

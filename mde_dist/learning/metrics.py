@@ -20,6 +20,7 @@ METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", 
 HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
 TERMS = ("abs_rel", "sq_rel", "square", "log", "log_square", "log10", "delta1", "delta2", "delta3")
 """Means over the valid pixels of an image: |p-g|/g, (p-g)^2/g, (p-g)^2, d, d^2, |log10 p - log10 g|, the deltas."""
+SCORE_COLUMNS = 1 + len(TERMS)
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ PROTOCOLS = {
 
 
 def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """-> float64 (batch, 1 + len(TERMS)): number of valid pixels, then the terms of each image.
+    """-> float64 (batch, SCORE_COLUMNS): number of valid pixels, then the terms of each image.
 
     prediction: (batch, h, w) metres (any unit where the protocol aligns it), brought bilinearly to the ground truth's
     size; depth: (batch, height, width) metres, 0 = hole. An image without a valid pixel is a row of 0, never nan.
     """
-    return torch.stack([_row(p, g) for p, g, _ in compared(prediction, depth, protocol)])
+    return torch.stack([score_row(p, g) for p, g, _ in compared(prediction, depth, protocol)])
 
 
 def compared(
@@ -97,10 +98,10 @@ def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol) -> torch.Tensor:
     return torch.where(is_number(p), p, 0.0)
 
 
-def _row(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """The row of one image from its scored pixels, float64 (pixels,)."""
+def score_row(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """The row of `score` of one image from what is `compared` in it."""
     if not len(g):
-        return torch.zeros(1 + len(TERMS), dtype=torch.float64, device=g.device)
+        return torch.zeros(SCORE_COLUMNS, dtype=torch.float64, device=g.device)
     terms = _pixel_terms(p, g)
     return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in TERMS)])
 

@@ -46,7 +46,7 @@ def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: floa
     accelerator = Accelerator(
         # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
         cpu=cpu,
-        mixed_precision=_mixed_precision(precision),
+        mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
             # buffers are needed alike for evaluating and saving only: see `share_buffers`
@@ -191,9 +191,10 @@ def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
             distributed.broadcast(buffer, src=0)
 
 
-def _mixed_precision(precision: Precision) -> str:
+def mixed_precision(precision: Precision, on_cuda: bool) -> str:
+    """What accelerate calls it: bf16, or no for float32 throughout."""
     if precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "no"
     return "bf16" if precision == "bf16" else "no"
 
 
