@@ -15,7 +15,7 @@ import torch
 from mde_dist.data.depth import metres_to_millimetres, to_metres
 from mde_dist.data.shards import open_split
 from mde_dist.data.store import CacheOptions
-from mde_dist.learning.breakdown import breakdown
+from mde_dist.learning.breakdown import score_with_breakdown, split_breakdown
 from mde_dist.learning.metrics import PROTOCOLS, score, summarise
 from mde_dist.learning.model import ModelConfig, build
 from mde_dist.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json
@@ -137,7 +137,7 @@ def _evaluate(path: Path, images: HeldOut, samples: int, protocol: str, seed: in
     prediction, truth = predicted(images, samples, seed), images.truth
     both = torch.from_numpy(prediction), torch.from_numpy(truth)
     rules, size = PROTOCOLS[protocol], truth.shape[1:]
-    rows, where = score(*both, rules), breakdown(*both, rules)
+    rows, where = split_breakdown(score_with_breakdown(*both, rules))
     sha256 = sha256_of_truth(images.keys, size, digests(*both))
     known = Truth(images.place, "test", size, images.manifest, images.keys, images.scenes, sha256)
     about = {"path": str(path), "samples": samples}
