@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .command import Size, parse, run_command
 from .data.augment import AugmentConfig
@@ -142,6 +142,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
+C = TypeVar("C", bound=Config)
+
 FREE = {
     *(
         "run",
@@ -177,7 +179,11 @@ _AT_MOST: dict[str, float] = {
 
 def read_config(argv: Sequence[str]) -> Config:
     """Defaults <- `--config FILE.toml` <- flags, checked. Raises UserError."""
-    config = parse(Config, argv, "python -m mde_dist.train")
+    return checked(parse(Config, argv, "python -m mde_dist.train"))
+
+
+def checked(config: C) -> C:
+    """The config, all values of which are possible ones. Raises UserError."""
     for name, value in flat(config):
         if value is None or not isinstance(value, int | float):
             continue
@@ -198,7 +204,7 @@ def read_config(argv: Sequence[str]) -> Config:
     return config
 
 
-def _debug(config: Config) -> Config:
+def _debug(config: C) -> C:
     """Everything comes soon: log, evaluate, checkpoint."""
     batch = config.train.batch_size
     return dataclasses.replace(

@@ -12,6 +12,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -140,7 +141,11 @@ class ShardSet(Samples):
 
     def prefetch(self, shard: int) -> None:
         """Have a shard on this machine's disks before it is read. Raises UserError."""
-        self._store.locate(self.info.shards[shard], self._closing)
+        self.local(self.info.shards[shard])
+
+    def local(self, info: FileInfo) -> Path:
+        """A shard or the index as a file of this machine, fetched first where it lies on a server. Raises UserError."""
+        return self._store.locate(info, self._closing)
 
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, float32 metres (height, width)."""
