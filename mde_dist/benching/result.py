@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,6 +133,11 @@ def over_rounds(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {name: median(values), f"{name}_rounds": list(values), "spread": words}
 
 
+def middle(values: Sequence[float]) -> float | None:
+    """Their median; None of none."""
+    return median(values) if values else None
+
+
 def ratio(value: float | None, base: float | None) -> float | None:
     """None where one is not known, or nothing to divide by."""
     return value / base if value is not None and base else None
@@ -187,3 +192,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "mde_dist": __version__,
     }
+
+
+def plain_config(options: Config) -> Config:
+    """The config of training alone, of options that are more."""
+    return Config(**{item.name: getattr(options, item.name) for item in fields(Config)})

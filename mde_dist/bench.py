@@ -1,0 +1,43 @@
+"""Where does the time go? In a minute: whether cores, disk, device or network is the limit here, and what to change.
+
+    python -m mde_dist.bench loader  [options]    pairs/s that the loader gives, against the bare decoders, core by core
+    python -m mde_dist.bench step    [options]    images/s of the training step alone, and what each choice in it gains
+    python -m mde_dist.bench train   [options]    both together: does the device wait, and for what?
+    python -m mde_dist.bench scaling [options]    1, 2, … ranks on this node: what each one more brings
+    python -m mde_dist.bench peers   [options]    other loaders on the same pairs
+
+Options: those of mde_dist.train (--config FILE.toml, --section.field value), so that what is measured is the very
+config that will be trained; without any, the sample. And --seconds, --rounds, --json FILE; `bench WORD --help` explains
+all. Begin with `train`: it names what limits, and `loader` or `step` then say what to do about it. Each ends with one
+line, "limit: …; try …".
+"""
+
+from importlib import import_module
+
+from .command import parse, run_command
+from .config import checked
+from .errors import UserError
+
+WORDS = ("loader", "step", "train", "scaling", "peers")
+
+
+def main(argv: list[str]) -> None:
+    word, *rest = argv or ["--help"]
+    if word in ("--help", "-h"):
+        print(__doc__.strip())
+        return
+    if word not in WORDS:
+        raise UserError(f"bench {word}: measures {', '.join(WORDS)} (python -m mde_dist.bench --help)")
+    module = import_module(f".benching.{word}", __package__)
+    options = checked(parse(module.Options, rest, f"python -m mde_dist.bench {word}"))
+    options.check()
+    result = module.bench(options)
+    if result is None:  # a rank that has nothing to show
+        return
+    result.show()
+    if options.json is not None:
+        result.save(options.json)
+
+
+if __name__ == "__main__":
+    run_command(main)

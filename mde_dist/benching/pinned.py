@@ -1,0 +1,86 @@
+"""Processes that measure on given cores when they are asked to, so that several can take turns.
+
+A question is the number of seconds to measure for, a line on stdin; the answer is a line of JSON on stdout. Imports
+nothing heavy itself: each process pays for what its measurement needs.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+from ..errors import UserError
+
+Answer = dict[str, Any]
+Measure = Callable[[float], Answer]
+"""Seconds to measure for -> what was found."""
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of a rank that starts a process of its own
+
+
+@contextlib.contextmanager
+def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> Iterator[Measure]:
+    """A process on these cores that runs `name(**arguments)` of `mde_dist.benching.MODULE`, a context manager that
+    yields what measures. Arguments are of JSON's types. Asking raises UserError where the process cannot."""
+    command = [sys.executable, "-m", __name__, module, name, json.dumps(arguments)]
+    env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
+    with (
+        _on(cores),  # inherited, and so in force before its libraries count the cores
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process,
+    ):
+        pass_on = process.stdin, process.stdout
+        assert pass_on[0] is not None and pass_on[1] is not None
+
+        def ask(seconds: float) -> Answer:
+            with contextlib.suppress(BrokenPipeError):
+                pass_on[0].write(f"{seconds}\n")
+                pass_on[0].flush()
+            line = pass_on[1].readline()
+            if not line:
+                raise UserError(f"the process that measures {name} ended (exit code {process.wait()}); see above")
+            answer = json.loads(line)
+            if "error" in answer:
+                raise UserError(answer["error"])
+            return answer
+
+        try:
+            yield ask
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _on(cores: Sequence[int]) -> Iterator[None]:
+    """This thread, and what it starts, on these cores; where the system knows how."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def serve(module: str, name: str, arguments: str) -> None:
+    """The other side: answer until stdin ends."""
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # what is said meanwhile is no answer
+    try:
+        with getattr(import_module(f"mde_dist.benching.{module}"), name)(**json.loads(arguments)) as measure:
+            for line in sys.stdin:
+                print(json.dumps(measure(float(line))), file=answers, flush=True)
+    except UserError as error:
+        print(json.dumps({"error": str(error)}), file=answers, flush=True)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
