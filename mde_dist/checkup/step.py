@@ -82,7 +82,7 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
             some = batch or noise(part, size, accelerator.device)
             return _timed_steps(learners[0], alone, accelerator, some, size)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -159,8 +159,8 @@ def _timed_steps(
     ]
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    # on a CPU torch has no type of its own for it
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says so: on a CPU torch has no type of its own for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
