@@ -63,8 +63,9 @@ class ShardConfig:
     """SPLIT=FILE, train or test: a list of pairs that is not in the data set under its published name; also .gz."""
     depth_map: DepthMap | None = None
     """raw (with holes) or filled, where the data set has both; None = the layout's own, which the output names."""
-    depth_codec: Literal["zst", "png"] = "zst"
-    """How depth is stored, always lossless: zst decodes about seven times as fast, png is for interchange."""
+    depth_codec: Literal["blosc", "zst", "png"] = "blosc"
+    """How depth is stored, always lossless: blosc decodes about 25 times as fast as png, zst seven times and is smaller
+    where holes are filled; png is for interchange."""
     jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
     """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
     dry_run: bool = False

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zstandard
 from PIL import Image
 from trees import (
     SIZE,
@@ -212,13 +211,15 @@ def huge(_: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def streamed(millimetres: np.ndarray) -> bytes:
-    """zstd as a stream writer leaves it, without its size in the header."""
-    return zstandard.ZstdCompressor(write_content_size=False).compress(millimetres.tobytes())
+def lying(payload: Callable[[], np.ndarray]) -> Callable[[bytes], bytes]:
+    """A depth map whose header says that it is of the right size."""
 
+    def encoded(_: bytes) -> bytes:
+        data = bytearray(depth_bytes(payload()))
+        data[4:8] = (2 * SIZE[0] * SIZE[1]).to_bytes(4, "little")
+        return bytes(data)
 
-def no_size(payload: Callable[[], np.ndarray]) -> Callable[[bytes], bytes]:
-    return lambda _: streamed(payload())
+    return encoded
 
 
 # --- the table ---
@@ -339,29 +340,29 @@ TABLE = {
     ),
     "image missing": Damage(without("jpg"), f"{SHARD}: key {{key}}: has no image", lost=VICTIM_ONLY, unindexed=True),
     "depth missing": Damage(
-        without("depth.zst"), f"{SHARD}: key {{key}}: has no depth", lost=VICTIM_ONLY, unindexed=True
+        without("depth.blosc"), f"{SHARD}: key {{key}}: has no depth", lost=VICTIM_ONLY, unindexed=True
     ),
     "depth of another size": Damage(
-        with_member("depth.zst", lambda _: depth_bytes(millimetres(1, (12, 16)))),
+        with_member("depth.blosc", lambda _: depth_bytes(millimetres(1, (12, 16)))),
         NAMED + "depth holds 384 bytes, expected 1536",
         bad=VICTIM_ONLY,
         says="depth holds 384 bytes",
         lost=VICTIM_ONLY,
     ),
-    "depth of another size that the zstd frame does not tell": Damage(
-        with_member("depth.zst", no_size(lambda: millimetres(1, (12, 16)))), NAMED, bad=VICTIM_ONLY, lost=VICTIM_ONLY
+    "depth of another size whose header tells another": Damage(
+        with_member("depth.blosc", lying(lambda: millimetres(1, (12, 16)))), NAMED, bad=VICTIM_ONLY, lost=VICTIM_ONLY
     ),
-    "depth of one pixel that the zstd frame does not tell": Damage(
-        with_member("depth.zst", no_size(lambda: np.full((1, 1), 2500, np.uint16))),
+    "depth of one pixel whose header tells more": Damage(
+        with_member("depth.blosc", lying(lambda: np.full((1, 1), 2500, np.uint16))),
         NAMED,
         bad=VICTIM_ONLY,
         lost=VICTIM_ONLY,
     ),
-    "depth of a larger size that the zstd frame does not tell": Damage(
-        with_member("depth.zst", no_size(lambda: millimetres(1, (400, 400)))), NAMED, bad=VICTIM_ONLY, lost=VICTIM_ONLY
+    "depth of a larger size whose header tells less": Damage(
+        with_member("depth.blosc", lying(lambda: millimetres(1, (400, 400)))), NAMED, bad=VICTIM_ONLY, lost=VICTIM_ONLY
     ),
     "depth without a measurement": Damage(
-        with_member("depth.zst", lambda _: depth_bytes(np.zeros(SIZE, np.uint16))),
+        with_member("depth.blosc", lambda _: depth_bytes(np.zeros(SIZE, np.uint16))),
         NAMED + "depth has no valid pixel",
         bad=VICTIM_ONLY,
         says="depth has no valid pixel",
@@ -419,7 +420,7 @@ TABLE = {
         lambda d: (d / SHARD).unlink(), f"{SHARD}: No such file", refused="No such file", lost=WHOLE_SHARD, index=""
     ),
     "shard of another pack and size": Damage(
-        lambda d: write_tar(d / SHARD, [m for i in range(9) for m in sample_members(f"x{i}", i)]),
+        lambda d: write_tar(d / SHARD, [m for i in range(13) for m in sample_members(f"x{i}", i)]),
         f"{SHARD}: .*samples of the index are not in the tar",
         refused=SIZES,
         lost=WHOLE_SHARD,
@@ -453,8 +454,8 @@ TABLE = {
         index="",
     ),
     "mean map of another pack": Damage(
-        lambda d: flip(d / "train.mean.zst", 20),
-        r"train\.mean\.zst: not the mean map that the manifest names",
+        lambda d: flip(d / "train.mean.blosc", 20),
+        r"train\.mean\.blosc: not the mean map that the manifest names",
         index="",
     ),
 }
@@ -577,7 +578,7 @@ def decoded(seed: int) -> Pair:
     """What a sample of `sample_members` is."""
     (_, depth_payload), (_, jpeg) = sample_members("x", seed)
     image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
-    shards_module.decode_pair(jpeg, depth_payload, "zst", image, depth)
+    shards_module.decode_pair(jpeg, depth_payload, "blosc", image, depth)
     return image.tobytes(), depth.tobytes()
 
 
@@ -595,7 +596,7 @@ def test_damage_without_a_manifest(name: str, base: Path, truth: list[tuple[str,
     damage = TABLE[name]
     directory = fresh(base)
     damage.do(directory)
-    for path in [*directory.glob("*.npy"), *directory.glob("*.zst"), directory / "manifest.json"]:
+    for path in [*directory.glob("*.npy"), *directory.glob("*.blosc"), directory / "manifest.json"]:
         path.unlink()
     before = contents(directory)
     pairs = {key: pair for key, pair in truth}
@@ -634,7 +635,7 @@ def test_a_sample_that_lost_a_member_never_gets_that_of_its_namesake(tmp_path: P
 def test_manifest_and_index_of_another_pack_give_no_sample_at_all(base: Path) -> None:
     """Nothing is whole then, so nothing is repaired: the tars have to be indexed anew, as the message says."""
     directory = fresh(base)
-    for name in ("manifest.json", "train.index.npy", "train.mean.zst"):
+    for name in ("manifest.json", "train.index.npy", "train.mean.blosc"):
         shutil.copy(base / "other" / name, directory / name)
     with open_split(directory, "train") as shards:
         for sample in range(SAMPLES):
@@ -690,7 +691,7 @@ def test_other_damage_at_once_is_all_found_and_all_repaired(base: Path, truth: l
     flip(directory / "train-000000.tar", row(directory, 1)["image_offset"] + 300)
     flip_in("depth", 200)(directory)
     (directory / "train-000002.tar").unlink()
-    (directory / "test.mean.zst").write_bytes(b"")
+    (directory / "test.mean.blosc").write_bytes(b"")
     verdict = verify(directory, 1, silent)
     assert len(verdict.problems) == 4
     assert verdict.broken == {"train", "test"}

@@ -1,5 +1,6 @@
 """Units, holes and codecs of depth: what is stored is what was measured."""
 
+import contextlib
 import io
 import struct
 import tracemalloc
@@ -12,6 +13,7 @@ import torch
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numcodecs import blosc
 from PIL import Image
 
 from mde_dist.data.depth import (
@@ -149,8 +151,9 @@ def test_encoding_is_deterministic(codec):
 
 def test_what_the_bytes_are():
     stored = np.array([[1, 2, 3], [256, 513, 65535]], np.uint16)
-    plain = zstandard.ZstdDecompressor().decompress(encode(stored, "zst"))
-    assert plain == struct.pack("<6H", 1, 2, 3, 256, 513, 65535)  # little-endian, row by row
+    plain = struct.pack("<6H", 1, 2, 3, 256, 513, 65535)  # little-endian, row by row
+    assert zstandard.ZstdDecompressor().decompress(encode(stored, "zst")) == plain
+    assert blosc.decompress(encode(stored, "blosc")) == plain
     with Image.open(io.BytesIO(encode(stored, "png"))) as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "I;16", (3, 2))
         assert np.asarray(picture).tolist() == stored.tolist()
@@ -263,6 +266,45 @@ def test_zstd_that_claims_a_petabyte_is_a_damaged_map():
     data = b"\x28\xb5\x2f\xfd\xe0" + (2**50).to_bytes(8, "little") + b"\x01\x00\x00"
     with pytest.raises(ValueError):
         decoded(data, "zst", (40, 60))
+
+
+@pytest.mark.parametrize("states_size", [True, False])
+@pytest.mark.parametrize("size", [0, 4798, 4799])
+def test_zstd_of_fewer_bytes_leaves_no_old_ones_behind(size, states_size):
+    data = zstandard.ZstdCompressor(write_content_size=states_size).compress(
+        bytes(size)
+    )  # of zeros: a very short frame
+    with pytest.raises(ValueError):
+        decoded(data, "zst", (40, 60))
+
+
+def test_blosc_that_lies_about_its_lengths_is_refused_before_it_is_looked_at():
+    data = encode(random_map(1, (40, 60)), "blosc")
+    for place, value in (
+        (4, 4802),
+        (4, 4798),
+        (4, 2**31),
+        (12, len(data) + 1),
+        (12, 2**31),
+        (12, 16),
+        (8, 0),
+        (8, 2**31),
+    ):
+        with pytest.raises(ValueError):
+            decoded(data[:place] + value.to_bytes(4, "little") + data[place + 4 :], "blosc", (40, 60))
+    with pytest.raises(ValueError):
+        decoded(data + b"x", "blosc", (40, 60))
+
+
+def test_damaged_blosc_is_refused_or_read_but_never_kills_the_process():
+    draw = np.random.default_rng(0)
+    data = encode(random_map(1, (40, 60)), "blosc")
+    for _ in range(3000):
+        damaged = bytearray(data)
+        for place in draw.integers(len(data) if draw.random() < 0.5 else 64, size=draw.integers(1, 8)):
+            damaged[place] = draw.integers(256)
+        with contextlib.suppress(ValueError):
+            decoded(bytes(damaged), "blosc", (40, 60))
 
 
 def test_zstd_without_a_stated_size_is_read():

@@ -28,6 +28,7 @@ import torch
 from trees import SIZE, bts, members, packed, silent, vouch, write_tar
 
 from mde_dist.data.adopt import adopt
+from mde_dist.data.depth import CODECS
 from mde_dist.data.examine import examine
 from mde_dist.data.loader import Loader
 from mde_dist.data.pack import PackOptions
@@ -68,7 +69,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> list[Whole]:
     found = []
-    for codec in ("zst", "png"):
+    for codec in CODECS:
         base = tmp_path_factory.mktemp("fuzz")
         packed(bts(base / "tree", 7, 5), base / "shards", PackOptions(samples_per_shard=3, codec=codec))
         files = {path.name: path.read_bytes() for path in sorted((base / "shards").iterdir())}

@@ -59,7 +59,7 @@ def empty_depth(directory: Path, sample: int) -> None:
     path = directory / f"train-{int(row['shard']):06d}.tar"
     content = members(path)
     place = 3 * (sample % 6)
-    assert content[place][0].endswith(".depth.zst")
+    assert content[place][0].endswith(".depth.blosc")
     content[place] = content[place][0], depth_bytes(np.zeros(SIZE, np.uint16))
     write_tar(path, content)
     vouch(directory)

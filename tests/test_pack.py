@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-import zstandard
+from numcodecs import blosc
 from PIL import Image, JpegImagePlugin
 from trees import SIZE, bts, contents, densedepth, folder, jpeg_bytes, millimetres, packed, picture, silent, write
 from warm import warm_run, warm_start
@@ -44,7 +44,7 @@ def members(tar: Path) -> list[tuple[str, bytes]]:
 
 
 def samples(directory: Path, split: str) -> Iterator[tuple[str, bytes, np.ndarray, dict]]:
-    """Key, JPEG bytes, millimetres and record of every sample: by tarfile, zstandard and NumPy, not by the package."""
+    """Key, JPEG bytes, millimetres and record of every sample: by tarfile, numcodecs and NumPy, not by the package."""
     for tar in tars(directory, split):
         files = dict(members(tar))
         for name in files:
@@ -53,7 +53,7 @@ def samples(directory: Path, split: str) -> Iterator[tuple[str, bytes, np.ndarra
             key = name.removesuffix(".json")
             with Image.open(io.BytesIO(files[f"{key}.jpg"])) as image:
                 shape = image.size[::-1]
-            plain = zstandard.ZstdDecompressor().decompress(files[f"{key}.depth.zst"])
+            plain = blosc.decompress(files[f"{key}.depth.blosc"])
             depth = np.frombuffer(plain, "<u2").reshape(shape)
             yield key, files[f"{key}.jpg"], depth, json.loads(files[name])
 
@@ -122,7 +122,7 @@ def test_tar_members_have_fixed_order_time_owner_and_names(dense: Path) -> None:
                 found = archive.getmembers()
             keys = [member.name.split(".")[0] for member in found[::3]]
             assert [member.name for member in found] == [
-                f"{key}.{extension}" for key in keys for extension in ("depth.zst", "jpg", "json")
+                f"{key}.{extension}" for key in keys for extension in ("depth.blosc", "jpg", "json")
             ]
             assert len(set(keys)) == len(keys)
             assert {member.mtime for member in found} == {0}
@@ -187,7 +187,7 @@ def test_plain_webdataset_reads_the_same_pixels_and_millimetres(sync: Path) -> N
         assert sample["jpg"] == jpeg_bytes(picture(number))  # the source's own bytes
         expected = millimetres(number, holes=0.3)
         expected[5, 7] = 0
-        plain = zstandard.ZstdDecompressor().decompress(sample["depth.zst"])
+        plain = blosc.decompress(sample["depth.blosc"])
         assert plain == expected.astype("<u2").tobytes()  # little-endian, row by row, of the image's shape
         seen.add(number)
     assert seen == set(range(7))
@@ -638,7 +638,7 @@ def test_mean_map_is_the_mean_over_measurements(layout: str, request: pytest.Fix
     directory = request.getfixturevalue(layout)
     for split in ("train", "test"):
         maps = np.stack([depth for _, _, depth, _ in samples(directory, split)]).astype(np.float64)
-        plain = zstandard.ZstdDecompressor().decompress((directory / f"{split}.mean.zst").read_bytes())
+        plain = blosc.decompress((directory / f"{split}.mean.blosc").read_bytes())
         stored = np.frombuffer(plain, "<u2").reshape(SIZE)
         counts = (maps > 0).sum(0)
         measured = counts > 0

@@ -81,7 +81,7 @@ def refused(directory: Path, split: str = "train") -> str:
 # --- reading ---
 
 
-@pytest.mark.parametrize("codec", ["zst", "png"])
+@pytest.mark.parametrize("codec", ["blosc", "zst", "png"])
 def test_every_sample_is_what_was_packed(tmp_path: Path, codec: str) -> None:
     packed(bts(tmp_path / "tree", 7, 4), tmp_path / "shards", PackOptions(samples_per_shard=3, codec=codec))
     for split, first, holes in (("train", 0, 0.3), ("test", 100, 0.0)):
@@ -107,7 +107,7 @@ def test_counts_come_from_the_manifest(whole: Path) -> None:
     assert manifest.place == str(whole)
     assert manifest.sha256 == hashlib.sha256((whole / "manifest.json").read_bytes()).hexdigest()
     assert (manifest.codec, manifest.size, manifest.layout, list(manifest.splits)) == (
-        "zst",
+        "blosc",
         SIZE,
         "bts",
         ["train", "test"],
@@ -254,7 +254,7 @@ def test_a_manifest_with_another_image_size_does_not_pass_for_the_data(copy: Pat
         with pytest.raises(DamagedSample):
             shards.read_into(0, *buffers(size))
         if size != (32, 24):  # which has as many pixels
-            with pytest.raises(UserError, match=r"train\.mean\.zst"):
+            with pytest.raises(UserError, match=r"train\.mean\.blosc"):
                 shards.mean_map()
 
 
@@ -304,7 +304,7 @@ def test_an_unknown_codec_names_those_it_reads(copy: Path) -> None:
     edit(copy, lambda manifest: manifest.update(codec="lerc"))
     said = refused(copy)
     assert "'lerc'" in said
-    assert "zst, png" in said
+    assert "blosc, zst, png" in said
 
 
 @pytest.mark.parametrize("name", ["../outside.tar", "/etc/passwd", "sub/train.tar", "..", "."])
@@ -520,20 +520,20 @@ def test_a_shard_that_is_no_regular_file_is_refused_without_opening_it(copy: Pat
 
 
 def test_a_mean_map_that_is_missing_or_damaged(copy: Path) -> None:
-    path = copy / "train.mean.zst"
+    path = copy / "train.mean.blosc"
     whole = path.read_bytes()
     for data in (None, b"", whole[:-3], b"\0" * 100):
         path.unlink(missing_ok=True)
         if data is not None:
             path.write_bytes(data)
-        with open_split(copy, "train") as shards, pytest.raises(UserError, match=r"train\.mean\.zst"):
+        with open_split(copy, "train") as shards, pytest.raises(UserError, match=r"train\.mean\.blosc"):
             shards.mean_map()
 
 
 def test_a_mean_map_that_is_not_the_one_of_the_manifest(copy: Path) -> None:
     """It decodes, but it is the baseline of other samples."""
-    shutil.copy(copy / "test.mean.zst", copy / "train.mean.zst")
-    with open_split(copy, "train") as shards, pytest.raises(UserError, match=r"train\.mean\.zst"):
+    shutil.copy(copy / "test.mean.blosc", copy / "train.mean.blosc")
+    with open_split(copy, "train") as shards, pytest.raises(UserError, match=r"train\.mean\.blosc"):
         shards.mean_map()
 
 

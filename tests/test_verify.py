@@ -191,13 +191,13 @@ def several(directory: Path) -> list[str]:
     (directory / "train-000002.tar").unlink()
     data = (directory / "test.index.npy").read_bytes()
     (directory / "test.index.npy").write_bytes(data[:-1])
-    (directory / "train.mean.zst").unlink()
+    (directory / "train.mean.blosc").unlink()
     return [
         f"train-000000.tar, key {keys[0]}: image fails its checksum",
         f"train-000001.tar, key {keys[1]}: depth fails its checksum",
         "train-000002.tar: No such file",
         "test.index.npy: not the index",
-        "train.mean.zst: No such file",
+        "train.mean.blosc: No such file",
     ]
 
 
@@ -260,7 +260,7 @@ def test_a_shard_that_is_no_file_is_a_problem_not_a_hang(copy: Path, kind: str) 
     path.unlink()
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     problems: list[str] = []
-    thread = threading.Thread(target=lambda: problems.extend(examine(path, "zst", SIZE, None).problems), daemon=True)
+    thread = threading.Thread(target=lambda: problems.extend(examine(path, "blosc", SIZE, None).problems), daemon=True)
     thread.start()
     thread.join(3)
     hangs = thread.is_alive()
@@ -303,10 +303,10 @@ def test_a_repair_leaves_the_other_split_and_the_whole_shards_untouched(copy: Pa
     repaired = repair(copy, verify(copy, 1, silent))
     after = contents(copy)
     assert set(after) == {
-        *("manifest.json", "test-000000.tar", "test-000001.tar", "test.index.npy", "test.mean.zst"),
-        *("train-000000.tar", "train-000001-r1.tar", "train-000002.tar", "train-r1.index.npy", "train-r1.mean.zst"),
+        *("manifest.json", "test-000000.tar", "test-000001.tar", "test.index.npy", "test.mean.blosc"),
+        *("train-000000.tar", "train-000001-r1.tar", "train-000002.tar", "train-r1.index.npy", "train-r1.mean.blosc"),
         *(f"quarantine/{name}" for name in ("manifest-r1.json", "train-000001.tar", "train.index.npy")),
-        "quarantine/train.mean.zst",
+        "quarantine/train.mean.blosc",
     }
     for name in before:
         if name.startswith("test") or name in ("train-000000.tar", "train-000002.tar"):
@@ -339,12 +339,12 @@ def test_a_second_repair_is_the_second_revision(copy: Path) -> None:
     keys.append(damage(copy, 3))  # in the shard that was written by the first repair
     repair(copy, verify(copy, 1, silent))
     names = {path.name for path in copy.iterdir()}
-    assert {"train-000001-r2.tar", "train-r2.index.npy", "train-r2.mean.zst"} <= names
+    assert {"train-000001-r2.tar", "train-r2.index.npy", "train-r2.mean.blosc"} <= names
     assert not [name for name in names if "-r1" in name]
     quarantined = {path.name for path in (copy / "quarantine").iterdir()}
     assert quarantined == {
-        *("manifest-r1.json", "train-000001.tar", "train.index.npy", "train.mean.zst"),
-        *("manifest-r2.json", "train-000001-r1.tar", "train-r1.index.npy", "train-r1.mean.zst"),
+        *("manifest-r1.json", "train-000001.tar", "train.index.npy", "train.mean.blosc"),
+        *("manifest-r2.json", "train-000001-r1.tar", "train-r1.index.npy", "train-r1.mean.blosc"),
     }
     assert verify(copy, 1, silent).problems == []
     assert len(samples(copy)) == 5
@@ -461,7 +461,7 @@ def test_what_is_repaired_is_read_by_plain_webdataset(copy: Path) -> None:
     for sample in found.values():
         number = int(json.loads(sample["json"])["source"][-9:-4])
         assert sample["jpg"] == jpeg_bytes(picture(number))
-        assert sample["depth.zst"] == depth_bytes(millimetres(number, holes=0.3))
+        assert sample["depth.blosc"] == depth_bytes(millimetres(number, holes=0.3))
 
 
 # --- index ---
@@ -475,7 +475,7 @@ def test_an_index_made_of_the_packers_tars_is_the_packers_own(whole: Path, tmp_p
     after = contents(directory)
     assert {name: after[name] for name in before} == before
     own = contents(whole)
-    for name in ("train.index.npy", "test.index.npy", "train.mean.zst", "test.mean.zst"):
+    for name in ("train.index.npy", "test.index.npy", "train.mean.blosc", "test.mean.blosc"):
         assert after[name] == own[name]
     old = manifest_of(whole)
     for split, said in made.raw["splits"].items():
@@ -506,7 +506,7 @@ def test_the_index_command_says_what_it_made_and_what_to_do_next(copy: Path, cap
         "some.folder/with.dots/{:04d}",
         "scène/küche_{:04d}",
         "long/" * 12 + "{:04d}",
-        "d" * 60 + "/" + "e" * 26 + "{:04d}",  # .jpg just fits where .depth.zst does not
+        "d" * 60 + "/" + "e" * 26 + "{:04d}",  # .jpg just fits where .depth.blosc does not
         "d" * 60 + "/" + "e" * 31 + "{:04d}",
         "d" * 60 + "/" + "e" * 60 + "{:04d}",
     ],
@@ -643,7 +643,7 @@ def png_image(seed: int) -> bytes:
 @pytest.mark.parametrize(
     ("extensions", "words"),
     [
-        (("png", "depth.zst"), ["depth.zst, png"]),
+        (("png", "depth.blosc"), ["depth.blosc, png"]),
         (("jpg", "depth.npy"), ["depth.npy, jpg"]),
         (("jpg", "exr"), ["exr, jpg"]),
         (("rgb.jpg", "depth.png"), ["depth.png, rgb.jpg"]),
@@ -653,10 +653,10 @@ def png_image(seed: int) -> bytes:
 def test_index_names_the_members_that_it_found_and_cannot_use(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], extensions: tuple[str, ...], words: list[str]
 ) -> None:
-    payload = {"png": png_image(0), "jpg": jpeg_bytes(picture(0)), "depth.zst": depth_bytes(millimetres(0))}
+    payload = {"png": png_image(0), "jpg": jpeg_bytes(picture(0)), "depth.blosc": depth_bytes(millimetres(0))}
     write_tar(tmp_path / "t-0.tar", [(f"k.{extension}", payload.get(extension, b"x")) for extension in extensions])
     said = refused_index(tmp_path, capfd)
-    for word in ["KEY.depth.zst or KEY.depth.png", "pack from the source", *words]:
+    for word in ["KEY.depth.blosc or KEY.depth.zst or KEY.depth.png", "pack from the source", *words]:
         assert word in said
 
 
@@ -677,7 +677,7 @@ def scaled(directory: Path, factor: float, name: str = "train-0.tar") -> Path:
     content = []
     for seed in range(3):
         depth = (millimetres(seed) * factor).astype(np.uint16)
-        content += [(f"{seed}.depth.zst", depth_bytes(depth)), (f"{seed}.jpg", jpeg_bytes(picture(seed)))]
+        content += [(f"{seed}.depth.blosc", depth_bytes(depth)), (f"{seed}.jpg", jpeg_bytes(picture(seed)))]
     write_tar(directory / name, content)
     return directory
 
@@ -707,7 +707,7 @@ def with_problems(directory: Path) -> Path:
     content = [sample_members(f"{seed}", seed) for seed in range(8)]
     content[1] = content[1][:1]
     content[4] = [content[4][0], ("4.jpg", content[4][1][1][:400])]
-    content[6] = [("6.depth.zst", depth_bytes(np.zeros(SIZE, np.uint16))), content[6][1]]
+    content[6] = [("6.depth.blosc", depth_bytes(np.zeros(SIZE, np.uint16))), content[6][1]]
     for number in range(2):
         write_tar(directory / f"t-{number}.tar", [m for sample in content[4 * number :][:4] for m in sample])
     return directory

@@ -246,7 +246,7 @@ Member = tuple[str, bytes]
 """Name and payload of a tar's member."""
 
 
-def depth_bytes(millimetres: np.ndarray, codec: str = "zst") -> bytes:
+def depth_bytes(millimetres: np.ndarray, codec: str = "blosc") -> bytes:
     return encode(millimetres, codec)
 
 
@@ -266,13 +266,13 @@ def write_tar(path: Path, content: Iterable[Member], form: int = tarfile.PAX_FOR
             archive.addfile(info, io.BytesIO(data))
 
 
-def sample_members(key: str, seed: int, codec: str = "zst", size: tuple[int, int] = SIZE) -> list[Member]:
+def sample_members(key: str, seed: int, codec: str = "blosc", size: tuple[int, int] = SIZE) -> list[Member]:
     """The members of a whole sample whose picture and depth both tell its seed."""
     depth = depth_bytes(millimetres(seed, size), codec)
     return [(f"{key}.depth.{codec}", depth), (f"{key}.jpg", jpeg_bytes(picture(seed, size)))]
 
 
-def vouch(directory: Path, codec: str = "zst", size: tuple[int, int] = SIZE) -> Manifest:
+def vouch(directory: Path, codec: str = "blosc", size: tuple[int, int] = SIZE) -> Manifest:
     """Index and manifest for the tars of a directory as they are: all checksums agree, whatever they hold.
 
     Samples are taken as they follow one another in the tar; those that miss a member are left out.

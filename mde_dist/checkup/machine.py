@@ -15,7 +15,7 @@ from .. import __version__
 from ..run.distributed import clock_offsets
 from .panel import Panel, Row
 
-_PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "zstandard")
+_PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
 _MAY_DIFFER = ("driver",)
 _CLOCK_WARN, _CLOCK_FAIL = 2.0, 60.0  # seconds
 _MARGIN = 128  # descriptors for libraries, devices, logs, checkpoints and pipes

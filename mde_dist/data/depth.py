@@ -4,16 +4,19 @@ In memory depth is float32 metres; in a shard and in a batch it is uint16 millim
 """
 
 import io
-import threading
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import zstandard
+from numcodecs import blosc, zstd
 from PIL import Image, UnidentifiedImageError
 
-CODECS = ("zst", "png")
-_ZSTD_LEVEL = 3  # levels 1 to 9 decode at the same speed; 3 packs fast and is 18 % larger than PNG
+CODECS = ("blosc", "zst", "png")
+_LZ4HC_LEVEL = 4  # sizes hardly fall beyond it, packing times double with every two levels
+_ZSTD_LEVEL = 3  # levels 1 to 9 decode at the same speed; 3 packs fast
+_BLOSC_HEADER = struct.Struct("<4BIII")  # versions, flags, item size; bytes plain, of a block, compressed
+blosc.use_threads = False  # the loader has its own
 _MAX_MILLIMETRES = np.iinfo(np.uint16).max
 
 
@@ -70,23 +73,26 @@ def to_metres(millimetres: np.ndarray) -> np.ndarray:
 def encode(millimetres: np.ndarray, codec: str) -> bytes:
     """uint16 (height, width) millimetres -> bytes of the codec, without loss.
 
-    `zst`: zstd over little-endian row-major values; the shape is that of the image beside it.
-    `png`: 16-bit grey PNG, for interchange.
+    `blosc`: LZ4-HC over little-endian row-major values whose bytes are shuffled, in the format of c-blosc; `zst`: zstd
+    over the values as they are. Both without the shape, which is that of the image beside them. `png`: 16-bit grey PNG,
+    for interchange. benchmarks/codecs.md says what each costs.
     """
     if millimetres.dtype != np.uint16 or millimetres.ndim != 2:
         raise ValueError(f"depth must be uint16 (height, width), not {millimetres.dtype} {millimetres.shape}")
-    if codec == "zst":
-        plain = np.ascontiguousarray(millimetres, dtype="<u2")
-        return zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False).compress(plain.data)
     if codec == "png":
         return png_bytes(millimetres)
+    plain = np.ascontiguousarray(millimetres, dtype="<u2")
+    if codec == "blosc":
+        return blosc.compress(plain, b"lz4hc", _LZ4HC_LEVEL, blosc.SHUFFLE)
+    if codec == "zst":
+        return zstd.compress(plain, _ZSTD_LEVEL)
     raise ValueError(f"unknown depth codec {codec!r}; known: {', '.join(CODECS)}")
 
 
 def decode(data: bytes | memoryview, codec: str, out: np.ndarray) -> None:
     """Decode into `out`, a contiguous uint16 (height, width) array. Raises ValueError where the bytes do not fit it."""
-    if codec == "zst":
-        _decode_zstd(data, out)
+    if codec in _INTO:
+        _INTO[codec](data, out)
         return
     if codec != "png":
         raise ValueError(f"unknown depth codec {codec!r}; known: {', '.join(CODECS)}")
@@ -108,25 +114,42 @@ def png_bytes(millimetres: np.ndarray, level: int = 6) -> bytes:
     return buffer.getvalue()
 
 
-_local = threading.local()  # a zstd context serves one thread at a time
+def _decode_blosc(data: bytes | memoryview, out: np.ndarray) -> None:
+    if len(data) < _BLOSC_HEADER.size:
+        raise ValueError("depth is no blosc buffer")
+    # c-blosc is not told how long its input is: both lengths have to be right before it may look
+    plain, _, compressed = _BLOSC_HEADER.unpack_from(data)[4:]
+    if compressed != len(data):
+        raise ValueError(f"depth says it has {compressed} bytes, of which {len(data)} are there")
+    if plain != out.nbytes:
+        raise ValueError(f"depth holds {plain} bytes, expected {out.nbytes} for {out.shape}")
+    try:
+        blosc.decompress(data, out)
+    except RuntimeError as error:
+        raise ValueError(f"depth does not decompress: {error}") from None
 
 
 def _decode_zstd(data: bytes | memoryview, out: np.ndarray) -> None:
+    stated = _zstd_content_size(data)
+    if stated not in (None, out.nbytes):  # fewer bytes would leave the end of the map as it was
+        raise ValueError(f"depth holds {stated} bytes, expected {out.nbytes} for {out.shape}")
     try:
-        context = _local.context
-    except AttributeError:
-        context = _local.context = zstandard.ZstdDecompressor()
-    try:
-        # what the frame claims is checked before memory is given to it
-        size = zstandard.get_frame_parameters(data).content_size
-        if size not in (out.nbytes, zstandard.CONTENTSIZE_UNKNOWN):
-            raise ValueError(f"depth holds {size} bytes, expected {out.nbytes} for {out.shape}")
-        plain = context.decompress(data, max_output_size=out.nbytes)
-    except zstandard.ZstdError as error:
+        zstd.decompress(data, out)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"depth does not decompress: {error}") from None
-    if len(plain) != out.nbytes:  # one value would fill the whole map
-        raise ValueError(f"depth holds {len(plain)} bytes, expected {out.nbytes} for {out.shape}")
-    out.reshape(-1)[...] = np.frombuffer(plain, dtype="<u2")
+
+
+def _zstd_content_size(frame: bytes | memoryview) -> int | None:
+    """What the header of a zstd frame says that it holds, bytes; None where it does not say (RFC 8878, 3.1.1.1)."""
+    descriptor = frame[4] if len(frame) > 4 else 0
+    single_segment, dictionary = descriptor >> 5 & 1, (0, 1, 2, 4)[descriptor & 3]
+    width = (single_segment, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single_segment) + dictionary
+    size = int.from_bytes(frame[start : start + width], "little") + (256 if width == 2 else 0)
+    return size if width else None
+
+
+_INTO = {"blosc": _decode_blosc, "zst": _decode_zstd}
 
 
 def resize_depth(depth: Any, size: tuple[int, int]) -> Any:

@@ -38,7 +38,7 @@ class PackOptions:
     size: tuple[int, int] | None = None
     """Resize to (height, width) pixels; None keeps the source's size."""
     samples_per_shard: int = 256
-    codec: str = "zst"
+    codec: str = "blosc"
     jpeg_quality: int = 95
     """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
     limit: int | None = None
