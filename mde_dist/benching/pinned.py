@@ -29,7 +29,7 @@ def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> It
     command = [sys.executable, "-m", __name__, module, name, json.dumps(arguments)]
     env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     with (
-        _on(cores),  # inherited, and so in force before its libraries count the cores
+        on_cores(cores),  # inherited, and so in force before its libraries count the cores
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process,
     ):
         pass_on = process.stdin, process.stdout
@@ -55,7 +55,7 @@ def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> It
 
 
 @contextlib.contextmanager
-def _on(cores: Sequence[int]) -> Iterator[None]:
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
     """This thread, and what it starts, on these cores; where the system knows how."""
     if not hasattr(os, "sched_setaffinity"):
         yield
