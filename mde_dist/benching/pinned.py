@@ -27,19 +27,19 @@ def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> It
     """A process on these cores that runs `name(**arguments)` of `mde_dist.benching.MODULE`, a context manager that
     yields what measures. Arguments are of JSON's types. Asking raises UserError where the process cannot."""
     command = [sys.executable, "-m", __name__, module, name, json.dumps(arguments)]
-    env = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
-    with (
-        on_cores(cores),  # inherited, and so in force before its libraries count the cores
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process,
-    ):
-        pass_on = process.stdin, process.stdout
-        assert pass_on[0] is not None and pass_on[1] is not None
+    with on_cores(cores):  # inherited, and so in force before its libraries count the cores
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own_environment()
+        )
+    with process:
+        questions, answers = process.stdin, process.stdout
+        assert questions is not None and answers is not None
 
         def ask(seconds: float) -> Answer:
             with contextlib.suppress(BrokenPipeError):
-                pass_on[0].write(f"{seconds}\n")
-                pass_on[0].flush()
-            line = pass_on[1].readline()
+                questions.write(f"{seconds}\n")
+                questions.flush()
+            line = answers.readline()
             if not line:
                 raise UserError(f"the process that measures {name} ended (exit code {process.wait()}); see above")
             answer = json.loads(line)
@@ -51,7 +51,12 @@ def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> It
             yield ask
         finally:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
+                questions.close()
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment without the place that a launcher gave it among its ranks."""
+    return {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
 
 
 @contextlib.contextmanager
