@@ -20,13 +20,16 @@ _LOW_SHARE = 0.7  # of the bare decoders, below which something else than they i
 
 
 @dataclass(frozen=True)
-class Options(Config, Timing):
+class Own(Timing):
+    cores: tuple[int, ...] = ()
+    """Numbers of cores to measure on, with a decoding thread each; none given = powers of two up to all at hand."""
+
+
+@dataclass(frozen=True)
+class Options(Config, Own):
     """How many pairs a second the loader gives on 1, 2, … cores, which share of the bare decoders' rate that is, and
     what the disk would give: order, reading, checking, decoding, batches on the device that trains. Takes every option
     of mde_dist.train, and measures the shards and batches that it would train on."""
-
-    cores: tuple[int, ...] = ()
-    """Numbers of cores to measure on, with a decoding thread each; none given = powers of two up to all at hand."""
 
 
 def bench(options: Options) -> Result:

@@ -23,15 +23,18 @@ _WELL = 0.9  # efficiency from which on nothing needs to change
 
 
 @dataclass(frozen=True)
-class Options(Config, Timing):
-    """Images a second on 1, 2, … ranks of this node, each number of them measured by `bench train` under `accelerate
-    launch`. The most ranks train the config as it is, fewer of them with the same share per rank. Takes every option
-    of mde_dist.train."""
-
+class Own(Timing):
     ranks: tuple[int, ...] = ()
     """Numbers of ranks; none given = powers of two up to the GPUs, or without one up to the cores."""
     strong: bool = False
     """The same global batch on all numbers of ranks, in place of the same share per rank."""
+
+
+@dataclass(frozen=True)
+class Options(Config, Own):
+    """Images a second on 1, 2, … ranks of this node, each number of them measured by `bench train` under `accelerate
+    launch`. The most ranks train the config as it is, fewer of them with the same share per rank. Takes every option
+    of mde_dist.train."""
 
 
 COLUMNS = (
@@ -89,13 +92,17 @@ def command(ranks: int, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *shape, *start]
 
 
+def to_its_end(line: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, capture_output=True, text=True, env=own_environment())
+
+
 def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict[str, Any]:
     """What `bench train` found. Raises UserError where it failed."""
     told, found = folder / f"{ranks}.toml", folder / f"{ranks}.json"
     told.write_text(as_toml(replace(config, debug=False, debug_from=None)))
     arguments = ["--config", str(told), "--json", str(found)]
     arguments += ["--seconds", str(options.seconds), "--rounds", str(options.rounds)]
-    done = subprocess.run(command(ranks, arguments), capture_output=True, text=True, env=own_environment())
+    done = to_its_end(command(ranks, arguments))
     if done.returncode or not found.is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in said if line.startswith("error")), said[-1] if said else "no word")

@@ -30,10 +30,7 @@ _BATCHES = (8, 64, 256)  # on a GPU, where none are given
 
 
 @dataclass(frozen=True)
-class Options(Config, Timing):
-    """Images a second of the training step as the config has it, on a batch that is on the device already, and with
-    each of its choices the other way, one at a time. Takes every option of mde_dist.train; one process, one device."""
-
+class Own(Timing):
     batches: tuple[int, ...] = ()
     """Other batch sizes, images on the device at a time; none given = 8, 64 and 256 on a GPU, on a CPU none."""
     all: bool = False
@@ -41,6 +38,18 @@ class Options(Config, Timing):
     profile: Path | None = None
     """Write what the device did in a few steps into this directory, as a trace for chrome://tracing or ui.perfetto.dev,
     and say which kinds of kernels took the time."""
+
+    def check(self) -> None:
+        super().check()
+        for batch in self.batches:
+            if batch < 1:
+                raise UserError(f"batches = {batch}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Options(Config, Own):
+    """Images a second of the training step as the config has it, on a batch that is on the device already, and with
+    each of its choices the other way, one at a time. Takes every option of mde_dist.train; one process, one device."""
 
 
 COLUMNS = (
@@ -132,8 +141,6 @@ def chosen(options: Options, device: torch.device) -> list[Variant]:
         found.append(other(f"--train.compile {compiled}", compile=compiled))
     found.append(Variant("the other AdamW", base, other_adamw=True))
     for batch in options.batches or (_BATCHES if cuda else ()):
-        if batch < 1:
-            raise UserError(f"batches = {batch}: must be at least 1")
         found.append(Variant(f"batch {batch}", replace(base, train=replace(train, batch_size=batch, accumulate=1))))
     return found
 

@@ -77,7 +77,7 @@ def bench(options: Options) -> Result | None:
             with naming_the_lost(), training_stream(config, shards, 0, accelerator, stop) as loader:
                 fed = Fed(config, accelerator, size, learner, loader, Clock(stop))
                 rows = fed.rows(options.rounds, options.seconds)
-                reduce = fed.all_reduce()
+                reduce = fed.all_reduce(options.seconds / options.rounds)
         if not accelerator.is_main_process:
             return None
         world, name = accelerator.num_processes, device_name(accelerator.device)
@@ -128,7 +128,7 @@ class Fed:
         if self._accelerator.num_processes > 1:
             kinds["steps of each rank for itself"] = partial(self._step_again, alone=True)
         kinds["its loader alone"] = self._load
-        for call in (self._train, self._train, *kinds.values()):  # allocate, and choose kernels
+        for call in (self._train, *kinds.values()):  # allocate, and choose kernels
             call()
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
         for _ in range(rounds):
@@ -136,12 +136,14 @@ class Fed:
                 found[name].append(self._measure(call, seconds / rounds))
         return [over_all_rounds(name, answers) for name, answers in found.items()]
 
-    def all_reduce(self) -> float | None:
+    def all_reduce(self, seconds: float) -> float | None:
         """Milliseconds that the sum of the gradients over the ranks takes with nothing beside it; None on one."""
         if self._accelerator.num_processes == 1:
             return None
         parameters = sum(parameter.numel() for parameter in self._learner.bare.parameters())
-        return 1e3 * time_all_reduce(self._accelerator, torch.zeros(parameters, device=self._accelerator.device), 1.0)
+        return 1e3 * time_all_reduce(
+            self._accelerator, torch.zeros(parameters, device=self._accelerator.device), seconds
+        )
 
     def _train(self) -> int:
         """One optimizer step on the next batch -> images of this rank; 0 once the time is over."""

@@ -1,0 +1,344 @@
+"""The bench measures the config that it is given, its figures fit one another, and it says what limits."""
+
+import json
+import os
+import subprocess
+import tarfile
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+
+import psutil
+import pytest
+import torch
+from commands import command, small
+from warm import warm_run
+
+from mde_dist import bench
+from mde_dist.benching import loader, reading, scaling, step, train
+from mde_dist.benching.pinned import pinned
+from mde_dist.benching.profile import kind_of
+from mde_dist.benching.result import Column, Result, Table, cores_at_hand, over_rounds
+from mde_dist.config import read_config
+from mde_dist.data.shards import open_split
+from mde_dist.errors import UserError
+from mde_dist.learning.flops import training_flops
+from mde_dist.learning.model import DepthModel
+
+QUICK = {"seconds": 0.02, "rounds": 2}
+
+
+def measure(word, shards, *arguments, processes=1, before=None, json_file=None, **changes):
+    """-> (what was printed, the JSON) of a word."""
+    options = small(data_shards=shards, train_batch_size=4, **changes) | QUICK | {"json": json_file}
+    done = warm_run("bench", word, *arguments, processes=processes, before=before, **options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(json_file.read_text())
+    assert found["bench"] == word
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["machine"]["cores"] == len(cores_at_hand())
+    assert found["config"]["data.size"] == [32, 32]
+    verdict = done.stdout.splitlines()[-1]
+    assert verdict == f"limit: {found['limit']}" + (f"; try {found['advice']}" if found["advice"] else "")
+    return done.stdout, found
+
+
+def test_the_loader_is_set_against_bare_decoding_of_the_same_pairs(room_shards, tmp_path):
+    text, found = measure("loader", room_shards, "--cores", "1", json_file=tmp_path / "loader.json")
+    bare, one = found["loader"]
+    assert (bare["cores"], one["cores"], one["what"]) == (1, 1, "1")
+    assert len(one["rate_rounds"]) == 2
+    assert one["rate"] == median(one["rate_rounds"]) > 0
+    assert one["share"] == pytest.approx(one["rate"] / bare["rate"])
+    assert one["per_core"] == one["rate"]
+    assert one["speed_up"] == pytest.approx(1)
+    sizes = []
+    for path in room_shards.glob("train-*.tar"):
+        with tarfile.open(path) as tar:
+            sizes += [member.size for member in tar if not member.name.endswith(".json")]
+    assert one["pair_kb"] == pytest.approx(2 * mean(sizes) / 1e3)  # two members a pair
+    assert one["mb_per_second"] == pytest.approx(one["rate"] * one["pair_kb"] / 1e3)
+    cold, warm = found["disk"]
+    assert warm["rate"] > 0
+    assert cold["kind"] == "cold"
+    assert "30 pairs of 48x64" in text
+
+
+def test_pages_that_were_not_dropped_do_not_count_as_read_from_the_disk(room_shards, tmp_path, monkeypatch):
+    place = {"place": str(room_shards), "split": "train", "cache": [str(tmp_path), 10**9, 10], "window": 4, "seed": 0}
+    for fetched, known in (([0, 10**12], True), ([0, 0], False), ([None, None], False)):
+        answers = iter(fetched)
+        monkeypatch.setattr(reading, "_from_storage", lambda answers=answers: next(answers))
+        with reading.disk(**place, threads=2) as ask:
+            answer = ask(5)
+        assert (answer["cold"] is not None) == known
+        assert answer["warm"] > 0
+
+
+def test_a_process_that_measures_has_its_cores_alone_and_its_troubles_are_told(room_shards, tmp_path):
+    place = {"split": "train", "cache": [str(tmp_path), 10**9, 10], "window": 4, "seed": 0}
+    before, core = os.sched_getaffinity(0), cores_at_hand()[-1]
+    with pinned("reading", "limit", [core], place=str(room_shards), **place) as ask:
+        assert ask(0.01)["rate"] > 0
+        (process,) = (p for p in psutil.Process().children() if "mde_dist.benching.pinned" in p.cmdline())
+        assert process.cpu_affinity() == [core]
+        assert os.sched_getaffinity(0) == before
+        process.kill()
+        with pytest.raises(UserError, match="measures limit ended"):
+            ask(0.01)
+    with pinned("reading", "limit", [core], place=str(tmp_path / "none"), **place) as ask, pytest.raises(UserError):
+        ask(0.01)
+
+
+def too_large(images):
+    """A device without memory for more than so many images."""
+    real = DepthModel.forward
+
+    def forward(self, image):
+        if image.device.type != "meta" and len(image) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(self, image)
+
+    DepthModel.forward = forward
+
+
+def test_the_step_and_its_choices_and_a_batch_that_does_not_fit(room_shards, tmp_path):
+    options = ("--batches", "2", "8", "--profile", str(tmp_path / "profile"))
+    before = partial(too_large, 4)
+    text, found = measure("step", room_shards, *options, before=before, json_file=tmp_path / "step.json")
+    rows = {row["what"]: row for row in found["step"]}
+    base = rows["as it is"]
+    names = ["as it is", "prepare and augment alone", "channels-last off", "batch 2", "batch 8"]
+    assert [name for name in rows if not name.startswith("AdamW")] == names
+    assert len(rows) == 6  # and the other AdamW
+    flops = training_flops(read_config([]).model, (32, 32))
+    for name in ("as it is", "channels-last off", "batch 2"):
+        row = rows[name]
+        assert row["rate"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        assert row["tflops"] == pytest.approx(flops * row["rate"] / 1e12)
+        assert row["utilisation"] is None  # of a CPU no peak is known
+    assert base["gain_rounds"] == [1, 1]
+    assert rows["batch 8"]["error"] == "out of memory"
+    assert rows["batch 8"]["rate"] is None
+    assert "out of memory" in text
+    trace = json.loads((tmp_path / "profile/step.json").read_text())
+    assert any("conv" in event["name"] for event in trace["traceEvents"])
+    assert "convolution" in text
+
+
+def test_more_ranks_are_set_against_one_and_share_the_cores_of_a_cpu(room_shards, tmp_path, monkeypatch, capsys):
+    lines = []
+
+    def warm(line):  # real ranks, without the launcher
+        lines.append(line)
+        ranks = int(line[line.index("--num_processes") + 1]) if "--num_processes" in line else 1
+        return warm_run("bench", *line[line.index("mde_dist.bench") + 1 :], processes=ranks)
+
+    monkeypatch.setattr(scaling, "to_its_end", warm)
+    options = small(data_shards=room_shards, train_batch_size=4) | QUICK | {"json": tmp_path / "scaling.json"}
+    bench.main(["scaling", "--ranks", "1", "2", *(f"--{name}={value}" for name, value in options.items())])
+    one, two = json.loads((tmp_path / "scaling.json").read_text())["scaling"]
+    assert [(row["ranks"], row["batch"]) for row in (one, two)] == [(1, 2), (2, 4)]
+    assert two["efficiency"] == pytest.approx(two["rate"] / one["rate"] / 2)
+    assert (one["efficiency"], one["all_reduce_ms"]) == (1, None)
+    assert two["all_reduce_share"] > 0
+    assert two["exposed"] >= 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("limit: the cores, which all ranks share on a CPU")
+    assert "--num_processes" not in lines[0]
+    launch = command("bench", "train", processes=2)  # of which the tests know that it starts two ranks
+    assert lines[1][: len(launch)] == launch
+    assert not (tmp_path / "runs").exists()
+
+    both, steps, alone, load = two["train"]
+    names = ["training", "its steps alone", "steps of each rank for itself", "its loader alone"]
+    assert [row["what"] for row in two["train"]] == names
+    assert [row["what"] for row in one["train"]] == [*names[:2], names[3]]
+    for row in (both, steps, alone):
+        assert len(row["rounds"]) == 2
+        for each in row["rounds"]:
+            assert len(each["ranks_rate"]) == 2
+            assert each["rate"] == pytest.approx(sum(each["ranks_rate"]))
+            assert 0 <= each["data_wait"] <= 1
+    assert (load["ms"], load["data_wait"]) == (None, None)
+    assert two["all_reduce_share"] == pytest.approx(two["all_reduce_ms"] / steps["ms"])
+
+
+def test_ranks_that_fail_are_one_line(room_shards, monkeypatch):
+    said = "W1125 launcher\nerror: train.batch_size = 5: no\nTraceback of the launcher"
+    failed = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(scaling, "to_its_end", lambda line: failed)
+    with pytest.raises(UserError, match=r"^1 ranks ended with exit code 1: train.batch_size = 5: no$"):
+        bench.main(["scaling", "--ranks", "1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("nothing", "loader, step, train, scaling, peers"),
+        ("loader --seconds 0", "seconds = 0"),
+        ("loader --seconds nan", "seconds = nan"),
+        ("train --rounds 0", "rounds = 0"),
+        ("train --json no/such/folder/x.json", "no/such/folder"),
+        ("loader --cores 9999", "cores = 9999"),
+        ("scaling --ranks 0", "ranks = 0"),
+        ("scaling --ranks 2 --train.batch-size 3", "train.batch_size = 3"),
+        ("step --batches 0", "batches = 0"),
+        ("step --data.window 0", "data.window = 0"),
+        ("step --no-such-option", "bench step --help"),
+    ],
+)
+def test_a_line_that_cannot_be_measured_is_one_line(line, named):
+    with pytest.raises(UserError) as error:
+        bench.main(line.split())
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_ends_with_exit_code_2(tmp_path):
+    done = warm_run("bench", "train", "--data.shards", tmp_path / "none")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["loader", "step", "train", "scaling"])
+def test_help_teaches_the_word_and_the_options_of_training(word, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([word, "--help"])
+    text = capsys.readouterr().out
+    assert "--seconds" in text
+    assert "--data.shards" in text
+    bench.main([])
+    assert f"bench {word}" in capsys.readouterr().out
+
+
+# --- verdicts ---
+
+
+def rates(**rows):
+    """Rows of `bench train`; figures are (rate, waiting, decoders busy, cores busy, ms)."""
+    keys = ("rate", "data_wait", "decoders", "cpu", "ms")
+    return [dict(zip(keys, values, strict=True)) | {"what": name} for name, values in rows.items()]
+
+
+@pytest.mark.parametrize(
+    ("both", "steps", "load", "limit", "advice"),
+    [
+        ((50, 0.5, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (60, 0, 0.3, 0.3, 9), "the loader, 50%", "disk"),
+        (
+            (50, 0.5, 0.2, 0.2, 9),
+            (100, 0, 0, 0, 9),
+            (60, 0, 0.99, 0.3, 9),
+            "the loader, 50%",
+            "more --data.threads than 2",
+        ),
+        ((50, 0.5, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (60, 0, 0.9, 0.95, 9), "the loader, 50%", "more cores per device"),
+        ((90, 0.1, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (900, 0, 0.9, 0.9, 9), "unevenness", "--data.ahead 6"),
+        ((99, 0.01, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (900, 0, 0.9, 0.9, 9), "the step", "bench step"),
+    ],
+)
+def test_whose_fault_it_is_that_a_gpu_waits(both, steps, load, limit, advice):
+    config = read_config([])
+    found = train.judge(config, rates(both=both, steps=steps, load=load), "cuda")
+    assert limit in found[0]
+    assert advice in found[1]
+
+
+def test_a_network_that_costs_a_third_of_a_step_is_the_limit():
+    rows = rates(both=(90, 0, 0, 0, 9), steps=(90, 0, 0, 0, 9), alone=(140, 0, 0, 0, 6), load=(900, 0, 1, 1, 9))
+    limit, advice = train.judge(read_config([]), rows, "cuda")
+    assert limit.startswith("the network, 33% of a step")
+    assert "batch-size" in advice
+
+
+def test_what_limits_the_loader(room_shards, monkeypatch):
+    def judged(rate, cold, *options, cores=2):
+        limits = [{"rate": 1000, "pair_bytes": 1e5, "memory": 1}]
+        found = [[{"rate": r, "cores_busy": 1, "memory": 1}] for r in rate]
+        table = loader.rates(range(1, cores + 1), limits, found)
+        disk = loader.disk_rates([{"cold": cold, "cold_bytes": 1, "warm": 1, "warm_bytes": 1}])
+        return "; ".join(loader.judge(read_config(options), shards, table, disk))
+
+    with open_split(room_shards, "train") as shards:
+        well = judged((900, 1800), None)
+        assert well.startswith("decoding, 1,800 pairs/s on 2 cores, 90% of what bare decoders give")
+        assert "--data.threads 2" not in well
+        assert "--data.threads 2 instead of 1" in judged((900, 1800), None, "--data.threads", "1")
+        assert "mde_dist.shard --size 32x32" in judged((900, 1800), None, "--data.size", "32x32")
+        assert "--data.threads 1: more only get in the way" in judged((900, 600), 5000)
+        assert judged((500, 800), None).startswith("what surrounds the decoders, 40% of their rate is left")
+        assert "stay in memory after the first epoch" in judged((900, 1800), 100)
+        monkeypatch.setattr(loader, "free_memory", lambda: 1)
+        assert "the disk, 100 pairs/s" in judged((900, 1800), 100)
+        assert "faster disk" in judged((900, 1800), 100)
+
+
+def test_which_choices_of_the_step_are_worth_a_word():
+    def row(what, options, gain, gains, batch=8):
+        figures = {"rate": 100, "tflops": 1, "utilisation": 0.25, "batch": batch}
+        return figures | {"what": what, "options": options, "gain": gain, "gain_rounds": gains}
+
+    rows = [
+        row("as it is", "", 1, [1, 1, 1]),
+        row("a", "--train.precision bf16", 2, [1.9, 2, 2.1]),
+        row("b", "--train.compile on", 1.2, [0.9, 1.2, 1.3]),  # not in every round
+        row("c", "--train.channels-last off", 0.5, [0.5, 0.5, 0.5]),
+        row("d", "", 1.5, [1.5, 1.5, 1.5], batch=64),
+    ]
+    limit, advice = step.judge((), rows, (32, 32))
+    assert "25% of the device's peak" in limit
+    assert advice.split(", ")[0] == "--train.precision bf16 (2.00 times)"
+    assert "compile" not in advice
+    assert "channels-last" not in advice
+    assert "64: 1.50 times" in advice
+    limit, advice = step.judge((), [{"rate": None, "batch": 8}], (32, 32))
+    assert "memory, a step of 8 images of 32x32" in limit
+    assert "--train.accumulate" in advice
+
+
+@pytest.mark.parametrize(
+    ("most", "limit"),
+    [
+        ({"efficiency": 0.97}, "hardly anything"),
+        ({"efficiency": 0.6, "data_wait": 0.4, "exposed": 0.1}, "the loaders, 40%"),
+        ({"efficiency": 0.6, "data_wait": 0.01, "exposed": 0.3}, "summing gradients, 30%"),
+    ],
+)
+def test_what_limits_more_gpus(most, limit):
+    rows = [{"ranks": 1, "rate": 100}, {"ranks": 4, "rate": 400 * most["efficiency"], **most}]
+    assert scaling.judge(rows, gpus=True)[0].startswith(limit)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "all-reduce"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW", "batch norm"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise"),
+        ("something new", "else"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_a_table_shows_what_is_not_known_as_a_dash_and_the_json_keeps_all(tmp_path, capsys):
+    rows = [{"what": "a", **over_rounds("rate", [1500.0, 1700.0, 1600.0]), "share": None, "more": 1}]
+    table = Table(
+        "title", [Column("what", "what"), Column("rate", "rate", ",.0f"), Column("share", "share", ".0%")], rows
+    )
+    result = Result("step", {"rows": table}, "nothing")
+    result.show()
+    result.save(tmp_path / "x.json")
+    text = capsys.readouterr().out
+    assert "1,600" in text
+    assert "-" in text
+    assert text.splitlines()[-1] == "limit: nothing"
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["rows"] == [rows[0] | {"rate_rounds": [1500, 1700, 1600]}]
+    with pytest.raises(UserError, match="cannot be written"):
+        result.save(Path("/proc/none/x.json"))
