@@ -110,7 +110,8 @@ def bench(options: Options) -> Result:
         for variant in variants:
             set_up(variant, accelerator, size, stored)
         turns(variants, options.rounds, options.seconds, accelerator.device)
-        rows = [row(variant, variants[0], size, accelerator.device) for variant in variants]
+        flops = training_flops(config.model, size)
+        rows = [row(variant, variants[0], flops, accelerator.device) for variant in variants]
         notes = list(described(variants))
         if options.profile is not None and variants[0].step is not None:
             notes += write_profile(variants[0].step, options.profile, accelerator.device)
@@ -229,8 +230,8 @@ def wait(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def row(variant: Variant, base: Variant, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
-    """What is shown of a variant."""
+def row(variant: Variant, base: Variant, flops: int, device: torch.device) -> dict[str, Any]:
+    """What is shown of a variant. `flops`: of an image."""
     config = variant.config
     batch = config.train.batch_size
     found: dict[str, Any] = {"what": variant.what, "batch": batch, "precision": variant.precision}
@@ -243,8 +244,8 @@ def row(variant: Variant, base: Variant, size: tuple[int, int], device: torch.de
     found["rate"] = 1e3 * batch / found["ms"]
     if variant.prepare_only:
         return found
-    flops = training_flops(config.model, size) * found["rate"]
-    found |= {"tflops": flops / 1e12, "utilisation": ratio(flops, peak_flops(device, variant.precision))}
+    speed = flops * found["rate"]
+    found |= {"tflops": speed / 1e12, "utilisation": ratio(speed, peak_flops(device, variant.precision))}
     # round by round: what disturbs one disturbs its neighbour as well
     gains = [
         before / base.config.train.batch_size * batch / seconds
