@@ -1,9 +1,10 @@
-"""The stream measured: rates against their limit, memory of a rank, and the time of a resume.
+"""The stream measured over many small pairs: packing, memory of a rank over an epoch, and the time of a resume.
 
     python benchmarks/stream.py DIR [PAIRS]
 
 Makes small pairs in DIR (48x64; first PAIRS / 10, then PAIRS = 48,000 of them), packs them with `mde_dist.shard`, and
 prints what benchmarks/README.md quotes. What is compared runs in turn, several rounds, each in a process of its own.
+Rates against their limit, of any shards: `python -m mde_dist.bench loader`.
 """
 
 import itertools
@@ -57,8 +58,8 @@ def shards_of(directory: Path, pairs: int) -> Path:
 # --- what runs in a process of its own: each prints one line of JSON ---
 
 
-def loader(shards: str, threads: str) -> dict[str, float]:
-    """One epoch through order and loader."""
+def epoch(shards: str, threads: str) -> dict[str, float]:
+    """The memory that one epoch through order and loader takes."""
     import torch
 
     from mde_dist.data.loader import Loader
@@ -69,43 +70,12 @@ def loader(shards: str, threads: str) -> dict[str, float]:
         order = Order(len(split), split.block, 4, seed=0)
         starts = range(0, len(split) - BATCH + 1, BATCH)
         draws = (order.at(np.arange(first, first + BATCH)) for first in starts)
-        start, early = time.perf_counter(), 0.0
+        early = 0.0
         with Loader(split, draws, BATCH, torch.device("cpu"), int(threads), 3) as batches:
             for number, _ in enumerate(batches):
                 if number == len(starts) // 10:
                     early = memory()
-        return {"rate": len(starts) * BATCH / (time.perf_counter() - start), "early": early, "peak": memory()}
-
-
-def limit(shards: str) -> dict[str, float]:
-    """The same reading and decoding in a bare loop, in the order in which the samples lie."""
-    from mde_dist.data.shards import open_split
-
-    with open_split(shards, "train") as split:
-        image, depth = np.empty((*split.size, 3), np.uint8), np.empty(split.size, np.uint16)
-        start = time.perf_counter()
-        for sample in range(len(split)):
-            split.read_into(sample, image, depth)
-        return {"rate": len(split) / (time.perf_counter() - start), "peak": memory()}
-
-
-def plain(shards: str) -> dict[str, float]:
-    """WebDataset's own reader, one process, with the same decoders and a shuffle buffer of the same size."""
-    import simplejpeg
-    import webdataset
-    import zstandard
-
-    unpack = zstandard.ZstdDecompressor()
-
-    def decode(sample: dict) -> tuple[np.ndarray, np.ndarray]:
-        image = simplejpeg.decode_jpeg(sample["jpg"])
-        return image, np.frombuffer(unpack.decompress(sample["depth.zst"]), "<u2").reshape(image.shape[:2])
-
-    urls = sorted(str(path) for path in Path(shards).glob("train-*.tar"))
-    data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(1024).map(decode).batched(BATCH)
-    start = time.perf_counter()
-    samples = sum(len(images) for images, _ in data)
-    return {"rate": samples / (time.perf_counter() - start), "peak": memory()}
+        return {"early": early, "peak": memory()}
 
 
 def resume(shards: str, position: str) -> dict[str, float]:
@@ -158,15 +128,8 @@ def show(title: str, found: dict[str, list[float]], unit: str) -> None:
 
 def main(directory: Path, pairs: int) -> None:
     few, many = shards_of(directory, pairs // 10), shards_of(directory, pairs)
-    rates = {
-        "limit: bare loop, one thread": ("limit", many),
-        "loader, 1 thread": ("loader", many, 1),
-        "loader, 2 threads": ("loader", many, 2),
-        "WebDataset's reader, one process": ("plain", many),
-    }
-    show(f"one epoch of {pairs} pairs, pairs/s", rounds(rates, "rate"), "pairs/s")
     for shards in (few, many):
-        found = alone("loader", shards, 2)
+        found = alone("epoch", shards, 2)
         print(f"  {shards.name}: {found['early']:.1f} MB at most in the first tenth, {found['peak']:.1f} MB in all")
     places = {f"at sample {place:,}": ("resume", many, place) for place in (0, pairs + pairs // 2, 10_000_000)}
     show("from an open split to the first batch, ms", rounds(places, "ms"), "ms")
@@ -174,7 +137,7 @@ def main(directory: Path, pairs: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        measure = {"loader": loader, "limit": limit, "plain": plain, "resume": resume}[sys.argv[2]]
+        measure = {"epoch": epoch, "resume": resume}[sys.argv[2]]
         print(json.dumps(measure(*sys.argv[3:])))
     else:
         main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 48_000)

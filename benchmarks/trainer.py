@@ -1,11 +1,11 @@
-"""The trainer measured: its own cost per step, its checkpoints, how soon it stops, and what it chose among on a CPU.
+"""The trainer measured: its own cost per step, its checkpoints, and how soon it stops.
 
     python benchmarks/trainer.py overhead [--ranks 1 2] [--size 120x160] [--batch 24]
     python benchmarks/trainer.py checkpoint [--size 120x160] [--batch 8]
     python benchmarks/trainer.py signal [--ranks 1 2 4]
-    python benchmarks/trainer.py choices
 
-Each prints plain tables; `--rounds N --minutes M` is how often and how long to measure for each, see turns.py.
+Each prints plain tables; `--rounds N --minutes M` is how often and how long to measure for each, see turns.py. What its
+options choose among is measured by `python -m mde_dist.bench step`.
 """
 
 import argparse
@@ -201,63 +201,10 @@ def checkpoint(given: argparse.Namespace, folder: str) -> None:
         )
 
 
-# --- choices on a CPU ---
-
-
-def choice(folder: str, what: str, size: list[int], batch: int, rounds: list) -> dict[str, Any]:
-    """Variants of one choice in turn, the trainer's first: forward, backward and step, or of AdamW the step alone."""
-    from mde_dist.learning.model import ModelConfig, build
-
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # compiled anew, whatever was compiled before
-    torch.set_num_threads(2)
-    adamw: dict[str, dict] = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    names = {"layout": ["channels_last", "contiguous_format"], "adamw": list(adamw), "compile": ["eager", "compiled"]}
-    calls: dict[str, Callable[[], object]] = {}
-    for name in names[what]:
-        layout = getattr(torch, name) if what == "layout" else torch.channels_last
-        model = build(ModelConfig(), 0).train().to(memory_format=layout)
-        optimizer = torch.optim.AdamW(model.parameters(), **adamw.get(name, {}))
-        image, depth = random_batch(batch, size)
-        image = image.contiguous(memory_format=layout)
-
-        def step(model=model, optimizer=optimizer, image=image, depth=depth) -> None:
-            (model(image) - depth).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        if name == "compiled":
-            model.compile()
-        if what == "adamw":
-            (model(image) - depth).square().mean().backward()
-        calls[name] = optimizer.step if what == "adamw" else step
-    first = {name: timed(call)[0] / 1e3 for name, call in calls.items()}
-    found, counted = {name: [] for name in calls}, Rounds(*rounds)
-    while counted.begin():
-        for name in list(calls)[:: 1 if len(counted.others) % 2 else -1]:
-            found[name].append([timed(calls[name]) for _ in range(20 if what == "adamw" else 2)])
-        counted.end()
-    return {"found": found, "others": counted.others, "first": first}
-
-
-def choices(given: argparse.Namespace, _folder: str) -> None:
-    for what, batch, size in (
-        ("layout", 24, (120, 160)),
-        ("layout", 8, (240, 320)),
-        ("adamw", 1, (64, 64)),
-        ("compile", 24, (120, 160)),
-    ):
-        result = in_ranks(1, choice, what=what, batch=batch, size=size, rounds=[given.rounds, given.minutes])
-        first = result.pop("first")
-        shape = "the step alone" if what == "adamw" else f"{batch} images of {size[0]}x{size[1]}"
-        show(f"{what}, 2 threads, {shape}", **result)
-        if what == "compile":
-            print(f"  the first step took {first['compiled']:.1f} s compiled, {first['eager']:.1f} s eager")
-
-
 def main() -> None:
-    if child(fed_overhead, fed_saves, choice):
+    if child(fed_overhead, fed_saves):
         return
-    commands = {"overhead": overhead, "checkpoint": checkpoint, "signal": stop, "choices": choices}
+    commands = {"overhead": overhead, "checkpoint": checkpoint, "signal": stop}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=commands)
     parser.add_argument("--size", default="120x160")

@@ -267,7 +267,7 @@ def test_what_limits_the_loader(room_shards, monkeypatch):
         assert "--data.threads 2 instead of 1" in judged((900, 1800), None, "--data.threads", "1")
         assert "mde_dist.shard --size 32x32" in judged((900, 1800), None, "--data.size", "32x32")
         assert "--data.threads 1: more only get in the way" in judged((900, 600), 5000)
-        assert judged((500, 800), None).startswith("what surrounds the decoders, 40% of their rate is left")
+        assert judged((500, 800), None).startswith("the work around the decoders, which leaves 40% of their rate on 2 cores")
         assert "stay in memory after the first epoch" in judged((900, 1800), 100)
         monkeypatch.setattr(loader, "free_memory", lambda: 1)
         assert "the disk, 100 pairs/s" in judged((900, 1800), 100)

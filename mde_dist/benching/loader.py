@@ -174,7 +174,7 @@ def judge(
     if shards.manifest.codec == "png":
         tips.append("shards packed without PNG, which takes longest to decode")
     if best["share"] < _LOW_SHARE:
-        what = f"what surrounds the decoders, {best['share']:.0%} of their rate is left on {cores}"
+        what = f"the work around the decoders, which leaves {best['share']:.0%} of their rate on {cores}"
         return f"{what}; {waits}", ", ".join([*tips, "larger pairs or fewer cores per rank"])
     what = f"decoding, {best['rate']:,.0f} pairs/s on {cores}, {best['share']:.0%} of what bare decoders give"
     return f"{what}; {waits}", ", ".join([*tips, "more cores per device"])
