@@ -1,0 +1,106 @@
+"""What scale.py models of ranks and checkpoints, measured on this machine; see there for the commands."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scale_data import ROUNDS, said
+from turns import in_ranks
+
+# --- sums over ranks ---
+
+
+def reduce(folder: str, size: int) -> dict[str, Any]:
+    """Sums over ranks of gloo: seconds of a gradient, of what share_news tells, and of batch statistics gathered."""
+    import torch
+    from torch import distributed
+
+    from mde_dist.run.distributed import processes, time_all_reduce
+
+    found: dict[str, Any] = {"gradient": [], "half": [], "news": [], "gather": []}
+    with processes(cpu_threads=1) as accelerator:
+        news, part = torch.zeros(5, dtype=torch.float64), torch.zeros(1025)
+        parts = torch.zeros(accelerator.num_processes * 1025)
+        tensors = {"gradient": torch.zeros(size // 4), "half": torch.zeros(size // 8), "news": news}
+        for _ in range(ROUNDS):
+            for name, tensor in tensors.items():
+                found[name].append(time_all_reduce(accelerator, tensor, 1.5 if tensor is not news else 0.3))
+            distributed.barrier()
+            start = time.perf_counter()
+            for _ in range(100):
+                distributed.all_gather_into_tensor(parts, part)
+            found["gather"].append((time.perf_counter() - start) / 100)
+    return found
+
+
+def show_reduce(_: argparse.Namespace) -> None:
+    from scale_formulas import PARAMETERS
+
+    size = 4 * PARAMETERS
+    found = {world: in_ranks(world, reduce, size=size) for world in (2, 3, 4)}
+    print(f"gloo on {os.cpu_count()} cores, {ROUNDS} rounds, median (least to most)")
+    once = float(np.median(found[2]["gradient"]))
+    for world, its in found.items():
+        # a ring moves 2 (n-1) times the bytes in all, and two cores move them whatever the number of ranks
+        shared, own = once * (world - 1), once * 2 * (world - 1) / world
+        print(f"  {world} ranks: {size / 1e6:.1f} MB {said(its['gradient'], 1e-3, 'ms')}", end="")
+        print(f", half of it {said(its['half'], 1e-3, 'ms')}")
+        print(f"    from 2 ranks: {1e3 * own:.0f} ms were each to have a core, {1e3 * shared:.0f} ms on two cores")
+        print(
+            f"    share_news {said(its['news'], 1e-6, 'µs')}; all-gather of 4 KB {said(its['gather'], 1e-6, 'µs')}",
+            flush=True,
+        )
+
+
+# --- checkpoints ---
+
+
+def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
+    """Copy, serialise and write checkpoints: seconds of each, and bytes."""
+    import torch
+
+    from mde_dist.learning.model import ModelConfig, build
+    from mde_dist.learning.optim import OptimConfig, make_optimizer, optimizer_tensors
+    from mde_dist.run.checkpoint import EMA, MODEL, OPTIMIZER, host_copy, load_checkpoint, model_bytes, save_checkpoint
+
+    model = build(ModelConfig(encoder=encoder), 0)
+    optimizer = make_optimizer(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    found: dict[str, Any] = {"copy": [], "bytes": 0, "serialise": [], "write": [], "load": []}
+
+    def copy() -> dict[str, Any]:
+        tensors = {MODEL: host_copy(model.state_dict()), OPTIMIZER: host_copy(optimizer_tensors(model, optimizer))}
+        return tensors | ({EMA: host_copy(model.state_dict())} if ema else {})
+
+    for step in range(ROUNDS):
+        start = time.perf_counter()
+        copied = copy()
+        found["copy"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        files = {name: model_bytes(tensors, {"config": {}, "size": [1, 1]}) for name, tensors in copied.items()}
+        found["serialise"].append(time.perf_counter() - start)
+        found["bytes"] = sum(map(len, files.values()))
+        record = {"step": step + 1, "config": {}, "identity": {}, "samples_seen": 0, "evaluated": 0, "best": {}}
+        start = time.perf_counter()
+        path = save_checkpoint(Path(folder, "checkpoints"), files, record, 1, None)
+        found["write"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        load_checkpoint(path)
+        found["load"].append(time.perf_counter() - start)
+    return found
+
+
+def show_checkpoint(_: argparse.Namespace) -> None:
+    print(f"checkpoints, {ROUNDS} each, seconds: copy (the loop waits), serialise, hash and write (beside it), load")
+    for encoder, ema in (("resnet18", False), ("resnet18", True), ("resnet50", True)):
+        found = in_ranks(1, checkpoint, encoder=encoder, ema=ema)
+        parts = (f"{what} {said(found[what], 1, 's')}" for what in ("copy", "serialise", "write", "load"))
+        print(f"  {encoder}{', EMA' if ema else ''}: {found['bytes'] / 1e6:.0f} MB; {', '.join(parts)}", flush=True)
+
+
+RANKS = {"reduce": (reduce, show_reduce), "checkpoint": (checkpoint, show_checkpoint)}
