@@ -4,8 +4,10 @@ Threads, not worker processes: the decoders release the interpreter lock, and a 
 every page of it anew. A batch is uint8 image and uint16 depth; floats begin on the device.
 """
 
+import contextlib
 import itertools
 import math
+import mmap
 import queue
 import threading
 import time
@@ -25,6 +27,7 @@ Draw = tuple[np.ndarray, np.ndarray]
 _SUBSTITUTES = 8  # samples tried in place of a damaged one before giving up
 _NAMED = 100  # damaged samples that are remembered by name
 _POLL = 0.2  # seconds between two looks at a batch that does not come
+_EVERY = 64  # rows
 _SAY_AFTER = 10.0  # seconds of waiting before the first word about it; then twice as long each time
 
 
@@ -65,6 +68,17 @@ class _Slot:
         self.images, self.depths = self.image.numpy(), self.depth.numpy()  # the same memory, cheaper to index
 
 
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> torch.Tensor:
+    """Host memory to decode into: pinned for a GPU, else in huge pages where the system has them, 5 % of the stream."""
+    if pin:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class Loader:
     """Iterates over the batches of `draws`. Use it in a `with`: leaving it ends its threads.
 
@@ -98,8 +112,8 @@ class Loader:
         height, width = samples.size
         self._free = deque(
             _Slot(
-                torch.empty((batch, height, width, 3), dtype=torch.uint8, pin_memory=pin),
-                torch.empty((batch, height, width), dtype=torch.uint16, pin_memory=pin),
+                _buffer((batch, height, width, 3), torch.uint8, pin),
+                _buffer((batch, height, width), torch.uint16, pin),
             )
             for _ in range(ahead + 1)
         )
@@ -179,7 +193,9 @@ class Loader:
 
     def _deliver(self, slot: _Slot) -> Batch:
         epoch, sample = slot.draw
-        image, depth = slot.image[: len(sample)], slot.depth[: len(sample)]
+        image, depth = slot.image, slot.depth
+        if len(sample) < len(image):
+            image, depth = image[: len(sample)], depth[: len(sample)]
         if self._device.type == "cuda":
             image = image.to(self._device, non_blocking=True)
             depth = depth.to(self._device, non_blocking=True)
@@ -216,7 +232,8 @@ class Loader:
                 self._reading[reader] = time.monotonic(), candidate
                 try:
                     self._samples.read_into(candidate, image, depth)
-                    if self._replace and not depth.max():  # five times as fast as `any`
+                    # a few rows are enough for nearly every map: to look at all of it is 1 % of the stream
+                    if self._replace and not depth[::_EVERY].any() and not depth.any():
                         raise self._samples.damaged(candidate, "depth has no valid pixel")
                     return step > 0
                 except DamagedSample as error:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,16 @@ import simplejpeg
 
 from ..errors import UserError
 from . import depth
+from .checksum import crc32
 from .handles import Handles
 from .index import Index
-from .manifest import MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
+from .manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
 from .samples import Samples
 from .store import CacheOptions, Store, open_store
 
 Payload = bytes | memoryview
+_COLUMNS = INDEX.names or ()
+_WHERE = ("offset", "bytes", "crc")  # what the index says of a member
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -41,6 +43,14 @@ def _key_in(header: bytes) -> str:
     if prefix and header[257:263] == b"ustar\0":
         name = prefix + b"/" + name
     return split_name(name.decode(errors="replace"))[0]
+
+
+def _member(file: int, name: str, offset: int, size: int, crc: int) -> tuple[str, memoryview]:
+    """(key, payload) of a member, checked. Raises ValueError or OSError."""
+    data = os.pread(file, TAR_BLOCK + size, offset - TAR_BLOCK)
+    if len(data) != TAR_BLOCK + size or crc32(data) != crc:
+        raise ValueError(f"{name} fails its checksum")
+    return _key_in(data), memoryview(data)[TAR_BLOCK:]
 
 
 def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, target: np.ndarray) -> None:
@@ -98,8 +108,7 @@ class ShardSet(Samples):
         """As declared. Raises DamagedSample where the bytes are not what was packed."""
         try:
             row = self._index[sample]
-            depth_key, encoded = self._member(row, "depth")
-            image_key, jpeg = self._member(row, "image")
+            (depth_key, encoded), (image_key, jpeg) = self._members(row, ("depth", "image"))
             if depth_key != image_key:
                 raise ValueError(f"the index pairs the depth of {depth_key} with the image of {image_key}")
             decode_pair(jpeg, encoded, self.manifest.codec, image, target)
@@ -109,7 +118,7 @@ class ShardSet(Samples):
     def meta(self, sample: int) -> dict[str, str]:
         try:
             row = self._index[sample]
-            return json.loads(bytes(self._member(row, "meta")[1])) if row["meta_bytes"] else {}
+            return json.loads(bytes(self._members(row, ("meta",))[0][1])) if row["meta_bytes"] else {}
         except (ValueError, OSError) as error:
             raise self.damaged(sample, error) from None
 
@@ -163,14 +172,11 @@ class ShardSet(Samples):
         """The shard of a sample."""
         return int(np.searchsorted(self._ends, sample, side="right"))
 
-    def _member(self, row: np.void, member: str) -> tuple[str, memoryview]:
-        """(key, payload) of a member, checked. Raises ValueError or OSError."""
-        offset, size, crc = (int(row[f"{member}_{what}"]) for what in ("offset", "bytes", "crc"))
-        with self._handles.use(int(row["shard"])) as file:
-            data = os.pread(file, TAR_BLOCK + size, offset - TAR_BLOCK)
-        if len(data) != TAR_BLOCK + size or zlib.crc32(data) != crc:
-            raise ValueError(f"{member} fails its checksum")
-        return _key_in(data), memoryview(data)[TAR_BLOCK:]
+    def _members(self, row: np.void, members: Iterable[str]) -> list[tuple[str, memoryview]]:
+        """(key, payload) of members of one sample, checked. Raises ValueError or OSError."""
+        fields = dict(zip(_COLUMNS, row.item(), strict=True))  # a tenth of the time of row[name] for each
+        with self._handles.use(fields["shard"]) as file:
+            return [_member(file, name, *(fields[f"{name}_{what}"] for what in _WHERE)) for name in members]
 
     def _open_index(self) -> Index:
         info = self.info.index

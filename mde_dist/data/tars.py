@@ -4,7 +4,6 @@ import errno
 import os
 import stat
 import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from . import depth
+from .checksum import crc32
 from .manifest import INDEX, MEMBERS, TAR_BLOCK
 from .shards import split_name
 
@@ -137,5 +137,5 @@ def index_rows(path: Path, samples: Sequence[TarSample]) -> np.ndarray:
                 if info is not None:
                     data = os.pread(file.fileno(), TAR_BLOCK + info.size, info.offset_data - TAR_BLOCK)
                     row[f"{member}_offset"], row[f"{member}_bytes"] = info.offset_data, info.size
-                    row[f"{member}_crc"] = zlib.crc32(data)
+                    row[f"{member}_crc"] = crc32(data)
     return rows
