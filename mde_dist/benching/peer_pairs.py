@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..data import depth
+from ..data.samples import DamagedSample
 from ..data.shards import ShardSet
 from ..errors import UserError
 from ..files import write_atomic, writing
@@ -54,6 +55,7 @@ class Truth:
     """The first pairs of the shards, to compare with."""
 
     def __init__(self, shards: ShardSet, pairs: int):
+        """Raises UserError where one of them is damaged."""
         self._shards = shards
         self._samples: dict[int, list[int]] = {}  # by the checksum of their depth; most often one
         for sample in range(pairs):
@@ -92,5 +94,8 @@ class Truth:
 
     def _read(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         image, millimetres = np.empty((*self._shards.size, 3), np.uint8), np.empty(self._shards.size, np.uint16)
-        self._shards.read_into(sample, image, millimetres)
+        try:
+            self._shards.read_into(sample, image, millimetres)
+        except DamagedSample as error:
+            raise UserError(f"damaged sample: {error}; {self._shards.advice}") from None
         return image, millimetres

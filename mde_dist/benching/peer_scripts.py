@@ -96,4 +96,9 @@ def call(interpreter: str, script: Path, cores: Sequence[int], *arguments: objec
     if process.returncode:
         lines = [line.strip() for line in complaint.splitlines() if line.strip()]
         raise PeerFailed(lines[-1] if lines else f"exit code {process.returncode}")
-    return {} if arguments[0] == "prepare" else json.loads(answer.splitlines()[-1])
+    if arguments[0] == "prepare":
+        return {}
+    try:
+        return json.loads(answer.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise PeerFailed("it printed no answer") from None

@@ -14,6 +14,7 @@ import tyro
 from ..config import Config
 from ..data.shards import ShardSet, open_split
 from ..errors import UserError
+from ..files import writing
 from ..run.distributed import processes
 from ..train import make_sample
 from .metres import metres
@@ -92,8 +93,10 @@ def bench(options: Options) -> Result:
         if pairs < options.batch:
             raise UserError(f"{data.shards} has {pairs} pairs in {data.train_split}, less than a batch")
         work = options.work or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mde_dist-peers-")))
-        work.mkdir(parents=True, exist_ok=True)
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
         task = _Task(options, shards, pairs, work, Truth(shards, pairs), at_hand[: counts[-1]])
+        opened.callback(task.proof.unlink, missing_ok=True)
         entries = [*_own(task), *_others(task)]
         _measure(entries, options, {count: at_hand[:count] for count in counts})
         height, width = shards.size
