@@ -168,7 +168,7 @@ def test_ranks_that_fail_are_one_line(room_shards, monkeypatch):
     said = "W1125 launcher\nerror: train.batch_size = 5: no\nTraceback of the launcher"
     failed = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(scaling, "to_its_end", lambda line: failed)
-    with pytest.raises(UserError, match=r"^1 ranks ended with exit code 1: train.batch_size = 5: no$"):
+    with pytest.raises(UserError, match=r"^bench train, ranks 1, ended with exit code 1: train.batch_size = 5: no$"):
         bench.main(["scaling", "--ranks", "1"])
 
 
@@ -253,9 +253,9 @@ def test_a_network_that_costs_a_third_of_a_step_is_the_limit():
 
 
 def test_what_limits_the_loader(room_shards, monkeypatch):
-    def judged(rate, cold, *options, cores=2):
+    def judged(rate, cold, *options, cores=2, busy=1.0):
         limits = [{"rate": 1000, "pair_bytes": 1e5, "memory": 1}]
-        found = [[{"rate": r, "cores_busy": 1, "memory": 1}] for r in rate]
+        found = [[{"rate": r, "cores_busy": busy * (n + 1), "memory": 1}] for n, r in enumerate(rate)]
         table = loader.rates(range(1, cores + 1), limits, found)
         disk = loader.disk_rates([{"cold": cold, "cold_bytes": 1, "warm": 1, "warm_bytes": 1}])
         return "; ".join(loader.judge(read_config(options), shards, table, disk))
@@ -267,7 +267,10 @@ def test_what_limits_the_loader(room_shards, monkeypatch):
         assert "--data.threads 2 instead of 1" in judged((900, 1800), None, "--data.threads", "1")
         assert "mde_dist.shard --size 32x32" in judged((900, 1800), None, "--data.size", "32x32")
         assert "--data.threads 1: more only get in the way" in judged((900, 600), 5000)
-        assert judged((500, 800), None).startswith("the work around the decoders, which leaves 40% of their rate on 2 cores")
+        assert judged((500, 800), None).startswith(
+            "the work around the decoders, which leaves 40% of their rate on 2 cores"
+        )
+        assert judged((500, 800), None, busy=0.5).startswith("other work on these cores: of one, the loader had 50%")
         assert "stay in memory after the first epoch" in judged((900, 1800), 100)
         monkeypatch.setattr(loader, "free_memory", lambda: 1)
         assert "the disk, 100 pairs/s" in judged((900, 1800), 100)

@@ -18,6 +18,8 @@ from .result import Column, Result, Table, Timing, cores_at_hand, device_name, m
 
 _LOW_SHARE = 0.7  # of the bare decoders, below which something else than they is what takes the time
 
+_BUSY = 0.85  # of a core, below which others have it: the disk was looked at before
+
 
 @dataclass(frozen=True)
 class Own(Timing):
@@ -173,6 +175,9 @@ def judge(
         tips.append(f"shards packed at training size (mde_dist.shard --size {height}x{width})")
     if shards.manifest.codec == "png":
         tips.append("shards packed without PNG, which takes longest to decode")
+    if rows[0]["cores"] == 1 and rows[0]["cores_busy"] < _BUSY:  # of more, threads may wait for one another
+        what = f"other work on these cores: of one, the loader had {rows[0]['cores_busy']:.0%}"
+        return f"{what}; {waits}", "again on a machine, or in a job, that has its cores for itself"
     if best["share"] < _LOW_SHARE:
         what = f"the work around the decoders, which leaves {best['share']:.0%} of their rate on {cores}"
         return f"{what}; {waits}", ", ".join([*tips, "larger pairs or fewer cores per rank"])

@@ -106,7 +106,9 @@ def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict
     if done.returncode or not found.is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()]
         error = next((line for line in said if line.startswith("error")), said[-1] if said else "no word")
-        raise UserError(f"{ranks} ranks ended with exit code {done.returncode}: {error.removeprefix('error: ')}")
+        raise UserError(
+            f"bench train, ranks {ranks}, ended with exit code {done.returncode}: {error.removeprefix('error: ')}"
+        )
     return json.loads(found.read_text())
 
 
