@@ -14,7 +14,7 @@ from .data.store import CacheOptions
 from .errors import UserError
 from .learning.model import ModelConfig
 from .learning.optim import OptimConfig
-from .run.distributed import Precision
+from .run.distributed import Gradients, Precision
 
 SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
@@ -78,6 +78,11 @@ class TrainConfig:
     """Memory layout of images and features with the channels innermost; auto = what is faster on the device: on."""
     compile: Switch = "auto"
     """torch.compile of the model, which takes a minute at the start; auto = off."""
+    gradients: Gradients = "fp32"
+    """In which precision gradients travel between the ranks: bf16 halves the bytes, and rounds what each rank adds to 8
+    bits; for networks that cannot keep up with the step (see `python -m mde_dist.doctor`)."""
+    bucket_mb: float = 25
+    """Megabytes (2^20 bytes) of gradients that travel together, while the backward pass goes on."""
     sync_bn: bool = True
     """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
     seed: int = 0
@@ -104,6 +109,11 @@ class TrainConfig:
     ends is noticed at once."""
     timeout: float = 600
     """Seconds after which a collective that waits in vain for another rank gives up."""
+
+    @property
+    def joining(self) -> tuple[Precision, int, float, Gradients, float]:
+        """What `run.distributed.processes` has to know."""
+        return self.precision, self.cpu_threads, self.timeout, self.gradients, self.bucket_mb
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ FREE = {
     *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction", "train.batch_size", "train.accumulate"),
     *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
     *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.lost_after"),
-    *("train.channels_last", "train.compile"),
+    *("train.channels_last", "train.compile", "train.gradients", "train.bucket_mb"),
 }
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size does change what is learned from them; the run says so."""
@@ -170,6 +180,7 @@ _AT_LEAST: dict[str, float] = {
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
     **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
     **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "train.max_skipped": 0, "train.lost_after": 3},
+    **{"train.bucket_mb": 1},
     **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }
 _AT_MOST: dict[str, float] = {

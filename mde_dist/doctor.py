@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if config.debug:  # which trains in a new directory there
         config = replace(config, run=Path(tempfile.gettempdir(), "mde_dist-debug-new"))
     with (
-        processes(config.train.precision, config.train.cpu_threads, config.train.timeout) as accelerator,
+        processes(*config.train.joining) as accelerator,
         watched_peers(accelerator, StopFlag(), config.train.lost_after),
     ):
         rows, estimate = examine(config, accelerator)

@@ -1,6 +1,8 @@
 """What training changes: the model, its moving average, the optimizer; and all of it as the files of a checkpoint."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,9 +14,32 @@ from torch import nn
 from .config import Config, as_json
 from .errors import UserError
 from .learning.ema import Ema
+from .learning.guard import Guard
+from .learning.losses import mse
 from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .run.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoint, Tensors, host_copy, model_bytes
+
+View = tuple[torch.Tensor, torch.Tensor]
+"""image float32 (batch, 3, height, width), normalised; depth float32 (batch, height, width), metres, 0 = hole."""
+
+
+class Verdict:
+    """Whether a step was learned from: the device knows at once, the loop when it asks, which waits for the step."""
+
+    def __init__(self, losses: torch.Tensor, norm: torch.Tensor, left_out: torch.Tensor):
+        self.losses, self.norm = losses, norm
+        """This rank's part of the loss, and the norm of the gradient of all; scalars on the device."""
+        cuda = left_out.is_cuda
+        self._told = torch.empty_like(left_out, device="cpu", pin_memory=cuda).copy_(left_out, non_blocking=True)
+        self._done = torch.cuda.Event() if cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def left_out(self) -> bool:
+        if self._done is not None:
+            self._done.synchronize()
+        return bool(self._told.numpy())
 
 
 class Learner:
@@ -35,8 +60,7 @@ class Learner:
         self.ema = Ema(self.bare, config.optim.ema) if config.optim.ema else None
         self.model = self.bare
         """What a training step calls: the model compiled and wrapped for its ranks."""
-        self._buffers: list[torch.Tensor] = []
-        self._kept: list[torch.Tensor] = []
+        self._guard = Guard(self.bare, device)
 
     @property
     def scored(self) -> nn.Module:
@@ -54,16 +78,19 @@ class Learner:
             why = " ".join(str(error).split())[:200]
             raise UserError(f"{checkpoint.path} does not fit the model of its config: {why}") from None
 
-    def wrap(self) -> None:
-        """Compile it where that is wanted, and let its gradients be reduced over the ranks."""
+    def wrap(self, may_leave_out: int = 0) -> None:
+        """Compile it where that is wanted, and let its gradients be reduced over the ranks.
+
+        `may_leave_out`: steps that are not finite before it learns no more, see `Guard`.
+        """
         if self._config.debug:
             for name, module in self.bare.named_modules():
                 module.register_forward_hook(partial(_name_the_first_bad, name or "the model"))
         if self._config.train.compile == "on":
             self.bare.compile()
         self.model = self._accelerator.prepare_model(self.bare)
-        self._buffers = list(self.bare.buffers())  # not before: they may be others now
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        # not before: the buffers may be others now
+        self._guard = Guard(self.bare, self._accelerator.device, may_leave_out)
         if self._accelerator.num_processes > 1:
             self._settle_buckets()
 
@@ -74,21 +101,48 @@ class Learner:
             group["lr"] = rate
         return rate
 
-    def keep_buffers(self) -> None:
-        """Remember the statistics that a forward pass changes; for a batch that turns out to be none to learn from."""
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+    def backward(
+        self,
+        views: Sequence[View],
+        pixels: torch.Tensor,
+        working: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        reduce: bool = True,
+    ) -> torch.Tensor:
+        """The gradient of this rank's part of a global batch, one view per accumulation step, summed over the ranks.
 
-    def restore_buffers(self) -> None:
-        """Put back what `keep_buffers` remembered."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+        `pixels`: valid ones of the whole global batch; `working`: entered around what depends on this rank alone;
+        `reduce`: False leaves the gradient as this rank has it. -> this rank's part of the loss, float64 scalar on the
+        device. Nothing in here waits for the device.
+        """
+        accelerator, world = self._accelerator, self._accelerator.num_processes
+        losses = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        self._guard.keep()
+        for number, (image, depth) in enumerate(views, 1):
+            last = number == len(views) and reduce
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                with working(), accelerator.autocast():
+                    prediction = self.model(image.contiguous(memory_format=self.layout))
+                # the mean over the valid pixels of the GLOBAL batch; DDP averages over ranks, hence `world`
+                loss = mse(prediction, depth) / pixels.clamp(min=1).float()
+                # a loss that is not finite makes the gradient so, and with it that of all ranks
+                accelerator.backward(loss * torch.where(loss.isfinite(), world, torch.nan))
+                losses += loss.detach().double()
+        return losses
 
-    def step(self, batch: int, step: int) -> None:
-        """Learn from the gradients that are there: the `step`-th step, over a `batch` of samples."""
+    def step(self, losses: torch.Tensor, batch: int, step: int) -> Verdict:
+        """Learn from the gradient of `backward`: the `step`-th step, over a `batch` of samples.
+
+        Where it is not finite, weights, statistics, average and optimizer stay as they were before `backward`.
+        """
+        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self._config.optim.clip or float("inf"))
+        left_out = self._guard.judge(norm)
+        self._guard.restore(left_out)
+        self.optimizer.found_inf = left_out  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.bare, batch, step)
+            self.ema.update(self.bare, batch, step, left_out)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Verdict(losses, norm, left_out)
 
     def snapshot(self) -> dict[str, Tensors]:
         """File of a checkpoint -> tensors in host memory, which training does not change any more."""
@@ -118,14 +172,15 @@ class Learner:
         DDP lays out its buckets anew after the first backward pass, and a sum over three ranks and more is rounded by
         the place in a bucket: without this, the first step of a run that goes on would differ in the last digits.
         """
-        self.keep_buffers()
+        self._guard.keep()
         parts = self._accelerator.num_processes * self._config.train.accumulate
-        image = torch.zeros(self._config.train.batch_size // parts, 3, *self._size, device=self._accelerator.device)
+        device = self._accelerator.device
+        image = torch.zeros(self._config.train.batch_size // parts, 3, *self._size, device=device)
         with self._accelerator.autocast():
             prediction = self.model(image.contiguous(memory_format=self.layout))
         self._accelerator.backward(prediction.sum())
         self.optimizer.zero_grad(set_to_none=True)
-        self.restore_buffers()
+        self._guard.restore(torch.ones((), device=device))
 
 
 def _name_the_first_bad(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:

@@ -16,13 +16,11 @@ from .data.order import Order, mix, share
 from .data.prefetch import AHEAD, Prefetch
 from .data.shards import ShardSet
 from .errors import UserError
+from .learner import View
 from .learning.losses import valid_pixels
 from .run.account import Account
-from .run.distributed import all_sum
+from .run.distributed import sum_apart
 from .run.preemption import StopFlag
-
-View = tuple[torch.Tensor, torch.Tensor]
-"""image float32 (batch, 3, height, width), normalised; depth float32 (batch, height, width), metres, 0 = hole."""
 
 
 @contextmanager
@@ -133,14 +131,13 @@ class News:
 
 
 def share_news(accelerator: Accelerator, share: Share, stop: StopFlag) -> News:
-    """Sum over the ranks what each has to say before the step: one small collective, the only one beside DDP's."""
+    """Sum over the ranks what each has to say before the step; on a GPU without waiting for what it still computes."""
     batch_hash = int((mix(share.samples[:, 0], share.samples[:, 1]) >> np.uint64(32)).sum())
     rest = [float(bool(stop)), float(share.error is not None), float(batch_hash), float(share.replaced)]
-    device = accelerator.device
-    pixels = sum((valid_pixels(depth) for _, depth in share.views), torch.zeros((), dtype=torch.float64, device=device))
-    told = all_sum(accelerator, torch.cat([pixels[None], torch.tensor(rest, dtype=torch.float64, device=device)]))
-    _, stops, failures, batch_hash, replaced = map(int, told.tolist())
-    return News(told[0], stops > 0, failures > 0, batch_hash, replaced)
+    none = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    pixels, told = sum_apart(accelerator, sum((valid_pixels(depth) for _, depth in share.views), none), rest)
+    stops, failures, batch_hash, replaced = map(int, told)
+    return News(pixels, stops > 0, failures > 0, batch_hash, replaced)
 
 
 def poisoned(config: Config, replaced: int, samples_seen: int, shards: ShardSet) -> UserError | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from . import report
 from .announce import describe, describe_batch
@@ -25,7 +24,6 @@ from .command import run_command
 from .config import SAMPLE_SHARDS, Config, read_config
 from .data.shards import ShardSet, open_split
 from .errors import UserError
-from .learning.losses import mse
 from .run.distributed import agree, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
@@ -42,7 +40,7 @@ def main(argv: list[str]) -> None:
         config = replace(config, run=Path(tempfile.mkdtemp(prefix="mde_dist-debug-")))
     stop = StopFlag()
     with (
-        processes(config.train.precision, config.train.cpu_threads, config.train.timeout) as accelerator,
+        processes(*config.train.joining) as accelerator,
         watched_peers(accelerator, stop, config.train.lost_after, config.run) as naming_the_lost,
     ):
         if config.debug:
@@ -109,7 +107,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     """Train to the end, or until a signal; returns whether it was the end."""
     config, accelerator, shards, state = trainer.config, trainer.accelerator, trainer.shards, trainer.state
     learner, account, monitor = trainer.learner, trainer.account, trainer.monitor
-    batch_size, accumulate, world = config.train.batch_size, config.train.accumulate, accelerator.num_processes
+    batch_size = config.train.batch_size
 
     with (
         contextlib.suppress(Interrupted),
@@ -138,30 +136,16 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
                 trainer.save()  # what was learned so far is whole
                 agree(accelerator, error)
             rate = learner.set_rate(state.samples_seen)
-            learner.keep_buffers()
-            losses = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            for number, (image, depth) in enumerate(share.views, 1):
-                with contextlib.nullcontext() if number == accumulate else accelerator.no_sync(learner.model):
-                    with account.working(), accelerator.autocast():
-                        prediction = learner.model(image.contiguous(memory_format=learner.layout))
-                    # the mean over the valid pixels of the GLOBAL batch; DDP averages over ranks, hence `world`
-                    loss = mse(prediction, depth) / news.pixels.clamp(min=1).float()
-                    # a loss that is not finite makes the gradient so, and with it that of all ranks
-                    accelerator.backward(loss * torch.where(loss.isfinite(), world, torch.nan))
-                    losses += loss.detach().double()
-            norm = nn.utils.clip_grad_norm_(learner.bare.parameters(), config.optim.clip or float("inf"))
-            if torch.isfinite(norm):
-                learner.step(batch_size, state.step + 1)
-            else:
-                trainer.reject(losses, norm)
-            learner.optimizer.zero_grad(set_to_none=True)
-            before = state.samples_seen
+            losses = learner.backward(share.views, news.pixels, account.working)
+            verdict = learner.step(losses, batch_size, state.step + 1)
+            before = replace(state)
             state.samples_seen, state.replaced, state.step = behind, replaced, state.step + 1
+            trainer.stepped(verdict, before)
             account.step(batch_size)
             monitor.moved(state.samples_seen)
-            if state.samples_seen >= trainer.total or state.due(config.train.log_every, before):
-                trainer.log(losses, norm, rate, news)
-            if state.due(config.train.checkpoint_every, before) and not trainer.evaluation_due():
+            if state.samples_seen >= trainer.total or state.due(config.train.log_every, before.samples_seen):
+                trainer.log(verdict, rate, news)
+            if state.due(config.train.checkpoint_every, before.samples_seen) and not trainer.evaluation_due():
                 trainer.save()
 
     finished = state.samples_seen >= trainer.total and not trainer.evaluation_due()

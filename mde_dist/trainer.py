@@ -5,9 +5,10 @@ import hashlib
 import json
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from .config import Config, as_json, as_toml, identity
 from .data.shards import ShardSet
 from .errors import UserError
-from .learner import Learner
+from .learner import Learner, Verdict
 from .learning.breakdown import split_breakdown
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
@@ -63,14 +64,29 @@ class Trainer:
     """What becomes of a file that the disk did not take."""
     troubles: list[UserError]
     """Of these, what is to end the run."""
+    unsettled: deque[tuple[Verdict, State]] = field(default_factory=deque)
+    """Steps of which the loop does not know yet whether they were learned from, and the state before each."""
 
     @property
     def writes(self) -> bool:
         """Whether this is the rank that writes."""
         return self.accelerator.is_main_process
 
+    def stepped(self, verdict: Verdict, before: State) -> None:
+        """Note a step, and hear how the one before it went: then the device has this one to do meanwhile."""
+        self.unsettled.append((verdict, before))
+        self.settle(1)
+
+    def settle(self, leave: int = 0) -> None:
+        """Hear how all steps but the last `leave` went. Called by every rank; raises UserError as `reject` does."""
+        while len(self.unsettled) > leave:
+            verdict, before = self.unsettled.popleft()
+            if verdict.left_out():
+                self.reject(verdict, before)
+
     def save(self) -> None:
         """Write a checkpoint of this very state, beside the loop, unless that has been done."""
+        self.settle()
         if self.writes:
             record, best = self._record(), self.state.best.get("step")
 
@@ -87,6 +103,7 @@ class Trainer:
 
     def evaluate(self, stop: StopFlag) -> None:
         """Score the held-out split, note it, remember it if it is the best so far, and save. Raises Interrupted."""
+        self.settle()
         config, state, model = self.config, self.state, self.learner.scored
         protocol = PROTOCOLS[config.evaluate.protocol]
         options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
@@ -170,34 +187,38 @@ class Trainer:
                 samples=0, baseline=name, evaluation=protocol.name, images=summary.images, **summary.metrics
             )
 
-    def log(self, losses: torch.Tensor, norm: torch.Tensor, rate: float, news: News) -> None:
+    def log(self, verdict: Verdict, rate: float, news: News) -> None:
         """A line about the step that was just done and about the speed since the last one. Called by every rank."""
+        self.settle()
         state = self.state
-        rows = gather_rows(self.accelerator, [losses.item(), *self.account.row()])
-        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(norm)}
+        rows = gather_rows(self.accelerator, [verdict.losses.item(), *self.account.row()])
+        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(verdict.norm)}
         values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
         rates = self.account.rates(rows[:, 1:], self.total - state.samples_seen)
         self.monitor.step(state.samples_seen, **values, batch=f"{news.batch_hash:x}", **rates, time=_now())
         self.trackers.log(state.samples_seen, "train", values | rates)
         self.account.restart()
 
-    def reject(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
-        """Leave out a batch whose loss or gradient is not finite on some rank. Called by every rank.
+    def reject(self, verdict: Verdict, before: State) -> None:
+        """Say that a batch was left out, whose loss or gradient is not finite on some rank. Called by every rank.
 
-        Raises UserError, which names the batch, where that is not wanted or was done too often.
+        Raises UserError, which names the batch, where that is not wanted or was done too often; then the state is that
+        before the batch, as model and optimizer are.
         """
         config, state, world = self.config, self.state, self.accelerator.num_processes
-        self.learner.restore_buffers()
+        losses, norm, where_from = verdict.losses, verdict.norm, before.samples_seen
         bad = gather_rows(self.accelerator, [float(not losses.isfinite())])[:, 0].nonzero()[:, 0].tolist()
-        keys = batch_keys(config, self.shards, state.samples_seen, world, bad or range(world))
+        keys = batch_keys(config, self.shards, where_from, world, bad or range(world))
         which = ", ".join(keys[:_KEYS_SAID]) + (f" and {len(keys) - _KEYS_SAID} more" if keys[_KEYS_SAID:] else "")
         where = f"of rank {', '.join(map(str, bad))} is" if world > 1 else "is"
         what = f"the loss {where} not finite" if bad else f"the gradient is not finite ({norm.item()})"
-        what = f"{what} at sample {state.samples_seen} (keys: {which})"
+        what = f"{what} at sample {where_from} (keys: {which})"
         state.skipped += 1
         if config.train.nonfinite == "skip" and state.skipped <= config.train.max_skipped:
             self.monitor.say(f"batch {state.skipped} left out of at most {config.train.max_skipped}: {what}")
             return
+        state.samples_seen, state.replaced, state.step = where_from, before.replaced, before.step
+        self.unsettled.clear()  # what came after it was left out as well
         left_out = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
         together(self.accelerator, lambda: self._save_failed(keys))
         raise UserError(
@@ -252,7 +273,8 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
         opened.enter_context(monitor)
         if not config.debug:  # a debugger wants the terminal itself
             together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
-        learner.wrap()
+        skip = config.train.nonfinite == "skip"
+        learner.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
         flops = training_flops(config.model, size)
         account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
         saver = opened.enter_context(Saver(complain))

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist import report, results, scoring, showcase, stream
+from mde_dist import learner, report, results, scoring, showcase, stream
 from mde_dist.checkup import data as checkup_data
 from mde_dist.checkup import machine
 from mde_dist.checkup import step as checkup_step
 from mde_dist.data.shards import ShardSet
-from mde_dist.learning import losses
 from mde_dist.learning.model import DepthModel
 from mde_dist.run import checkpoint, directory
+from mde_dist.run import distributed as run_distributed
 from mde_dist.run import records as run_records
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -160,7 +160,7 @@ def not_finite(step: int, what: str, rank: int | None = None) -> None:
     """The loss of this rank in a step (from 1), or the gradient of a loss that is finite, is not."""
     if not mine(rank):
         return
-    real, seen = losses.mse, 0
+    real, seen = learner.mse, 0
 
     def mse(*arguments: torch.Tensor) -> torch.Tensor:
         nonlocal seen
@@ -170,7 +170,7 @@ def not_finite(step: int, what: str, rank: int | None = None) -> None:
             loss = loss * torch.nan if what == "loss" else _Poison.apply(loss)
         return loss
 
-    losses.mse = mse
+    learner.mse = mse
 
 
 class _Poison(torch.autograd.Function):
@@ -252,3 +252,15 @@ def no_locks() -> None:
         raise AssertionError("a lock")
 
     fcntl.flock = fcntl.lockf = refuse
+
+
+def hosts_apart() -> None:
+    """What ranks on GPUs do: the numbers that the host waits for go over a group of their own."""
+    real = stream.sum_apart
+
+    def sum_apart(*arguments: Any) -> Any:
+        if run_distributed._hosts is None:
+            run_distributed._hosts = run_distributed.hosts_group(60)
+        return real(*arguments)
+
+    stream.sum_apart = sum_apart

@@ -8,6 +8,8 @@ from torch import nn
 
 from mde_dist.learning.ema import Ema
 
+KEPT, LEFT_OUT = torch.zeros(()), torch.ones(())
+
 
 def model(value: float) -> nn.Module:
     made = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
@@ -21,19 +23,25 @@ def model(value: float) -> nn.Module:
 def test_two_steps_by_hand():
     ema = Ema(model(1.0), samples=1e9)
     # early on the decay is step / (step + 9): 1/10, then 2/11
-    ema.update(model(11.0), batch=8, step=1)
+    ema.update(model(11.0), 8, 1, KEPT)
     assert ema.model[0].weight.item() == pytest.approx(0.1 * 1 + 0.9 * 11)
     assert ema.model[1].running_mean.item() == pytest.approx(10.0)
     assert ema.model[1].num_batches_tracked.item() == 11  # a count is no average
-    ema.update(model(21.0), batch=8, step=2)
+    ema.update(model(21.0), 8, 2, KEPT)
     assert ema.model[0].weight.item() == pytest.approx(2 / 11 * 10 + 9 / 11 * 21)
+
+
+def test_a_step_that_is_left_out_does_not_move_it():
+    ema = Ema(model(1.0), samples=1e9)
+    ema.update(model(11.0), 8, 1, LEFT_OUT)
+    assert ema.model[0].weight.item() == ema.model[1].running_mean.item() == 1.0
 
 
 @pytest.mark.parametrize("batch", [5, 10, 50])
 def test_after_its_samples_an_old_weight_counts_1_over_e_whatever_the_batch(batch):
     ema, late = Ema(model(1.0), samples=1000), 10**6
     for step in range(1000 // batch):
-        ema.update(model(0.0), batch, late + step)
+        ema.update(model(0.0), batch, late + step, KEPT)
     assert ema.model[0].weight.item() == pytest.approx(math.exp(-1), rel=1e-4)
 
 

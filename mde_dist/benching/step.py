@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..checkup.step import noise, out_of_memory
 from ..config import Config
 from ..data.augment import prepare
 from ..data.shards import open_split
 from ..errors import UserError
-from ..learner import Learner
+from ..learner import Learner, View
 from ..learning.flops import training_flops
-from ..learning.losses import mse, valid_pixels
+from ..learning.losses import valid_pixels
 from ..run.account import peak_flops
 from ..run.distributed import processes
 from ..train import check_batch, make_sample
@@ -161,7 +160,7 @@ def set_up(variant: Variant, accelerator: Accelerator, size: tuple[int, int], st
             if variant.other_adamw:
                 variant.what = turn_adamw(learner)
             view = prepare(batch, size, config.augment, config.train.seed)
-            step = training_step(learner, accelerator, config, view)
+            step = training_step(learner, device, config, view)
         start = time.perf_counter()
         step()
         wait(device)
@@ -258,24 +257,17 @@ def row_ms(variant: Variant) -> float:
     return over_rounds("ms", [1e3 * seconds for seconds in variant.times])["ms"]
 
 
-def training_step(
-    learner: Learner, accelerator: Accelerator, config: Config, view: tuple[torch.Tensor, torch.Tensor]
-) -> Callable[[], None]:
+def training_step(learner: Learner, device: torch.device, config: Config, view: View) -> Callable[[], None]:
     """The trainer's optimizer step on one view, which stands for all parts of the batch; one process."""
-    image, depth = view
-    device, parts = accelerator.device, config.train.accumulate
+    views = [view] * config.train.accumulate
+    pixels = len(views) * valid_pixels(view[1])
+
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     def step() -> None:
         learner.set_rate(0)
-        learner.keep_buffers()
-        pixels = parts * valid_pixels(depth)
-        for _ in range(parts):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                prediction = learner.model(image.contiguous(memory_format=learner.layout))
-            accelerator.backward(mse(prediction, depth) / pixels.clamp(min=1).float())
-        nn.utils.clip_grad_norm_(learner.bare.parameters(), config.optim.clip or float("inf"))
-        learner.step(config.train.batch_size, 1)
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.step(learner.backward(views, pixels, precision), config.train.batch_size, 1)
 
     return step
 

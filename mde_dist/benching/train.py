@@ -12,19 +12,17 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..config import Config
 from ..data.loader import Batch, Loader
 from ..data.shards import open_split
 from ..learner import Learner
 from ..learning.flops import training_flops
-from ..learning.losses import mse
 from ..run.account import Account, peak_flops
 from ..run.distributed import agree, all_sum, gather_rows, processes, same_everywhere, time_all_reduce, together
 from ..run.peers import watched_peers
 from ..run.preemption import StopFlag
-from ..stream import News, Share, share_news, take_share, training_stream
+from ..stream import share_news, take_share, training_stream
 from ..train import check_batch, make_sample
 from .result import Column, Result, Table, Timing, cores_at_hand, device_name, middle, over_rounds, plain_config, ratio
 from .step import wait
@@ -60,7 +58,7 @@ def bench(options: Options) -> Result | None:
     train, data = config.train, config.data
     stop = StopFlag()
     with (
-        processes(train.precision, train.cpu_threads, train.timeout) as accelerator,
+        processes(*train.joining) as accelerator,
         watched_peers(accelerator, stop, train.lost_after) as naming_the_lost,
     ):
         check_batch(config, accelerator.num_processes)
@@ -168,7 +166,9 @@ class Fed:
             agree(self._accelerator, share.error)
         if news.stopped:
             return 0
-        step(self._learner, self._accelerator, self._config, share, news, self._account, alone)
+        self._learner.set_rate(0)
+        losses = self._learner.backward(share.views, news.pixels, self._account.working, reduce=not alone)
+        self._learner.step(losses, self._config.train.batch_size, 1)
         return self._part
 
     def _measure(self, call: Callable[[], int], seconds: float) -> dict[str, Any]:
@@ -212,31 +212,6 @@ class Fed:
 def copied(batch: Batch) -> Batch:
     """In memory of its own, which the loader does not fill again."""
     return replace(batch, image=batch.image.clone(), depth=batch.depth.clone())
-
-
-def step(
-    learner: Learner,
-    accelerator: Accelerator,
-    config: Config,
-    share: Share,
-    news: News,
-    account: Account,
-    alone: bool = False,
-) -> None:
-    """One optimizer step as the trainer does it; `alone` leaves out the sum of the gradients over the ranks."""
-    parts = config.train.accumulate
-    learner.set_rate(0)
-    learner.keep_buffers()
-    for number, (image, depth) in enumerate(share.views, 1):
-        summed = number == parts and not alone
-        with contextlib.nullcontext() if summed else accelerator.no_sync(learner.model):
-            with account.working(), accelerator.autocast():
-                prediction = learner.model(image.contiguous(memory_format=learner.layout))
-            loss = mse(prediction, depth) / news.pixels.clamp(min=1).float()
-            accelerator.backward(loss * accelerator.num_processes)
-    nn.utils.clip_grad_norm_(learner.bare.parameters(), config.optim.clip or float("inf"))
-    learner.step(config.train.batch_size, 1)
-    learner.optimizer.zero_grad(set_to_none=True)
 
 
 def over_all_rounds(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

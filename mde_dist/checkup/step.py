@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ..config import Config
 from ..data.augment import prepare
 from ..data.loader import Batch
 from ..errors import UserError
 from ..learner import Learner
-from ..learning.losses import mse, valid_pixels
+from ..learning.losses import valid_pixels
 from ..run.account import peak_memory
 from ..run.distributed import time_all_reduce
 from ..train import check_batch
@@ -123,17 +122,11 @@ def _timed_steps(
     parts = config.train.accumulate
 
     def one_part() -> torch.Tensor:
-        image, depth = prepare(batch, size, config.augment, config.train.seed)
-        with accelerator.autocast():
-            prediction = learner.model(image.contiguous(memory_format=learner.layout))
-        loss = mse(prediction, depth) / valid_pixels(depth).clamp(min=1).float()
-        accelerator.backward(loss)
-        return loss.detach()
+        view = prepare(batch, size, config.augment, config.train.seed)
+        return learner.backward([view], valid_pixels(view[1]))
 
     def finish() -> None:
-        nn.utils.clip_grad_norm_(learner.bare.parameters(), config.optim.clip or float("inf"))
-        learner.step(config.train.batch_size, 1)
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.step(torch.zeros((), device=accelerator.device), config.train.batch_size, 1)
 
     def clocked(action: Callable[[], object]) -> float:
         start = time.perf_counter()

@@ -3,13 +3,14 @@
 A view's parameters are hashed from (seed, epoch, sample), so they do not depend on ranks, threads or batch size.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .depth import resize_depth
+from .depth import first_valid, footprints
 from .loader import Batch
 from .order import uniform
 
@@ -47,13 +48,28 @@ def prepare(
     """
     image, depth = prepare_images(batch, size), prepare_depth(batch)
     if depth.shape[-2:] != size:
-        depth = resize_depth(depth, size)
+        depth = first_valid(depth, _footprints_on(depth.device, (depth.shape[-2], depth.shape[-1]), size))
     draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(7))
     # chosen in float64: rounded to float32 a draw can reach 1, which is below no probability
-    chosen = torch.from_numpy(draw[:, :2] < (augment.flip, augment.color)).to(image.device)
-    strength = torch.from_numpy(draw[:, 2:].astype(np.float32)).to(image.device)
-    image, depth = _flip(image, depth, chosen[:, 0])
-    return normalise(_recolor(image, chosen[:, 1], strength)), depth
+    draw[:, :2] = draw[:, :2] < (augment.flip, augment.color)
+    drawn = on_device(draw.astype(np.float32), image.device)
+    image, depth = _flip(image, depth, drawn[:, 0] > 0)
+    return normalise(_recolor(image, drawn[:, 1] > 0, drawn[:, 2:])), depth
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of a small array, which nothing waits for: a plain copy to a GPU waits for all that it has to do."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@functools.lru_cache(maxsize=64)  # as the means of ImageNet below: a copy to the device is waited for
+def _footprints_on(
+    device: torch.device, source: tuple[int, int], target: tuple[int, int]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`footprints`, ready for the device."""
+    steps = footprints(source, target)
+    return [(torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)) for rows, columns in steps]
 
 
 def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -65,9 +81,13 @@ def resize_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def normalise(image: torch.Tensor) -> torch.Tensor:
     """RGB 0..1 (batch, 3, height, width) -> zero mean and unit variance over ImageNet."""
-    mean = torch.tensor(IMAGENET_MEAN, device=image.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=image.device).view(3, 1, 1)
+    mean, std = _imagenet(image.device)
     return (image - mean) / std
+
+
+@functools.cache  # or each batch would wait for a copy of these to its device
+def _imagenet(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))  # type: ignore[return-value]
 
 
 def _flip(image: torch.Tensor, depth: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,9 @@ In memory depth is float32 metres; in a shard and in a batch it is uint16 millim
 
 import io
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -156,15 +158,29 @@ def resize_depth(depth: Any, size: tuple[int, int]) -> Any:
     """(…, height, width) depth -> (…, *size), each target taking the valid value of its footprint nearest its centre.
 
     Averaging would invent depths between a chair and the wall behind it. A target is a hole (0) only where its whole
-    footprint is. Works alike on NumPy arrays and torch tensors, in any unit.
+    footprint is. In any unit.
     """
-    rows, columns = _Footprints(depth.shape[-2], size[0]), _Footprints(depth.shape[-1], size[1])
-    steps = sorted((y * y + x * x, y, x) for y in rows.steps for x in columns.steps)
+    return first_valid(depth, footprints(tuple(depth.shape[-2:]), size))
+
+
+def first_valid(depth: Any, steps: Iterable[tuple[Any, Any]]) -> Any:
+    """For each target the first of its candidates that is no hole. Works alike on NumPy arrays and torch tensors.
+
+    `steps`: as `footprints` gives them, or the same as tensors on the depth's device.
+    """
     result = None
-    for _, y, x in steps:
-        candidate = depth[..., rows.at(y)[:, None], columns.at(x)[None, :]]
+    for rows, columns in steps:
+        candidate = depth[..., rows, columns]
         result = candidate if result is None else result + (result == 0) * candidate
     return result
+
+
+@lru_cache(maxsize=64)
+def footprints(source: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The source cells under each target cell, nearest to its centre first: rows (height, 1), columns (1, width)."""
+    sides = [_Footprints(*lengths) for lengths in zip(source, target, strict=True)]
+    steps = sorted((y * y + x * x, y, x) for y in sides[0].steps for x in sides[1].steps)
+    return tuple((sides[0].at(y)[:, None], sides[1].at(x)[None, :]) for _, y, x in steps)
 
 
 class _Footprints:

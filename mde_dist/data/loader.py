@@ -109,6 +109,7 @@ class Loader:
         self._timeout, self._stop, self._say = timeout, stop, say
         self._stride = next(s for s in itertools.count(samples.block + 1) if math.gcd(s, len(samples)) == 1)
         pin = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if pin else None
         height, width = samples.size
         self._free = deque(
             _Slot(
@@ -196,14 +197,25 @@ class Loader:
         image, depth = slot.image, slot.depth
         if len(sample) < len(image):
             image, depth = image[: len(sample)], depth[: len(sample)]
-        if self._device.type == "cuda":
-            image = image.to(self._device, non_blocking=True)
-            depth = depth.to(self._device, non_blocking=True)
-            slot.copied = torch.cuda.Event()
-            slot.copied.record()
+        if self._stream is not None:
+            image, depth, slot.copied = self._copied(self._stream, image, depth)
         elif self._device.type != "cpu":
             image, depth = image.to(self._device), depth.to(self._device)
         return Batch(image, depth, epoch, sample, slot.replaced)
+
+    def _copied(
+        self, stream: torch.cuda.Stream, image: torch.Tensor, depth: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
+        """Copies on the GPU, made beside what it computes, and the event after which the host's are free again."""
+        with torch.cuda.stream(stream):
+            image, depth = image.to(self._device, non_blocking=True), depth.to(self._device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(copied)
+        for tensor in (image, depth):
+            tensor.record_stream(computing)  # or its memory would be given away while that stream still reads it
+        return image, depth, copied
 
     def _decode(self) -> None:
         while (task := self._work.get()) is not None:

@@ -15,14 +15,16 @@ class Ema:
         self.model, self._samples = copy.deepcopy(model).requires_grad_(False), samples
 
     @torch.no_grad()
-    def update(self, model: nn.Module, batch: int, step: int) -> None:
+    def update(self, model: nn.Module, batch: int, step: int, left_out: torch.Tensor) -> None:
         """Take in the weights after `step` steps, the last of them over a `batch` of samples.
 
-        Early on the average is over few steps, so that the random start does not weigh on it.
+        Early on the average is over few steps, so that the random start does not weigh on it. `left_out`: scalar on the
+        device; where it is 1 the average stays as it is.
         """
         decay = min(math.exp(-batch / self._samples), step / (step + 9))
         mine, theirs = self.model.state_dict(), model.state_dict()
         floats = [name for name, tensor in theirs.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], 1 - decay)
+        weight = (1 - decay) * (1 - left_out)
+        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], [weight] * len(floats))
         for name in theirs.keys() - floats:
             mine[name].copy_(theirs[name])

@@ -36,11 +36,11 @@ ADAMW = ("step", "exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU."""
+    """AdamW, fused: faster on every device, and it can leave a step out without asking the host."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=decayed[0].is_cuda)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def learning_rate(config: OptimConfig, samples_seen: int, total: int) -> float:
@@ -75,5 +75,6 @@ def load_optimizer_tensors(
         parameter = parameters[owner]
         if value.ndim and value.shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-        device = parameter.device if value.ndim or optimizer.param_groups[0].get("fused") else "cpu"
-        optimizer.state[parameter][key] = value.to(device)
+        # laid out in memory as the parameter is: the fused kernel pairs numbers by their place there
+        like = parameter if value.ndim else value.to(parameter.device)
+        optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)

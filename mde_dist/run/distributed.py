@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
 from ..errors import OtherRankError, RankError, UserError
@@ -23,19 +23,30 @@ SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m
 """The way to start several processes that works with and without GPUs."""
 
 Precision = Literal["auto", "bf16", "fp32"]
+Gradients = Literal["fp32", "bf16"]
 
 T = TypeVar("T")
+
+_hosts: distributed.ProcessGroup | None = None
+"""All ranks over gloo, where the default group is that of their GPUs."""
 
 # how launchers other than torchrun and accelerate tell a process that it has siblings
 _SIBLINGS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
 
 @contextmanager
-def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: float = 600.0) -> Iterator[Accelerator]:
+def processes(
+    precision: Precision = "fp32",
+    cpu_threads: int = 0,
+    timeout: float = 600.0,
+    gradients: Gradients = "fp32",
+    bucket_mb: float = 25.0,
+) -> Iterator[Accelerator]:
     """Join the process group that the launcher promised, on whatever devices there are; leave it in good order.
 
-    `timeout`: seconds after which a collective that waits for a lost rank ends the run. Raises UserError where the
-    processes would train independently of one another.
+    `gradients`: as which numbers they are summed over the ranks, in buckets of `bucket_mb` MB. `timeout`: seconds after
+    which a collective that waits for a lost rank ends the run. Raises UserError where the processes would train
+    independently of one another.
     """
     promised = promised_processes()
     cpu = not torch.cuda.is_available() and not _other_accelerator()
@@ -50,7 +61,12 @@ def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: floa
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
             # buffers are needed alike for evaluating and saving only: see `share_buffers`
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_mb,
+                comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
+            ),
         ],
     )
     check_world(accelerator.num_processes, promised)
@@ -58,9 +74,13 @@ def processes(precision: Precision = "fp32", cpu_threads: int = 0, timeout: floa
         # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    global _hosts
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+        _hosts = hosts_group(timeout)
     try:
         yield accelerator
     finally:
+        _hosts = None
         # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
         accelerator.free_memory()
         gc.collect()
@@ -98,6 +118,30 @@ def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes > 1:
         distributed.all_reduce(tensor)
     return tensor
+
+
+def hosts_group(timeout: float) -> distributed.ProcessGroup:
+    """All ranks over gloo. Called by every rank."""
+    return cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+
+
+def sum_apart(
+    accelerator: Accelerator, on_device: torch.Tensor, on_host: Sequence[float]
+) -> tuple[torch.Tensor, list[float]]:
+    """Sum over the ranks of a float64 scalar on the device, and of numbers that the host must know now.
+
+    On a GPU these go over a group of their own, from host to host: read off the device, they would have to wait for all
+    that it still has to do.
+    """
+    numbers = torch.tensor(on_host, dtype=torch.float64)
+    if accelerator.num_processes == 1:
+        return on_device, list(on_host)
+    if _hosts is None:  # one sum for both: the device is the host
+        both = all_sum(accelerator, torch.cat([on_device[None], numbers]))
+        return both[0], both[1:].tolist()
+    distributed.all_reduce(on_device)
+    distributed.all_reduce(numbers, group=_hosts)
+    return on_device, numbers.tolist()
 
 
 def gather_rows(accelerator: Accelerator, row: Sequence[float]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from commands import environment, files_below, learned, records, run, small, start, wait_for
+from faults import hosts_apart
 from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
@@ -65,6 +66,24 @@ def test_every_topology_leaves_one_set_of_files(runs, other):
     assert files_below(runs[other]) - logs == files_below(runs["1"]) - logs
     assert [r["samples"] for r in learned(runs[other])] == [r["samples"] for r in learned(runs["1"])]
     assert [r["start"]["ranks"] for r in records(runs[other]) if "start" in r] == [int(other[0])]
+
+
+def test_numbers_of_the_host_may_travel_apart_from_those_of_the_device(runs, room_shards, tmp_path):
+    """As they do where the device is a GPU: another group, the same sums, the same training."""
+    done = warm_run("train", processes=2, before=hosts_apart, run=tmp_path / "apart", **small(data_shards=room_shards))
+    assert done.returncode == 0, done.stderr
+    assert learned(tmp_path / "apart") == learned(runs["2"])
+
+
+def test_gradients_that_travel_as_bf16_are_alike_on_all_ranks_and_nearly_those_of_fp32(runs, room_shards, tmp_path):
+    options = {"train.gradients": "bf16", "train.bucket-mb": 4}
+    done = warm_run("train", processes=2, run=tmp_path / "bf16", **small(data_shards=room_shards), **options)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (load_file(path / "model.safetensors") for path in (runs["2"], tmp_path / "bf16"))
+    assert any(not theirs[name].equal(value) for name, value in ours.items())
+    losses = [[r["loss"] for r in records(path) if "loss" in r] for path in (runs["2"], tmp_path / "bf16")]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.1)
 
 
 def test_a_checkpoint_scores_the_same_digits_on_1_2_and_3_ranks(runs, tmp_path):
