@@ -110,7 +110,7 @@ def test_the_step_and_its_choices_and_a_batch_that_does_not_fit(room_shards, tmp
     base = rows["as it is"]
     names = ["as it is", "prepare and augment alone", "channels-last off", "batch 2", "batch 8"]
     assert [name for name in rows if not name.startswith("AdamW")] == names
-    assert len(rows) == 6  # and the other AdamW
+    assert len(rows) == 6
     flops = training_flops(read_config([]).model, (32, 32))
     for name in ("as it is", "channels-last off", "batch 2"):
         row = rows[name]

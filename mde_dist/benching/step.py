@@ -73,8 +73,8 @@ class Variant:
     config: Config
     flip: str = ""
     """The choice that it is the other side of, as options of mde_dist.train; empty where it is none of them."""
-    other_adamw: bool = False
-    """AdamW foreach where the trainer has it fused, and the other way round."""
+    foreach: bool = False
+    """AdamW in the kernels of several tensors each, in place of the fused one."""
     prepare_only: bool = False
     """The views of a batch alone, no step."""
     step: Callable[[], object] | None = None
@@ -139,7 +139,7 @@ def chosen(options: Options, device: torch.device) -> list[Variant]:
         found.append(other(f"--train.precision {precision}", precision=precision))
         compiled = "off" if train.compile == "on" else "on"
         found.append(other(f"--train.compile {compiled}", compile=compiled))
-    found.append(Variant("the other AdamW", base, other_adamw=True))
+    found.append(Variant("AdamW foreach, not fused", base, foreach=True))
     for batch in options.batches or (_BATCHES if cuda else ()):
         found.append(Variant(f"batch {batch}", replace(base, train=replace(train, batch_size=batch, accumulate=1))))
     return found
@@ -157,8 +157,8 @@ def set_up(variant: Variant, accelerator: Accelerator, size: tuple[int, int], st
         else:
             learner = Learner(config, accelerator, size)
             learner.wrap()
-            if variant.other_adamw:
-                variant.what = turn_adamw(learner)
+            if variant.foreach:
+                learner.optimizer = Foreach(_groups(learner.optimizer), foreach=True)
             view = prepare(batch, size, config.augment, config.train.seed)
             step = training_step(learner, device, config, view)
         start = time.perf_counter()
@@ -188,12 +188,16 @@ def _give_up(variant: Variant, error: Exception, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def turn_adamw(learner: Learner) -> str:
-    """Give it the AdamW that the trainer does not use, and return its name."""
-    fused = not learner.optimizer.defaults.get("fused")
-    groups = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in learner.optimizer.param_groups]
-    learner.optimizer = torch.optim.AdamW(groups, fused=fused or None, foreach=None if fused else True)
-    return f"AdamW {'fused' if fused else 'foreach'}"
+class Foreach(torch.optim.AdamW):
+    """Cannot leave out a step that is not finite, as the fused one can; here there is none."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.found_inf = None
+        return super().step(closure)
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in optimizer.param_groups]
 
 
 def turns(variants: Sequence[Variant], rounds: int, seconds: float, device: torch.device) -> None:
