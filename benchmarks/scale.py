@@ -1,7 +1,7 @@
 """What grows with samples, nodes and ranks: modelled for 8, 64 and 512 GPUs, and measured where a small machine can.
 
     python benchmarks/scale.py model [--rate 1000] [--share 16] [--window 4] [--samples-per-shard 256]
-    python benchmarks/scale.py measure [order index manifest reduce checkpoint wait readahead] [--shards DIR]
+    python benchmarks/scale.py measure [order index manifest reduce checkpoint wait readahead peers] [--shards DIR]
 
 `model` computes, from assumptions in scale_formulas.py; nothing of it ran on GPUs. `measure` runs the package's own
 code on this machine. scale.md has both side by side, and what breaks first.
@@ -75,7 +75,7 @@ def model(given: argparse.Namespace) -> None:
     nodes(given.samples_per_shard, given.share)
     shuffling(given.samples_per_shard, given.window)
     sums(step, given.share)
-    beside(step, given.share, given.window * given.samples_per_shard)
+    beside(step, given.share, given.samples_per_shard)
     waits()
 
 
@@ -194,18 +194,19 @@ def sums(step: float, share: int) -> None:
     )
 
 
-def beside(step: float, share: int, window: int) -> None:
+def beside(step: float, share: int, block: int) -> None:
     rows, whole = [], 4 * GRADIENT  # weights, two moments, average
+    written = " / ".join(time(whole / rate) for rate in DISK.values())
     for g in GPUS:
-        layout = min(g * share, window) * Costs().layout
-        ranks = [min(g, -(-images // 8)) for images in (654, 48_000)]
-        written = " / ".join(time(whole / rate) for rate in DISK.values())
-        rows.append([g, f"{size(whole)}: {written}", time(-(-g // PER_NODE) * whole / DISK["NFS"]), time(layout)])
-        rows[-1] += [f"{layout / step:.1%}", *ranks]
+        rows.append([g, f"{size(whole)}: {written}", time(-(-g // PER_NODE) * whole / DISK["NFS"])])
+        for window in (4, 256):
+            mean, burst = Costs().order(g * share, window * block)
+            rows[-1].append(f"{time(mean)}, {mean / step:.1%}; {time(burst)}")
+        rows[-1] += [min(g, -(-images // 8)) for images in (654, 48_000)]
     table(
         f"Beside the steps ({', '.join(DISK)})",
-        "GPUs | checkpoint, written by one rank | read by all from one NFS | order, per step and rank | of a step | "
-        "ranks that evaluate 654 images | 48,000",
+        "GPUs | checkpoint, written by one rank | read by all from one NFS | order a step, window 4: mean, of a "
+        "step; when a window begins | window 256 | ranks that evaluate 654 images | 48,000",
         rows,
     )
     sizes = ((n, n * COLUMNS * 8) for n in (654, 48_000, 1_000_000))

@@ -51,22 +51,30 @@ NVLINK, NVLINK_HOP, BASE = (
 class Costs:
     """Of one core of the machine that scale.md names, by `measure`; the rest is extrapolated from them."""
 
-    hash_rate: float = 1.0e9
+    hash_rate: float = 1.55e9
     """Bytes/s of sha256 over the index, from the page cache."""
-    row_check: float = 60e-9
+    row_check: float = 35e-9
     """Seconds to see whether a row of the index fits in its shard."""
-    shard_parse: float = 10e-6
+    shard_parse: float = 6e-6
     """Seconds for a shard of the manifest."""
-    shard_bytes: float = 210.0
+    shard_bytes: float = 172.0
     """Of the manifest's text."""
-    shard_memory: float = 1500.0
+    shard_memory: float = 600.0
     """Bytes of a process, for as long as it runs."""
-    stat: float = 3e-6
+    stat: float = 5.4e-6
     """Seconds to look whether a shard is there, on a local disk."""
     stat_nfs: float = 0.5e-3
     """The same on NFS; assumed."""
-    layout: float = 0.3e-6
-    """Seconds for a sample of a window that is laid out."""
+    window: float = 0.24e-3
+    """Seconds to lay out a window of the order, whatever its size, and"""
+    layout: float = 0.12e-6
+    """seconds for each of its samples."""
+
+    def order(self, batch: int, window: int) -> tuple[float, float]:
+        """(seconds of a rank's thread for a step's share of the order, and of the steps that lay out a window), both
+        in samples of all ranks: a rank's part of a batch lies in one window, now and then in two."""
+        whole = self.window + self.layout * window
+        return min(1.0, batch / window) * whole, whole
 
 
 def ring(ranks: int, size: float, bandwidth: float, hop: float = 0.0) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,9 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     from mde_dist.learning.model import ModelConfig, build
     from mde_dist.learning.optim import OptimConfig, make_optimizer, optimizer_tensors
     from mde_dist.run.checkpoint import EMA, MODEL, OPTIMIZER, host_copy, load_checkpoint, model_bytes, save_checkpoint
+    from mde_dist.run.state import State
 
-    model = build(ModelConfig(encoder=encoder), 0)
+    model = build(ModelConfig(backbone=encoder), 0)
     optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -85,7 +87,7 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
         files = {name: model_bytes(tensors, {"config": {}, "size": [1, 1]}) for name, tensors in copied.items()}
         found["serialise"].append(time.perf_counter() - start)
         found["bytes"] = sum(map(len, files.values()))
-        record = {"step": step + 1, "config": {}, "identity": {}, "samples_seen": 0, "evaluated": 0, "best": {}}
+        record = {**vars(State(step=step + 1)), "config": {}, "identity": {}}
         start = time.perf_counter()
         path = save_checkpoint(Path(folder, "checkpoints"), files, record, 1, None)
         found["write"].append(time.perf_counter() - start)
@@ -103,4 +105,36 @@ def show_checkpoint(_: argparse.Namespace) -> None:
         print(f"  {encoder}{', EMA' if ema else ''}: {found['bytes'] / 1e6:.0f} MB; {', '.join(parts)}", flush=True)
 
 
-RANKS = {"reduce": (reduce, show_reduce), "checkpoint": (checkpoint, show_checkpoint)}
+# --- who is still there ---
+
+
+def peers(folder: str, ranks: int, beats: int = 8) -> dict[str, float]:
+    """Share of a core that rank 0 takes to hear of all ranks: sockets of one process, signs of life spread out."""
+    from mde_dist.run.peers import _BEAT, _MESSAGE, _TICK, _Peers
+    from mde_dist.run.preemption import StopFlag
+
+    pairs = {rank: socket.socketpair() for rank in range(1, ranks)}
+    own = _Peers(0, {rank: pair[0] for rank, pair in pairs.items()}, StopFlag(), 60.0, None)
+    clock, draw = time.pthread_getcpuclockid(own._thread.ident or 0), np.random.default_rng(0)
+    begun, start = time.clock_gettime(clock), time.perf_counter()
+    for beat in range(beats):
+        for at, rank in sorted(zip(draw.random(ranks - 1) * _TICK, range(1, ranks), strict=True)):
+            time.sleep(max(0.0, start + beat * _TICK + at - time.perf_counter()))
+            pairs[rank][1].send(_MESSAGE.pack(_BEAT, rank))
+    found = (time.clock_gettime(clock) - begun) / (time.perf_counter() - start)
+    own.bye = True
+    own.close()
+    return {"share": found}
+
+
+def show_peers(_: argparse.Namespace) -> None:
+    for ranks in (8, 64, 512):
+        found = [in_ranks(1, peers, ranks=ranks)["share"] for _ in range(3)]
+        print(f"  {ranks} ranks: {np.median(found):.2%} of a core ({min(found):.2%} to {max(found):.2%})", flush=True)
+
+
+RANKS = {
+    "reduce": (reduce, show_reduce),
+    "checkpoint": (checkpoint, show_checkpoint),
+    "peers": (peers, show_peers),
+}
