@@ -37,7 +37,10 @@ def metres(
     def delivered(batches: Iterator[Batch]) -> harness.Batches:
         for one in batches:
             depth = one.depth.numpy()
-            yield one.image, np.divide(depth, thousand, out=buffer, dtype=np.float32) if converted else depth
+            if converted:
+                np.copyto(buffer, depth)  # half the time of one division from whole numbers to floats
+                depth = np.divide(buffer, thousand, out=buffer)
+            yield one.image, depth
 
     with opened(place, split, cache) as shards:
         buffer, thousand = np.empty((batch, *shards.size), np.float32), np.float32(1000)
