@@ -27,6 +27,7 @@ from scale_formulas import (
     distinct,
     exposed,
     groups_in_batches,
+    host_sum,
     meet,
     read_by_node,
     shards_fetched,
@@ -184,11 +185,16 @@ def sums(step: float, share: int) -> None:
             lost = [(exposed(t, step) + more) / step for t, more in ((fp32, norms), (fp32, 0), (bf16, 0))]
             name = link.name if g > PER_NODE else "NVLink"
             rows.append(
-                [g, name, *map(time, (fp32, bf16, norms, small_sum(g, link))), *(f"{part:.0%}" for part in lost)]
+                [
+                    g,
+                    name,
+                    *map(time, (fp32, bf16, norms, small_sum(g, link), host_sum(g))),
+                    *(f"{part:.0%}" for part in lost),
+                ]
             )
     table(
         f"Sums over the ranks: {size(GRADIENT)} of gradients against a step of {time(step)}, {share} images a GPU",
-        "GPUs | link | fp32 | bf16 | batch norm over all ranks | news of a step | added to a step, as it is | "
+        "GPUs | link | fp32 | bf16 | batch norm of all | news, device | host (gloo) | added to a step, as it is | "
         "without sync_bn | and bf16",
         rows,
     )

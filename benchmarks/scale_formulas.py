@@ -46,6 +46,8 @@ NVLINK, NVLINK_HOP, BASE = (
     6.7e-6,
 )  # bytes/s of a GPU's sum, s of a hop (beside other nodes), s of a call
 
+HOST_HOP = 30e-6  # seconds, over TCP from process to process; a guess
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -94,6 +96,11 @@ def small_sum(gpus: int, link: Link) -> float:
     """Seconds of a sum of a few numbers: up and down a tree over the nodes, and a chain in each."""
     nodes = -(-gpus // PER_NODE)
     return BASE + 2 * ((min(gpus, PER_NODE) - 1) * NVLINK_HOP + math.floor(math.log2(nodes)) * link.tree_hop)
+
+
+def host_sum(gpus: int) -> float:
+    """Seconds of a sum of a few numbers from host to host: gloo's is a ring through all ranks, over TCP."""
+    return ring(gpus, 0.0, 1.0, HOST_HOP)
 
 
 def small_gather(gpus: int, link: Link) -> float:
