@@ -27,7 +27,6 @@ from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
 from .data.remote import is_remote
 from .data.sources import DepthMap
-from .dry_run import PREVIEW, dry_run
 from .errors import UserError
 from .keep import index_shards, say, show_splits, training_command, verify_shards
 from .progress import shown
@@ -100,6 +99,8 @@ def main(argv: list[str]) -> None:
 
 def look(config: ShardConfig) -> None:
     """Say what packing would pack, and what it would refuse. Raises UserError."""
+    from .dry_run import PREVIEW, dry_run  # takes matplotlib, which every packing process would import, too
+
     dry_run(
         config.source,
         config.layout,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -26,6 +28,7 @@ from mde_dist.data.probe import check_units, probe
 from mde_dist.data.shards import open_split
 from mde_dist.data.sources import open_source
 from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.writer import ShardWriter
 from mde_dist.errors import UserError
 from mde_dist.shard import main
 
@@ -177,6 +180,26 @@ def test_index_is_right_where_a_member_fills_its_last_tar_block(tmp_path: Path) 
     packed(root, tmp_path / "shards")
     assert manifest_of(tmp_path / "shards")["splits"]["train"]["reencoded_images"] == 0
     check_index(tmp_path / "shards", "train")
+
+
+def test_a_tar_is_byte_for_byte_the_one_of_webdatasets_own_writer() -> None:
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    theirs_too = webdataset.TarWriter(theirs, encoder=False, compress=False, mtime=0, user="mde_dist", group="mde_dist")
+    with ShardWriter(ours, "blosc") as writer:
+        for number, key in enumerate(["a", "kitchen/0001", "küche", "k" * 99, "long" * 70]):
+            members = {"image": bytes(1500 * number), "depth": b"depth" * number, "meta": b"{}"}
+            if number == 1:
+                del members["meta"]
+            writer.write_members(key, members)
+            names = {"image": "jpg", "depth": "depth.blosc", "meta": "json"}
+            theirs_too.write({"__key__": key} | {names[member]: data for member, data in members.items()})
+    theirs_too.close()
+    assert ours.getvalue() == theirs.getvalue()
+
+
+def test_packing_imports_nothing_that_its_workers_do_not_need() -> None:
+    code = "import sys, mde_dist.shard; print(sorted({'torch', 'matplotlib', 'webdataset'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_plain_webdataset_reads_the_same_pixels_and_millimetres(sync: Path) -> None:
