@@ -23,7 +23,6 @@ from .data.loader import Batch
 from .errors import UserError
 from .files import atomic_file, write_atomic, writing
 from .learning.metrics import to_size
-from .pictures import colorize
 from .run.distributed import all_sum
 from .scoring import Predict
 
@@ -76,6 +75,8 @@ class Watch:
 
 def strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """What `Watch.gather` gives -> RGB uint8 (count, h, 3 w, 3): image, truth, prediction in one scale."""
+    from .pictures import colorize  # takes matplotlib; only trackers show pictures while training
+
     seen = truth[truth > 0]
     low, high = (float(edge) for edge in np.percentile(to_metres(seen), (1, 99))) if len(seen) else (0.0, 10.0)
     maps = (colorize(to_metres(depth), low, high) for depth in (truth, prediction))

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from . import report
 from .announce import describe, describe_batch
 from .card import write_card
 from .command import run_command
@@ -162,6 +161,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
 
 def publish(trainer: Trainer) -> None:
     """Publish the weights with their card, draw what there is to see, and say where everything is. Raises UserError."""
+    from . import report  # takes matplotlib, which no run has to wait for before its first step
+
     run = trainer.directory.path
     made = [trainer.directory.publish_model(trainer.learner.published())]
     for make in (lambda: [write_card(run)], lambda: report.draw(run)):
