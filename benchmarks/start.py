@@ -148,7 +148,8 @@ def starts(shards: str, options: list[str]) -> Iterator[tuple[str, bool, Callabl
 
 
 def helps() -> Iterator[tuple[str, bool, Callable[[], Found]]]:
-    code = f"import atexit, runpy; atexit.register(lambda: {TELL}); runpy.run_module(sys.argv[1], run_name='__main__')"
+    run = "del sys.argv[0]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    code = f"import atexit, runpy; atexit.register(lambda: {TELL}); {run}"
     for name in COMMANDS:
         yield "--help of", False, lambda name=name: alone(name, code, f"mde_dist.{name}", "--help")
 
