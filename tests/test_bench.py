@@ -31,7 +31,8 @@ QUICK = {"seconds": 0.02, "rounds": 1}
 def measure(word, shards, *arguments, before=None, json_file=None, **changes):
     """-> (what was printed, the JSON) of a word."""
     options = small(data_shards=shards, train_batch_size=4) | QUICK | {"json": json_file} | changes
-    done = warm_run("bench", word, *arguments, before=before, **options)
+    # or the table breaks its words where the tests were started from a narrow terminal
+    done = warm_run("bench", word, *arguments, before=before, env={"COLUMNS": "160"}, **options)
     assert done.returncode == 0, done.stderr
     found = json.loads(json_file.read_text())
     assert found["bench"] == word
