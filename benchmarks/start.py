@@ -36,7 +36,7 @@ Found = dict[str, tuple[float, ...]]
 def memory(text: str) -> tuple[float, float]:
     """What the kernel tells of a process -> (MB at most so far, MB that are no file's now)."""
     held = {name: 1.024e-3 * int(size) for name, size in re.findall(r"^ ?(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
-    return held["VmHWM"], held["Anonymous"]
+    return held["VmHWM"], held["Anonymous"] + held["RssShmem"]  # the loader's ring is shared memory to the kernel
 
 
 # --- in the process that is measured ---
