@@ -62,6 +62,22 @@ def test_it_stops_all_ranks_before_the_optimizer_steps_and_names_the_batch(
     assert all(failed.tensors["model.safetensors"][name].equal(before[name]) for name in before)
 
 
+def test_what_the_device_did_before_the_host_heard_of_it_was_not_learned_from(room_shards, tmp_path):
+    """Nothing is logged or saved between: the step after the bad one is done when the bad one is heard of."""
+    seldom = {"train_log_every": 36, "train_evaluate_every": 36, "optim_ema": 100}
+    options = seldom | {"train_checkpoint_every": 36, "processes": 1}
+    done = train(tmp_path / "struck", room_shards, partial(not_finite, 2, "loss"), **options)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the loss is not finite at sample 12" in errors(done.stderr)[0]
+    failed = newest_checkpoint(tmp_path / "struck/run/failed")
+    assert (failed.state.step, failed.state.samples_seen) == (1, 12)
+    done = train(tmp_path / "whole", room_shards, **options | {"train_checkpoint_every": 12, "train_keep": 9})
+    assert done.returncode == 0, done.stderr
+    for name, tensors in failed.tensors.items():
+        whole = load_file(tmp_path / "whole/run/checkpoints/step-00000001" / name)
+        assert all(tensors[key].equal(value) for key, value in whole.items()), name
+
+
 def test_what_does_not_come_again_is_no_obstacle(room_shards, tmp_path):
     assert train(tmp_path / "struck", room_shards, partial(not_finite, 2, "loss", 1)).returncode == 2
     for name in ("struck", "undisturbed"):
