@@ -13,10 +13,10 @@ start_step() {
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     host=$(scontrol show --oneliner node "$host" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/')
     export PORT=$((20000 + SLURM_JOB_ID % 20000))
-    code='' stopping='' ending=''
+    code='' stopping=${stopping:-} ending='' step=''
     # signals reach the ranks by way of srun, which runs beside this shell: a shell that waits for a command in the
     # foreground would answer only when it is over
-    trap 'waiting=1; stopping=1; kill -USR2 "$step"' USR1 USR2
+    trap 'waiting=1; stopping=1; [ -z "$step" ] || kill -USR2 "$step"' USR1 USR2
     trap 'waiting=1; ending=1' TERM
     echo "job: $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date +%FT%T)"
     # the number of a node is known on the node only, so that the inner shell has to look it up
@@ -25,6 +25,7 @@ start_step() {
         "${container[@]}" bash -c 'exec launch/several_nodes.sh "$SLURM_NNODES" "$SLURM_NODEID" "$@"' \
         launcher "$host" "$per_node" "$@" &
     step=$!
+    [ -z "$stopping" ] || kill -USR2 "$step" # it came while there was no step to tell
     while waiting='' && { wait "$step"; code=$?; [ -n "$waiting" ]; }; do :; done # a signal ends the wait, not the step
 }
 

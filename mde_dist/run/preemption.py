@@ -29,15 +29,19 @@ class StopFlag:
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Within the block the signals of schedulers and Ctrl-C raise the flag; after one did, they do no more harm."""
+        """Within the block the signals of schedulers and Ctrl-C raise the flag; after one did, or an error,
+        they do no more harm."""
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        ending = True
         try:
             with self._hearing():
                 yield
+            ending = self.signal is not None
         finally:
             for number, handler in before.items():
-                # what is left to do after a stop takes seconds: a second signal must not cut it
-                signal.signal(number, handler if self.signal is None or number == signal.SIGINT else signal.SIG_IGN)
+                # what is left to do after a stop takes seconds: a second signal must not cut it; nor must that of a
+                # launcher, which ends all ranks once one has, cut what this one has to say about a failure
+                signal.signal(number, signal.SIG_IGN if ending and number != signal.SIGINT else handler)
 
     @contextmanager
     def _hearing(self) -> Iterator[None]:

@@ -119,8 +119,9 @@ def launch_to_first_checkpoint(hosts: list[Host], directory: Path, **options) ->
 
 def said_to_be_lost(output: str, directory: Path) -> set[int]:
     """The ranks that the one line names which says why a host has ended; it has to name one of their logs as well."""
-    (line,) = [line for line in output.splitlines() if line.startswith("error")]
-    names, log = re.fullmatch(r"error \(rank \d\): ranks? ([\d, ]+) (?:is|are|has) .*?log: (\S+);.*", line).groups()
+    said = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(said) == 1, output
+    names, log = re.fullmatch(r"error \(rank \d\): ranks? ([\d, ]+) (?:is|are|has) .*?log: (\S+);.*", said[0]).groups()
     ranks = {int(name) for name in names.split(", ")}
     assert Path(log) in {directory / f"logs/rank-{rank}.log" for rank in ranks}
     assert Path(log).is_file()

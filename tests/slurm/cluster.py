@@ -152,6 +152,11 @@ class Cluster:
     def restarts(self, number: int) -> int:
         return int(self.job(number)["Restarts"])
 
+    def runs(self, module: str, number: int) -> bool:
+        """Whether a process of a job runs `python -m module`."""
+        found = (process for process in _processes() if module in _command(process))
+        return any(_environ(process).get("SLURM_JOB_ID") == str(number) for process in found)
+
     def wait_for_end(self, number: int, seconds: float) -> str:
         """Until a job has come to rest -> its state."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
@@ -175,11 +180,19 @@ def _processes() -> Iterator[int]:
 
 
 def _environ(process: int) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in _strings(process, "environ") if "=" in item)
+
+
+def _command(process: int) -> list[str]:
+    return _strings(process, "cmdline")
+
+
+def _strings(process: int, file: str) -> list[str]:
+    """What a file of /proc holds; nothing where the process has ended."""
     try:
-        raw = Path(f"/proc/{process}/environ").read_bytes()
+        return Path(f"/proc/{process}/{file}").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return {}
-    return dict(item.split("=", 1) for item in raw.decode(errors="replace").split("\0") if "=" in item)
+        return []
 
 
 def _free_port() -> int:
