@@ -12,6 +12,7 @@ from .data.augment import AugmentConfig
 from .data.remote import PATIENCE
 from .data.store import CacheOptions
 from .errors import UserError
+from .learning.losses import LossConfig
 from .learning.model import ModelConfig
 from .learning.optim import OptimConfig
 from .run.distributed import Gradients, Precision
@@ -125,6 +126,8 @@ class EvaluateConfig:
     densedepth = its own crop, all pixels pooled."""
     batch_size: int = 8
     """Images per forward pass."""
+    flip: bool = False
+    """Average each prediction with that of the mirrored image, as AdaBins, NeWCRFs and ZoeDepth report."""
     limit: int | None = None
     """Score the first N images of the split only."""
 
@@ -147,6 +150,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -179,12 +183,20 @@ _AT_LEAST: dict[str, float] = {
     **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
     **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
-    **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "train.max_skipped": 0, "train.lost_after": 3},
-    **{"train.bucket_mb": 1},
+    **{
+        "optim.final": 0,
+        "optim.power": 0,
+        "optim.ema": 0,
+        "optim.lr_batch": 0,
+        "train.max_skipped": 0,
+        "train.lost_after": 3,
+    },
+    **{"train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
     **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }
 _AT_MOST: dict[str, float] = {
     **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
+    **{"loss.focus": 1},
 }
 
 
@@ -208,6 +220,8 @@ def checked(config: C) -> C:
                 f"data.{name} = {getattr(config.data, name):g}: must be less than train.timeout = "
                 f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
             )
+    if config.model.max_depth <= config.model.min_depth:
+        raise UserError(f"model.max_depth = {config.model.max_depth:g}: must be more than model.min_depth")
     if config.debug_from is not None and not config.debug:
         raise UserError("debug_from is for --debug only")
     if config.debug:

@@ -15,7 +15,7 @@ from .config import Config, as_json
 from .errors import UserError
 from .learning.ema import Ema
 from .learning.guard import Guard
-from .learning.losses import mse
+from .learning.losses import depth_loss
 from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .run.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoint, Tensors, host_copy, model_bytes
@@ -96,7 +96,8 @@ class Learner:
 
     def set_rate(self, samples_seen: int) -> float:
         """The learning rate of the step at this place of the stream."""
-        rate = learning_rate(self._config.optim, samples_seen, self._config.train.samples)
+        train = self._config.train
+        rate = learning_rate(self._config.optim, samples_seen, train.samples, train.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -104,13 +105,13 @@ class Learner:
     def backward(
         self,
         views: Sequence[View],
-        pixels: torch.Tensor,
+        counted: torch.Tensor,
         working: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         reduce: bool = True,
     ) -> torch.Tensor:
         """The gradient of this rank's part of a global batch, one view per accumulation step, summed over the ranks.
 
-        `pixels`: valid ones of the whole global batch; `working`: entered around what depends on this rank alone;
+        `counted`: `losses.counts` of the whole global batch; `working`: entered around what depends on this rank alone;
         `reduce`: False leaves the gradient as this rank has it. -> this rank's part of the loss, float64 scalar on the
         device. Nothing in here waits for the device.
         """
@@ -122,8 +123,8 @@ class Learner:
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 with working(), accelerator.autocast():
                     prediction = self.model(image.contiguous(memory_format=self.layout))
-                # the mean over the valid pixels of the GLOBAL batch; DDP averages over ranks, hence `world`
-                loss = mse(prediction, depth) / pixels.clamp(min=1).float()
+                # this part's share of the mean over the GLOBAL batch; DDP averages over ranks, hence `world`
+                loss = depth_loss(prediction, depth, self._config.loss, counted)
                 # a loss that is not finite makes the gradient so, and with it that of all ranks
                 accelerator.backward(loss * torch.where(loss.isfinite(), world, torch.nan))
                 losses += loss.detach().double()

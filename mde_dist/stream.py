@@ -17,7 +17,7 @@ from .data.prefetch import AHEAD, Prefetch
 from .data.shards import ShardSet
 from .errors import UserError
 from .learner import View
-from .learning.losses import valid_pixels
+from .learning.losses import counts
 from .run.account import Account
 from .run.distributed import sum_apart
 from .run.preemption import StopFlag
@@ -121,8 +121,8 @@ def take_share(loader: Loader, config: Config, size: tuple[int, int], account: A
 class News:
     """What all ranks know before a step of the global batch."""
 
-    pixels: torch.Tensor
-    """Valid pixels, float64 scalar on the device."""
+    counted: torch.Tensor
+    """Valid pixels, and images that have some: float64 (2,) on the device."""
     stopped: bool
     failed: bool
     batch_hash: int
@@ -134,10 +134,10 @@ def share_news(accelerator: Accelerator, share: Share, stop: StopFlag) -> News:
     """Sum over the ranks what each has to say before the step; on a GPU without waiting for what it still computes."""
     batch_hash = int((mix(share.samples[:, 0], share.samples[:, 1]) >> np.uint64(32)).sum())
     rest = [float(bool(stop)), float(share.error is not None), float(batch_hash), float(share.replaced)]
-    none = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    pixels, told = sum_apart(accelerator, sum((valid_pixels(depth) for _, depth in share.views), none), rest)
+    none = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    counted, told = sum_apart(accelerator, sum((counts(depth) for _, depth in share.views), none), rest)
     stops, failures, batch_hash, replaced = map(int, told)
-    return News(pixels, stops > 0, failures > 0, batch_hash, replaced)
+    return News(counted, stops > 0, failures > 0, batch_hash, replaced)
 
 
 def poisoned(config: Config, replaced: int, samples_seen: int, shards: ShardSet) -> UserError | None:

@@ -135,7 +135,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
                 trainer.save()  # what was learned so far is whole
                 agree(accelerator, error)
             rate = learner.set_rate(state.samples_seen)
-            losses = learner.backward(share.views, news.pixels, account.working)
+            losses = learner.backward(share.views, news.counted, account.working)
             verdict = learner.step(losses, batch_size, state.step + 1)
             before = replace(state)
             state.samples_seen, state.replaced, state.step = behind, replaced, state.step + 1

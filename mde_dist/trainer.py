@@ -113,7 +113,7 @@ class Trainer:
         model.eval()
         try:
             # forward, not the call: a compiled model would be compiled again for these batches
-            predict = watch.watching(model_predict(model.forward, self.size, self.accelerator))
+            predict = watch.watching(model_predict(model.forward, self.size, self.accelerator, config.evaluate.flip))
             scored, prints = score_split(
                 *(self.accelerator, predict, self.held_out, measures, *options),
                 stop=lambda: bool(stop),
@@ -154,7 +154,7 @@ class Trainer:
         protocol = PROTOCOLS[self.config.evaluate.protocol]
         truth = truth_of(self.held_out, self.config.data.eval_split, prints)
         about = {"path": str(self.config.run), "samples": self.state.samples_seen, "size": list(self.size)}
-        about |= {"flip": False, "precision": self.accelerator.mixed_precision}
+        about |= {"flip": self.config.evaluate.flip, "precision": self.accelerator.mixed_precision}
         try:
             record = as_record({"model": [rows]}, [protocol], truth, about, [], where)
             for name in ("last", "best") if best else ("last",):

@@ -160,9 +160,9 @@ def not_finite(step: int, what: str, rank: int | None = None) -> None:
     """The loss of this rank in a step (from 1), or the gradient of a loss that is finite, is not."""
     if not mine(rank):
         return
-    real, seen = learner.mse, 0
+    real, seen = learner.depth_loss, 0
 
-    def mse(*arguments: torch.Tensor) -> torch.Tensor:
+    def depth_loss(*arguments: Any) -> torch.Tensor:
         nonlocal seen
         seen += 1
         loss = real(*arguments)
@@ -170,7 +170,7 @@ def not_finite(step: int, what: str, rank: int | None = None) -> None:
             loss = loss * torch.nan if what == "loss" else _Poison.apply(loss)
         return loss
 
-    learner.mse = mse
+    learner.depth_loss = depth_loss
 
 
 class _Poison(torch.autograd.Function):

@@ -16,7 +16,7 @@ from ..data.shards import open_split
 from ..errors import UserError
 from ..learner import Learner, View
 from ..learning.flops import training_flops
-from ..learning.losses import valid_pixels
+from ..learning.losses import counts
 from ..run.account import peak_flops
 from ..run.distributed import processes
 from ..train import check_batch, make_sample
@@ -264,14 +264,14 @@ def row_ms(variant: Variant) -> float:
 def training_step(learner: Learner, device: torch.device, config: Config, view: View) -> Callable[[], None]:
     """The trainer's optimizer step on one view, which stands for all parts of the batch; one process."""
     views = [view] * config.train.accumulate
-    pixels = len(views) * valid_pixels(view[1])
+    counted = len(views) * counts(view[1])
 
     def precision() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     def step() -> None:
         learner.set_rate(0)
-        learner.step(learner.backward(views, pixels, precision), config.train.batch_size, 1)
+        learner.step(learner.backward(views, counted, precision), config.train.batch_size, 1)
 
     return step
 

@@ -167,7 +167,7 @@ class Fed:
         if news.stopped:
             return 0
         self._learner.set_rate(0)
-        losses = self._learner.backward(share.views, news.pixels, self._account.working, reduce=not alone)
+        losses = self._learner.backward(share.views, news.counted, self._account.working, reduce=not alone)
         self._learner.step(losses, self._config.train.batch_size, 1)
         return self._part
 

@@ -13,7 +13,7 @@ from ..data.augment import prepare
 from ..data.loader import Batch
 from ..errors import UserError
 from ..learner import Learner
-from ..learning.losses import valid_pixels
+from ..learning.losses import counts
 from ..run.account import peak_memory
 from ..run.distributed import time_all_reduce
 from ..train import check_batch
@@ -123,7 +123,7 @@ def _timed_steps(
 
     def one_part() -> torch.Tensor:
         view = prepare(batch, size, config.augment, config.train.seed)
-        return learner.backward([view], valid_pixels(view[1]))
+        return learner.backward([view], counts(view[1]))
 
     def finish() -> None:
         learner.step(torch.zeros((), device=accelerator.device), config.train.batch_size, 1)

@@ -1,17 +1,120 @@
-"""Masked losses as sums and counts, so that ranks and accumulation steps can divide by the one global count."""
+"""Masked losses as sums over pixels or over images, so that ranks and accumulation steps can divide by the one global
+count."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+Kind = Literal["mse", "l1", "log_l1", "berhu", "silog"]
+_SMALLEST = 1e-3  # metres: a logarithm needs more than 0
+_SCALES = 4  # of the gradient loss
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised. Pixels without a measurement have no part in it."""
+
+    kind: Kind = "mse"
+    """Over all valid pixels of the global batch: mse = squared error, l1 = absolute error, log_l1 = that of the
+    logarithm, berhu = absolute error that is squared from a fifth of the image's largest one on (Laina et al., 2016).
+    Per image, then over images: silog = root of the scale-invariant logarithmic error (Eigen et al., 2014; root and
+    focus of BTS, Lee et al., 2019)."""
+    focus: float = 0.85
+    """Of silog: how much of an image's mean error is forgiven, 0 = none, 1 = all, and with it the scale. 0..1."""
+    gradient: float = 0.0
+    """Weight of the differences between neighbours, in logarithms, at four scales (Li and Snavely, 2018): edges."""
+
+
+def depth_loss(
+    prediction: torch.Tensor, depth: torch.Tensor, config: LossConfig, counted: torch.Tensor
+) -> torch.Tensor:
+    """This part's share of the loss of a global batch, scalar: the shares of all parts add up to it.
+
+    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `counts` of the whole
+    global batch.
+    """
+    pixels, images = counted.clamp(min=1).float()
+    if config.kind == "silog":
+        loss = silog(prediction, depth, config.focus) / images
+    else:
+        loss = _OVER_PIXELS[config.kind](prediction, depth) / pixels
+    if config.gradient:
+        loss = loss + config.gradient * gradient(prediction, depth) / images
+    return loss
+
+
+def counts(depth: torch.Tensor) -> torch.Tensor:
+    """Pixels with a measurement, and images with at least one: float64 (2,) on the device of `depth`."""
+    valid = depth > 0
+    return torch.stack([valid.sum(dtype=torch.float64), valid.flatten(1).any(1).sum(dtype=torch.float64)])
+
 
 def mse(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """Sum over valid pixels (depth > 0) of the squared error, m^2.
+    """Sum over valid pixels of the squared error, m^2."""
+    return _error(prediction, depth).square().sum()
 
-    prediction, depth: (batch, height, width) metres. Divide by `valid_pixels` of the whole global batch.
+
+def l1(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Sum over valid pixels of the absolute error, metres."""
+    return _error(prediction, depth).abs().sum()
+
+
+def log_l1(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Sum over valid pixels of |log p - log g|: to first order the relative error."""
+    return _log_error(prediction, depth).abs().sum()
+
+
+def berhu(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Sum over valid pixels of |e| up to c and (e^2 + c^2) / 2c beyond, c = max|e| / 5 over the image; metres."""
+    error = _error(prediction, depth).abs()
+    # clamped, or where an image is met exactly 0 / 0 would be its gradient
+    c = (error.detach().flatten(1).amax(1) / 5).clamp(min=1e-6)[:, None, None]
+    return torch.where(error <= c, error, (error.square() + c.square()) / (2 * c)).sum()
+
+
+def silog(prediction: torch.Tensor, depth: torch.Tensor, focus: float) -> torch.Tensor:
+    """Sum over images of sqrt(mean d^2 - focus (mean d)^2), d = log p - log g over the image's valid pixels."""
+    d, pixels = _log_error(prediction, depth).flatten(1), (depth > 0).flatten(1).sum(1)
+    mean, square = d.sum(1) / pixels.clamp(min=1), d.square().sum(1) / pixels.clamp(min=1)
+    # the root of 0 has no slope, and rounding can take the difference below it
+    return (square - focus * mean.square()).clamp(min=1e-8).sqrt().where(pixels > 0, 0).sum()
+
+
+def gradient(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """Sum over images and scales of the mean |difference of d between neighbours|, d = log p - log g.
+
+    At scale k every 2^k-th pixel counts, and only pairs of which both are valid.
     """
+    d, valid = _log_error(prediction, depth), depth > 0
+    total = d.new_zeros(())
+    for step in (1 << k for k in range(_SCALES)):
+        e, there = d[:, ::step, ::step], valid[:, ::step, ::step]
+        for axis in (1, 2):
+            length = e.shape[axis] - 1
+            both = there.narrow(axis, 0, length) & there.narrow(axis, 1, length)
+            change = (e.narrow(axis, 1, length) - e.narrow(axis, 0, length)).abs() * both
+            total = total + (change.flatten(1).sum(1) / both.flatten(1).sum(1).clamp(min=1)).sum()
+    return total
+
+
+_OVER_PIXELS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mse": mse,
+    "l1": l1,
+    "log_l1": log_l1,
+    "berhu": berhu,
+}
+
+
+def _error(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """float32 (batch, height, width) metres, 0 at holes."""
+    return torch.where(depth > 0, prediction.float() - depth, 0.0)
+
+
+def _log_error(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    """log p - log g, float32 (batch, height, width), 0 at holes."""
     valid = depth > 0
-    return torch.where(valid, prediction.float() - depth, 0.0).square().sum()
-
-
-def valid_pixels(depth: torch.Tensor) -> torch.Tensor:
-    """Number of pixels with a measurement, float64 scalar on the device of `depth`."""
-    return (depth > 0).sum(dtype=torch.float64)
+    # holes are taken out before the logarithm: what is selected away after it still has its gradient, 0 * inf
+    p = torch.where(valid, prediction.float(), 1.0).clamp(min=_SMALLEST)
+    return p.log() - torch.where(valid, depth, 1.0).log()

@@ -1,29 +1,22 @@
-"""The seed model: a ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
+"""A ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
+from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
-Norm = Literal["batch", "group", "frozen"]
-
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
-    "group": partial(nn.GroupNorm, 32),
-    "frozen": torchvision.ops.FrozenBatchNorm2d,
-}
+Output = Literal["softplus", "sigmoid", "log"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +30,35 @@ class ModelConfig:
     tensors of a torchvision ResNet or of a whole model of ours."""
     norm: Norm = "batch"
     """Normalisation in the encoder: batch statistics; group = 32 groups of channels of one image, so that every number
-    of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it."""
+    of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it. In
+    the decoder, which starts from nothing, frozen means group."""
+    upsample: Upsample = "nearest"
+    """How the decoder brings features to the next size: nearest or bilinear."""
+    refine: bool = False
+    """After each skip connection a 3x3 convolution with normalisation and ReLU."""
+    head: Literal["quarter", "full"] = "quarter"
+    """Depth is computed at a quarter of the image's size and enlarged, or at the full size, from finer features."""
+    output: Output = "softplus"
+    """What the head's number becomes: softplus = any positive depth; sigmoid = min_depth..max_depth, linear; log = the
+    same range in logarithms."""
+    min_depth: float = 0.1
+    """Metres, of the bounded outputs."""
+    max_depth: float = 10.0
+    """Metres, of the bounded outputs; NYU Depth v2 ends at 10."""
 
 
 class DepthModel(nn.Module):
     """Image (batch, 3, height, width), normalised as for ImageNet -> depth (batch, height, width), metres, positive.
 
     Five encoder features: after the stem's pooling and after each of the four stages, at 1/4, 1/4, 1/8, 1/16, 1/32 of
-    the image. From the top, x = resize(conv_i(x)) + feature_i for i = 3, 2, 1; depth = softplus(conv(x + feature_0)) at
-    1/4, brought bilinearly to the image's size. Any image size from 32x32 on.
+    the image. From the top, x = refine_i(resize(conv_i(x)) + feature_i) for i = 3, 2, 1; the head sees x + feature_0.
+    Any image size from 32x32 on.
     """
 
-    def __init__(self, backbone: Backbone = "resnet18", norm: Norm = "batch"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.encoder = torchvision.models.get_model(backbone, weights=None, norm_layer=_NORMS[norm])
+        norm = ENCODER_NORMS[config.norm]
+        self.encoder = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
         del self.encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
         stages = (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4)
         channels = [_out_channels(stage) for stage in stages]
@@ -59,21 +67,27 @@ class DepthModel(nn.Module):
         )
         stem = self.encoder.conv1.out_channels
         self.to_stem = nn.Identity() if channels[0] == stem else nn.Conv2d(channels[0], stem, 3, padding=1)
-        self.head = nn.Conv2d(stem, 1, 3, padding=1)
+        self.head = QuarterHead(stem) if config.head == "quarter" else FullHead(stem, config.norm)
+        self.refinements = nn.ModuleList(
+            refinement(width, config.norm) if config.refine else nn.Identity() for width in channels[:-1]
+        )
+        self._upsample, self._output, self._range = config.upsample, config.output, (config.min_depth, config.max_depth)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        feature = self.encoder.maxpool(self.encoder.relu(self.encoder.bn1(self.encoder.conv1(image))))
+        half = self.encoder.relu(self.encoder.bn1(self.encoder.conv1(image)))
+        feature = self.encoder.maxpool(half)
         features = []
         x = feature
         for stage in (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4):
             x = stage(x)
             features.append(x)
-        for conv, skip in zip(reversed(self.residual_convs), reversed(features[:-1]), strict=True):
-            # to the size of the skip, not by 2: sides that are no multiple of 32 are rounded up on the way down
-            x = F.interpolate(conv(x), skip.shape[-2:]) + skip
+        steps = zip(self.residual_convs, self.refinements, features[:-1], strict=True)
+        for conv, refine, skip in reversed(list(steps)):
+            x = refine(resize(conv(x), skip, self._upsample) + skip)
         # float32 from here on: bfloat16 resolves 5 m to 3 cm only
-        quarter = F.softplus(self.head(self.to_stem(x) + feature).float())
-        return F.interpolate(quarter, image.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        raw = self.head(self.to_stem(x) + feature, half, image).float()
+        depth = bounded(raw, self._output, *self._range)
+        return resize(depth, image, "bilinear")[:, 0]
 
 
 def _out_channels(stage: nn.Module) -> int:
@@ -83,7 +97,7 @@ def _out_channels(stage: nn.Module) -> int:
 
 def skeleton(config: ModelConfig) -> DepthModel:
     """The model that a config names, with random weights."""
-    return DepthModel(config.backbone, config.norm)
+    return DepthModel(config)
 
 
 def build(config: ModelConfig, seed: int) -> DepthModel:
@@ -104,15 +118,23 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
 def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
     """The model that the metadata and tensors of a model.safetensors describe, channels last. Raises UserError."""
     try:
-        backbone, norm = metadata["config"]["model.backbone"], metadata["config"].get("model.norm", "batch")
-        if backbone not in get_args(Backbone) or norm not in get_args(Norm):
-            raise ValueError(f"unknown backbone or norm: {backbone!r:.40}, {norm!r:.40}")
-        model = DepthModel(backbone, norm)
+        model = skeleton(_architecture(metadata["config"]))
         model.load_state_dict(tensors)
         model.to(memory_format=torch.channels_last)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"the weights do not fit the model they name: {str(error).splitlines()[-1]}") from None
     return model
+
+
+def _architecture(config: Mapping[str, Any]) -> ModelConfig:
+    """From the flat config of a model.safetensors, which may be older than some fields. Raises ValueError."""
+    values = {item.name: config.get(f"model.{item.name}", item.default) for item in fields(ModelConfig)}
+    values |= {"backbone": config["model.backbone"], "weights": "none"}
+    for item in fields(ModelConfig):
+        value, known = values[item.name], get_args(item.type)
+        if (value not in known) if known else not isinstance(value, item.type):  # type: ignore[arg-type]
+            raise ValueError(f"model.{item.name}: unknown {value!r:.40}")
+    return ModelConfig(**values)
 
 
 def _imagenet(backbone: Backbone) -> dict[str, torch.Tensor]:

@@ -15,6 +15,9 @@ class OptimConfig:
 
     lr: float = 6e-4
     """Highest learning rate."""
+    lr_batch: int = 0
+    """Global batch that lr is meant for: another one multiplies it by the root of their ratio (the rule for Adam:
+    Malladi et al., 2022). 0 = lr as it is."""
     weight_decay: float = 1e-2
     """Of the matrices and kernels; norms and biases are not decayed."""
     schedule: Literal["constant", "cosine", "poly"] = "cosine"
@@ -43,15 +46,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def learning_rate(config: OptimConfig, samples_seen: int, total: int) -> float:
-    """Rate for the step that starts after `samples_seen` of `total` samples."""
+def learning_rate(config: OptimConfig, samples_seen: int, total: int, batch_size: int) -> float:
+    """Rate for the step that starts after `samples_seen` of `total` samples, over a global batch."""
+    highest = config.lr * (math.sqrt(batch_size / config.lr_batch) if config.lr_batch else 1)
     if samples_seen < config.warmup:
-        return config.lr * (samples_seen + 1) / config.warmup
+        return highest * (samples_seen + 1) / config.warmup
     if config.schedule == "constant":
-        return config.lr
+        return highest
     done = min(1.0, (samples_seen - config.warmup) / max(1, total - config.warmup))
     fallen = (1 - done) ** config.power if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    return config.lr * (config.final + (1 - config.final) * fallen)
+    return highest * (config.final + (1 - config.final) * fallen)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -128,7 +128,7 @@ def hosts_group(timeout: float) -> distributed.ProcessGroup:
 def sum_apart(
     accelerator: Accelerator, on_device: torch.Tensor, on_host: Sequence[float]
 ) -> tuple[torch.Tensor, list[float]]:
-    """Sum over the ranks of a float64 scalar on the device, and of numbers that the host must know now.
+    """Sum over the ranks of float64 (n,) on the device, and of numbers that the host must know now.
 
     On a GPU these go over a group of their own, from host to host: read off the device, they would have to wait for all
     that it still has to do.
@@ -137,8 +137,8 @@ def sum_apart(
     if accelerator.num_processes == 1:
         return on_device, list(on_host)
     if _hosts is None:  # one sum for both: the device is the host
-        both = all_sum(accelerator, torch.cat([on_device[None], numbers]))
-        return both[0], both[1:].tolist()
+        both = all_sum(accelerator, torch.cat([on_device, numbers]))
+        return both[: len(on_device)], both[len(on_device) :].tolist()
     distributed.all_reduce(on_device)
     distributed.all_reduce(numbers, group=_hosts)
     return on_device, numbers.tolist()

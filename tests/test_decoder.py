@@ -1,0 +1,90 @@
+"""What the decoder can be made of, beside the seed's."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from mde_dist.errors import UserError
+from mde_dist.learning.decoder import bounded
+from mde_dist.learning.model import ModelConfig, build, restore, skeleton
+
+STRONG = ModelConfig(upsample="bilinear", refine=True, head="full", output="log")
+PARTS = {
+    "bilinear": ModelConfig(upsample="bilinear"),
+    "refined": ModelConfig(refine=True),
+    "full": ModelConfig(head="full"),
+    "sigmoid": ModelConfig(output="sigmoid"),
+    "all": STRONG,
+    "all on resnet50": dataclasses.replace(STRONG, backbone="resnet50"),
+    "all in groups": dataclasses.replace(STRONG, norm="group"),
+}
+
+
+def image(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_every_parameter_learns_and_depth_has_the_size_of_the_image(config):
+    model = build(config, seed=0).train()
+    depth = model(image(2, 3, 45, 61))
+    assert depth.shape == (2, 45, 61)
+    assert depth.dtype == torch.float32
+    depth.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
+def test_each_part_makes_another_model_that_its_file_brings_back(config):
+    model = build(config, seed=3).eval()
+    metadata = {"config": json.loads(json.dumps({f"model.{k}": v for k, v in dataclasses.asdict(config).items()}))}
+    again, seed = restore(metadata, model.state_dict()).eval(), build(ModelConfig(), seed=3).eval()
+    x = image(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), again(x), atol=1e-5)
+        assert not torch.allclose(model(x), seed(x), atol=1e-3)
+
+
+def test_the_encoder_starts_the_same_under_every_decoder():
+    one, other = build(ModelConfig(), seed=3).encoder.state_dict(), build(STRONG, seed=3).encoder.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_file_from_before_these_fields_is_a_seed():
+    model = build(ModelConfig(), seed=3).eval()
+    again = restore({"config": {"model.backbone": "resnet18", "model.norm": "batch"}}, model.state_dict()).eval()
+    x = image(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(model(x), again(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["norm", "refine", "head", "output", "max_depth"])
+def test_a_file_that_names_what_there_is_not_is_refused(field):
+    values = {f"model.{name}": value for name, value in dataclasses.asdict(ModelConfig()).items()}
+    with pytest.raises(UserError, match=f"model.{field}: unknown"):
+        restore({"config": values | {f"model.{field}": ["no"]}}, {})
+
+
+def test_bounds_by_hand():
+    raw = torch.tensor([-1e4, 0.0, 1e4])
+    assert bounded(raw, "sigmoid", 0.1, 10).tolist() == pytest.approx([0.1, 5.05, 10])
+    assert bounded(raw, "log", 0.1, 10).tolist() == pytest.approx([0.1, 1, 10])
+    # ln(1 + e^0)
+    assert bounded(raw, "softplus", 0.1, 10).tolist() == pytest.approx([0, 0.693147, 1e4])
+
+
+@pytest.mark.parametrize("output", ["sigmoid", "log"])
+def test_a_bounded_output_stays_within_its_range(output):
+    model = build(ModelConfig(output=output, min_depth=1, max_depth=3), seed=0).eval()
+    with torch.inference_mode():
+        depth = model(1e3 * image(1, 3, 64, 64))
+    assert 1 <= depth.min() < depth.max() <= 3
+
+
+def test_a_decoder_has_no_statistics_to_freeze():
+    model = skeleton(dataclasses.replace(STRONG, norm="frozen"))
+    decoder = [module for name, module in model.named_modules() if not name.startswith("encoder")]
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in decoder)
+    assert any(isinstance(module, torch.nn.GroupNorm) for module in decoder)
