@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from .config import Config, as_toml
 from .data.shards import ShardSet
+from .data.views import view_size
 from .run.monitor import Monitor
 
 
@@ -13,7 +14,7 @@ def describe(monitor: Monitor, config: Config, accelerator: Accelerator, shards:
     """What is about to happen, with everything that was derived."""
     manifest = shards.manifest
     world, accumulate, device = accelerator.num_processes, config.train.accumulate, accelerator.device
-    height, width = config.data.size or manifest.size
+    height, width = view_size(config.data.size or manifest.size, config.augment)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     precision = accelerator.mixed_precision.replace("no", "fp32")
     part, epochs = config.train.batch_size // (world * accumulate), config.train.samples / len(shards)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .command import Size, parse, run_command
-from .data.augment import AugmentConfig
 from .data.remote import PATIENCE
 from .data.store import CacheOptions
+from .data.views import AugmentConfig, view_size
 from .errors import UserError
 from .learning.losses import LossConfig
 from .learning.model import ModelConfig
@@ -192,11 +192,12 @@ _AT_LEAST: dict[str, float] = {
         "train.lost_after": 3,
     },
     **{"train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
+    **{"augment.border": 0, "augment.zoom": 1, "augment.cut_depth": 0},
     **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }
 _AT_MOST: dict[str, float] = {
     **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
-    **{"loss.focus": 1},
+    **{"loss.focus": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
 }
 
 
@@ -222,6 +223,8 @@ def checked(config: C) -> C:
             )
     if config.model.max_depth <= config.model.min_depth:
         raise UserError(f"model.max_depth = {config.model.max_depth:g}: must be more than model.min_depth")
+    if config.data.size is not None:  # or that of the shards, once they are open
+        view_size(config.data.size, config.augment)
     if config.debug_from is not None and not config.debug:
         raise UserError("debug_from is for --debug only")
     if config.debug:

@@ -12,6 +12,7 @@ from safetensors.torch import save as safetensors
 from torch import nn
 
 from .config import Config, as_json
+from .data.views import view_size
 from .errors import UserError
 from .learning.ema import Ema
 from .learning.guard import Guard
@@ -46,7 +47,7 @@ class Learner:
     """Built the same on every rank; `wrap` it once its weights are what the run goes on from."""
 
     def __init__(self, config: Config, accelerator: Accelerator, size: tuple[int, int]):
-        """`size`: of the training images, pixels. Raises UserError where the model cannot be built."""
+        """`size`: of the whole training images, pixels. Raises UserError where the model cannot be built."""
         self._config, self._accelerator, self._size = config, accelerator, size
         device = accelerator.device
         self.bare: nn.Module = build(config.model, config.train.seed).to(device)
@@ -176,7 +177,8 @@ class Learner:
         self._guard.keep()
         parts = self._accelerator.num_processes * self._config.train.accumulate
         device = self._accelerator.device
-        image = torch.zeros(self._config.train.batch_size // parts, 3, *self._size, device=device)
+        size = view_size(self._size, self._config.augment)
+        image = torch.zeros(self._config.train.batch_size // parts, 3, *size, device=device)
         with self._accelerator.autocast():
             prediction = self.model(image.contiguous(memory_format=self.layout))
         self._accelerator.backward(prediction.sum())

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from .config import Config, as_json, as_toml, identity
 from .data.shards import ShardSet
+from .data.views import view_size
 from .errors import UserError
 from .learner import Learner, Verdict
 from .learning.breakdown import split_breakdown
@@ -50,7 +51,7 @@ class Trainer:
     shards: ShardSet
     held_out: ShardSet
     size: tuple[int, int]
-    """Of the training images, pixels."""
+    """Of the whole training images, pixels."""
     total: int
     """samples_seen at which training ends."""
     directory: RunDirectory
@@ -275,7 +276,7 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
             together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
         skip = config.train.nonfinite == "skip"
         learner.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
-        flops = training_flops(config.model, size)
+        flops = training_flops(config.model, view_size(size, config.augment))
         account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
         saver = opened.enter_context(Saver(complain))
         about = as_json(config)

@@ -13,6 +13,7 @@ from ..checkup.step import noise, out_of_memory
 from ..config import Config
 from ..data.augment import prepare
 from ..data.shards import open_split
+from ..data.views import view_size
 from ..errors import UserError
 from ..learner import Learner, View
 from ..learning.flops import training_flops
@@ -109,13 +110,14 @@ def bench(options: Options) -> Result:
         for variant in variants:
             set_up(variant, accelerator, size, stored)
         turns(variants, options.rounds, options.seconds, accelerator.device)
-        flops = training_flops(config.model, size)
+        seen = view_size(size, config.augment)
+        flops = training_flops(config.model, seen)
         rows = [row(variant, variants[0], flops, accelerator.device) for variant in variants]
         notes = list(described(variants))
         if options.profile is not None and variants[0].step is not None:
             notes += write_profile(variants[0].step, options.profile, accelerator.device)
-        limit, advice = judge(variants, rows, size)
-        title = f"step: {config.model.backbone} at {size[0]}x{size[1]}, {device_name(accelerator.device)}"
+        limit, advice = judge(variants, rows, seen)
+        title = f"step: {config.model.backbone} at {seen[0]}x{seen[1]}, {device_name(accelerator.device)}"
         table = Table(title, COLUMNS, rows)
         return Result("step", {"step": table}, limit, advice, device_name(accelerator.device), config, notes)
 

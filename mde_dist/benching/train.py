@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from ..config import Config
 from ..data.loader import Batch, Loader
 from ..data.shards import open_split
+from ..data.views import view_size
 from ..learner import Learner
 from ..learning.flops import training_flops
 from ..run.account import Account, peak_flops
@@ -82,7 +83,8 @@ def bench(options: Options) -> Result | None:
         rows[0] |= {"ranks": world, "batch": train.batch_size, "all_reduce_ms": reduce}
         rows[0]["all_reduce_share"] = ratio(reduce, rows[1]["ms"])
         limit, advice = judge(config, rows, accelerator.device.type)
-        title = f"train: {world} x {train.batch_size // world} images of {size[0]}x{size[1]}, {config.model.backbone}"
+        height, width = view_size(size, config.augment)
+        title = f"train: {world} x {train.batch_size // world} images of {height}x{width}, {config.model.backbone}"
         tables = {"train": Table(f"{title}, {name}", COLUMNS, rows)}
         return Result("train", tables, limit, advice, name, config, notes(rows[0]))
 
@@ -115,7 +117,7 @@ class Fed:
         self._config, self._accelerator, self._size, self._learner = config, accelerator, size, learner
         self._loader, self._clock = loader, clock
         self._part = config.train.batch_size // accelerator.num_processes
-        self._flops = training_flops(config.model, size)
+        self._flops = training_flops(config.model, view_size(size, config.augment))
         self._peak = peak_flops(accelerator.device, accelerator.mixed_precision)
         self._account = Account(accelerator.device)
         self._resident = itertools.repeat(copied(next(loader)))

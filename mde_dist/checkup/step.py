@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ..config import Config
 from ..data.augment import prepare
 from ..data.loader import Batch
+from ..data.views import view_size
 from ..errors import UserError
 from ..learner import Learner
 from ..learning.losses import counts
@@ -85,7 +86,7 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
                 raise
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise UserError(_too_large(config, panel.world, part, size))
+        raise UserError(_too_large(config, panel.world, part, view_size(size, config.augment)))
 
     advice = "train with --debug, which shows where it comes from"
     answers = panel.ask(build, advice)

@@ -4,7 +4,6 @@ A view's parameters are hashed from (seed, epoch, sample), so they do not depend
 """
 
 import functools
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,20 +12,10 @@ import torch.nn.functional as F
 from .depth import first_valid, footprints
 from .loader import Batch
 from .order import uniform
+from .views import AugmentConfig, look, on_device, paste_depth, rectangles
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random views of the training images."""
-
-    flip: float = 0.5
-    """Probability of mirroring left and right, 0..1."""
-    color: float = 0.5
-    """Probability of a change of gamma (0.9..1.1), brightness (0.75..1.25) and colour channels (0.9..1.1), 0..1; the
-    ranges are those of BTS (Lee et al., 2019)."""
 
 
 def prepare_images(batch: Batch, size: tuple[int, int]) -> torch.Tensor:
@@ -42,25 +31,25 @@ def prepare_depth(batch: Batch) -> torch.Tensor:
 def prepare(
     batch: Batch, size: tuple[int, int], augment: AugmentConfig, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A training view of each sample for (seed, epoch, sample).
+    """A training view of each sample for (seed, epoch, sample), of images resized to `size`.
 
-    -> (image float32 (batch, 3, *size) normalised as for ImageNet, depth float32 (batch, *size) metres, 0 = hole).
+    -> (image float32 (batch, 3, height, width) normalised as for ImageNet, depth float32 (batch, height, width) metres,
+    0 = hole), height and width as `view_size` says.
     """
     image, depth = prepare_images(batch, size), prepare_depth(batch)
     if depth.shape[-2:] != size:
         depth = first_valid(depth, _footprints_on(depth.device, (depth.shape[-2], depth.shape[-1]), size))
-    draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(7))
+    draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(15))
+    image, depth = look(image, depth, draw[:, 7:10], augment)
     # chosen in float64: rounded to float32 a draw can reach 1, which is below no probability
     draw[:, :2] = draw[:, :2] < (augment.flip, augment.color)
-    drawn = on_device(draw.astype(np.float32), image.device)
+    pasted = rectangles(draw[:, 10:], (depth.shape[-2], depth.shape[-1]), augment)
+    drawn = on_device(np.concatenate([draw[:, :7], pasted], axis=1).astype(np.float32), image.device)
     image, depth = _flip(image, depth, drawn[:, 0] > 0)
-    return normalise(_recolor(image, drawn[:, 1] > 0, drawn[:, 2:])), depth
-
-
-def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of a small array, which nothing waits for: a plain copy to a GPU waits for all that it has to do."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    image = _recolor(image, drawn[:, 1] > 0, drawn[:, 2:7])
+    if augment.cut_depth > 0:
+        image = paste_depth(image, depth, drawn[:, 7:])
+    return normalise(image), depth
 
 
 @functools.lru_cache(maxsize=64)  # as the means of ImageNet below: a copy to the device is waited for
