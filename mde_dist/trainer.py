@@ -251,6 +251,7 @@ class Trainer:
 def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet) -> Iterator[Trainer]:
     """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
     size = config.data.size or shards.size
+    flops = training_flops(config.model, view_size(size, config.augment))
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     learner = Learner(config, accelerator, size)
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
@@ -276,7 +277,6 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
             together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
         skip = config.train.nonfinite == "skip"
         learner.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
-        flops = training_flops(config.model, view_size(size, config.augment))
         account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
         saver = opened.enter_context(Saver(complain))
         about = as_json(config)

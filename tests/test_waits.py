@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mde_dist import learner
 from mde_dist.config import Config, read_config
 from mde_dist.data import augment
-from mde_dist.data.augment import prepare
+from mde_dist.data.augment import AugmentConfig, prepare
 from mde_dist.data.loader import Batch
-from mde_dist.learning.losses import valid_pixels
+from mde_dist.learning.losses import counts
 
 GPU = torch.device("cuda", 0)
+VIEWS = [AugmentConfig(), AugmentConfig(crop=(32, 48)), AugmentConfig(border=0.05, zoom=2, cut_depth=0.5)]
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -65,7 +66,7 @@ def config() -> Config:
 
 
 def step_on(device: torch.device) -> None:
-    """Optimizer steps of two parts each, from stored batches to the verdict.
+    """Optimizer steps of three parts each, from stored batches to the verdict.
 
     All but the backward pass itself, which torch cannot do on such tensors.
     """
@@ -88,14 +89,14 @@ def step_on(device: torch.device) -> None:
     for number in range(3):  # what the first ones set up may wait
         with Waits() as waits:
             views = []
-            for _ in range(2):
+            for view in VIEWS:
                 image = torch.zeros((2, 48, 64, 3), dtype=torch.uint8, device=device)
                 depth = torch.ones((2, 48, 64), dtype=torch.uint16, device=device)
                 batch = Batch(image, depth, np.zeros(2, np.int64), np.arange(2))
-                views.append(prepare(batch, (32, 64), config().augment, 0))
-            pixels = sum(valid_pixels(depth) for _, depth in views)
+                views.append(prepare(batch, (32, 64), view, 0))
+            counted = sum(counts(depth) for _, depth in views)
             learning.set_rate(8 * number)
-            learning.step(learning.backward(views, pixels), 4, number + 1)
+            learning.step(learning.backward(views, counted), 4, number + 1)
         assert number == 0 or waits.found == []
 
 
