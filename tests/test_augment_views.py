@@ -138,17 +138,17 @@ def test_a_view_has_the_stated_size_and_stays_inside(size, border, crop, zoom, s
 
 def test_golden_magnification():
     # 2 of 4 columns, twice as large: from 1 to 3, centres at 1.25, 1.75, 2.25, 2.75; pixel k's own centre is k + 0.5
-    image = torch.tensor([0.0, 10.0, 20.0, 30.0]).expand(1, 3, 4, 4)
+    image = torch.tensor([10.0, 20.0, 30.0, 40.0]).expand(1, 3, 4, 4)
     depth = torch.tensor([1.0, 2.0, 0.0, 4.0]).expand(1, 4, 4)
     middle, metres = look(image, depth, np.array([[0.5, 0.5, 0.5]]), still(zoom=3.0))
-    assert middle[0, 1, 2].tolist() == pytest.approx([7.5, 12.5, 17.5, 22.5], abs=1e-5)
+    assert middle[0, 1, 2].tolist() == pytest.approx([17.5, 22.5, 27.5, 32.5], abs=1e-5)
     assert metres[0, 3].tolist() == [1.0, 1.0, 0.0, 0.0]  # 2 m and the hole, which is not halved into something else
     # at the left end the first centre lies outside that of the first pixel
     left, metres = look(image, depth, np.array([[0.5, 0.0, 0.5]]), still(zoom=3.0))
-    assert left[0, 1, 2].tolist() == pytest.approx([0.0, 2.5, 7.5, 12.5], abs=1e-5)
+    assert left[0, 1, 2].tolist() == pytest.approx([10.0, 12.5, 17.5, 22.5], abs=1e-5)
     assert metres[0, 3].tolist() == [0.5, 0.5, 1.0, 1.0]
     top, _ = look(image.mT, depth, np.array([[0.0, 0.9, 0.5]]), still(zoom=3.0))
-    assert top[0, 1, :, 2].tolist() == pytest.approx([0.0, 2.5, 7.5, 12.5], abs=1e-5)
+    assert top[0, 1, :, 2].tolist() == pytest.approx([10.0, 12.5, 17.5, 22.5], abs=1e-5)
 
 
 def test_a_wall_comes_nearer_by_as_much_as_it_is_magnified():

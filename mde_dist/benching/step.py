@@ -286,7 +286,7 @@ def described(variants: Sequence[Variant]) -> Iterator[str]:
     yield f"as it is: {base.precision}, {layout}, {compiled}, {base.config.train.accumulate} accumulated"
     if base.times and views.times:
         share = base.config.train.accumulate * row_ms(views) / row_ms(base)
-        yield f"views (resize, flip, colours, normalise) are not in the steps; they take {share:.0%} of one on top"
+        yield f"views (resize, flip, …, normalise) are not in the steps; they take {share:.0%} of one on top"
 
 
 def judge(variants: Sequence[Variant], rows: Sequence[dict[str, Any]], size: tuple[int, int]) -> tuple[str, str]:

@@ -69,6 +69,8 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
     """
     panel.begin("memory and step")
     accelerator, measured = panel.accelerator, Measured()
+    if panel.failed("views", panel.ask(lambda: [*view_size(size, config.augment)], "a smaller --augment.crop")):
+        return measured
     alone = replace(config, train=replace(config.train, sync_bn=False, compile="off"))
     part = config.train.batch_size // (panel.world * config.train.accumulate)
     learners: list[Learner] = []

@@ -30,7 +30,7 @@ class AugmentConfig:
     ranges are those of BTS (Lee et al., 2019)."""
     border: float = 0
     """Share of height and of width that is left out at each side of every training image, 0..0.25: the white frame of
-    Kinect images; 0.0625 leaves out about what the crop of Eigen et al. does. Evaluation sees whole images."""
+    Kinect images; 0.0625 leaves out about as much as the crop of Eigen et al. (2014). Evaluation sees whole images."""
     crop: Size | None = None
     """Train on a random window of this size in pixels, of images resized to data.size; None = on all of them. At least
     32x32. Evaluation sees whole images."""
@@ -120,7 +120,7 @@ def rectangles(draw: np.ndarray, size: tuple[int, int], augment: AugmentConfig) 
     """Where depth is pasted: float64 (batch, 4) of (top, bottom, left, right) in whole pixels, empty where it is not.
 
     `draw` (batch, 5) in [0, 1): whether, top, left, height, width. With W the image's width and a, c drawn: left = a W
-    and width = max((W - a W) c p, 1), p = 0.75; height likewise (Ishii and Yamashita, 2021, eq. 2).
+    and width = max((W - a W) c p, 1), p = 0.75; height likewise (Ishii and Yamashita, 2021).
     """
     first = np.floor(draw[:, 1:3] * size)
     length = np.maximum(np.floor((size - first) * draw[:, 3:5] * _PASTED_SIDE), 1)
