@@ -16,7 +16,7 @@ LEAST_CROP = 32
 """Pixels per side: the encoder halves an image five times."""
 PASTED_WHITE = 10.0
 """Metres that are white where depth is pasted as grey values."""
-_PASTED_SIDE = 0.75  # p of CutDepth
+_PASTED_SIDE = 0.75  # p of CutDepth, as Kim et al. (GLPDepth, 2022) take it
 
 
 @dataclass(frozen=True)
