@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from .bootstrap import LEVEL, NOTE, RESAMPLES, interval, means, resamples
 from .errors import UserError
-from .learning.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol, image_metrics
+from .learning.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol
 from .results import read_record, rows_of, short
-
-RESAMPLES = 10_000
-LEVEL = 0.95
-_AT_ONCE = 500  # resamples whose weights are held in memory
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
         raise UserError(f"{first} and {second} cannot be compared: {'; '.join(refused) or 'no protocol in common'}")
     for reason in refused:
         print(f"not compared: {reason}")
-    print(
-        f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); images of one scene "
-        "are alike, so they are rather too narrow"
-    )
+    print(f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); {NOTE}")
     return found
 
 
@@ -76,7 +69,7 @@ def why_not(mark: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, seed: int) -> list[Difference]:
-    """Every metric of a protocol, with the percentile bootstrap (Efron and Tibshirani, 1993) over images, in pairs.
+    """Every metric of a protocol, with the bootstrap interval of the difference over images, in pairs.
 
     Both records must have the same fingerprint, hence the same images, in whatever order.
     """
@@ -85,27 +78,13 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, 
     second = second[[place[key] for key in keys]]
     scored = first[:, 0] > 0
     first, second = first[scored], second[scored]
-    once = np.ones((1, len(first)))
-    means = [_means(rows, once, protocol)[0] for rows in (first, second)]
-    random, resampled = np.random.default_rng(seed), []
-    for start in range(0, RESAMPLES, _AT_ONCE):
-        times = min(_AT_ONCE, RESAMPLES - start)
-        drawn = random.multinomial(len(first), np.full(len(first), 1 / len(first)), size=times).astype(np.float64)
-        resampled.append(_means(second, drawn, protocol) - _means(first, drawn, protocol))
-    ends = np.quantile(np.concatenate(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    found = [means(rows, np.ones((1, len(first))), protocol)[0] for rows in (first, second)]
+    drawn = (means(second, d, protocol) - means(first, d, protocol) for d in resamples(len(first), seed))
+    ends = interval(np.concatenate(list(drawn)))
     return [
-        Difference(metric, *(float(values[k]) for values in (*means, *ends)))
+        Difference(metric, *(float(values[k]) for values in (*found, *ends)))
         for k, metric in enumerate(protocol.metrics)
     ]
-
-
-def _means(rows: np.ndarray, drawn: np.ndarray, protocol: Protocol) -> np.ndarray:
-    """The metrics (resamples, metrics) of a split in which image i is there drawn[:, i] times."""
-    if protocol.mean_over == "pixels":
-        weights = drawn * rows[:, 0]
-        pooled = weights @ rows / weights.sum(1, keepdims=True)
-        return image_metrics(torch.from_numpy(pooled), protocol).numpy()
-    return drawn @ image_metrics(torch.from_numpy(rows), protocol).numpy() / drawn.sum(1, keepdims=True)
 
 
 def show(found: list[Difference], title: str) -> None:
