@@ -19,23 +19,30 @@ ONE_STEP = {
 }
 
 
-def train(directory: Path, shards: Path, processes: int, before=holes, **changes) -> Path:
+STRONG = {
+    **{"model_norm": "group", "model_upsample": "bilinear", "model_head": "full", "model_output": "log"},
+    **{"loss_kind": "silog", "loss_gradient": 0.5, "augment_zoom": 1.5, "augment_cut_depth": 0.5},
+}
+
+
+def train(directory: Path, shards: Path, processes: int, *flags, before=holes, **changes) -> Path:
     given = small(data_shards=shards, **changes)
     fault = partial(together, without_pictures, before) if before else without_pictures
-    done = warm_run("train", processes=processes, before=fault, run=directory, **given)
+    done = warm_run("train", *flags, processes=processes, before=fault, run=directory, **given)
     assert done.returncode == 0, done.stderr
     return directory
 
 
-@pytest.fixture(scope="module", params=["group", "frozen"])
+@pytest.fixture(scope="module", params=["group", "frozen", "strong"])
 def steps(request, room_shards, scratch):
     """(ranks, accumulation) -> the checkpoint after one step; ranks and parts differ in their count of valid pixels."""
-    root, norm = scratch(request.param), request.param
+    root, case = scratch(request.param), request.param
+    flags, options = (["--model.refine"], STRONG) if case == "strong" else ([], {"model_norm": case})
     shapes = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
     found = {}
-    for ranks, parts in shapes if norm == "group" else [(1, 1), (2, 2), (4, 1)]:
+    for ranks, parts in shapes if case == "group" else [(1, 1), (2, 2), (4, 1)]:
         run = root / f"{ranks}x{parts}"
-        train(run, room_shards, ranks, train_accumulate=parts, model_norm=norm, **ONE_STEP)
+        train(run, room_shards, ranks, *flags, train_accumulate=parts, **options, **ONE_STEP)
         found[ranks, parts] = run / "checkpoints/step-00000001"
     return found
 
@@ -68,7 +75,7 @@ def test_one_step_leads_to_the_same_weights(steps):
             assert torch.allclose(value[clear], reference[name][clear], rtol=1e-5, atol=1e-6), (shape, name)
 
 
-def test_the_loss_is_the_mean_over_the_valid_pixels_of_the_global_batch(steps):
+def test_the_loss_is_the_mean_over_the_global_batch(steps):
     losses = {
         shape: next(r["loss"] for r in records(checkpoint.parent.parent) if "loss" in r)
         for shape, checkpoint in steps.items()
