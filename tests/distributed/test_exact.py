@@ -113,13 +113,15 @@ def test_killed_it_goes_on_on_another_number_of_ranks_with_the_same_losses_to_ro
 
 def test_average_and_statistics_are_those_of_all_ranks(room_shards, tmp_path):
     """Rank 1 scores its images as rank 0 does: the same digits as one process that reads the published model."""
-    run = train(tmp_path / "run", room_shards, 2, before=None, optim_ema=24)
-    target = tmp_path / "scores.json"
-    done = warm_run("evaluate", checkpoint=run / "model.safetensors", json=target, **{"batch-size": 3})
-    assert done.returncode == 0, done.stderr
-    scored = json.loads(target.read_text())["results"]["model"]["eigen"]
+    run = train(tmp_path / "run", room_shards, 2, "--evaluate.flip", before=None, optim_ema=24)
     last = [line for line in records(run) if "evaluation" in line][-1]
-    assert {name: last[name] for name in scored} == scored
+    target = tmp_path / "scores.json"
+    for flags in (["--flip"], []):
+        done = warm_run("evaluate", *flags, checkpoint=run / "model.safetensors", json=target, **{"batch-size": 3})
+        assert done.returncode == 0, done.stderr
+        scored = json.loads(target.read_text())["results"]["model"]["eigen"]
+        assert ({name: last[name] for name in scored} == scored) == bool(flags)
+    assert json.loads((run / "evaluations/last.json").read_text())["predictor"]["flip"] is True
 
 
 def test_nothing_reads_or_writes_a_pickle(room_shards, tmp_path):
