@@ -93,18 +93,19 @@ def toml_arguments(path: Path) -> list[str]:
     """A TOML file as command-line arguments. Raises UserError."""
     try:
         with path.open("rb") as file:
-            return list(_flatten(tomllib.load(file), ""))
+            return list(arguments_of(tomllib.load(file)))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not TOML: {error}") from None
 
 
-def _flatten(table: dict[str, Any], prefix: str) -> Iterator[str]:
+def arguments_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What a file of TOML says, as command-line arguments."""
     for key, value in table.items():
         name = key.replace("_", "-")
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from arguments_of(value, f"{prefix}{name}.")
         elif isinstance(value, bool):
             yield f"--{prefix}{'' if value else 'no-'}{name}"
         else:

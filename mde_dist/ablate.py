@@ -1,0 +1,136 @@
+"""A table of trainings, rows x seeds, that runs by itself -> what each row scores and costs, as table and picture.
+
+    python -m mde_dist.ablate TABLE.toml --output DIR [--jobs N] [--processes P] [--part K/N]
+
+The file names a config for all rows, and what each row changes:
+
+    base = "strong.toml"              # config file beside this one; its values are where every row begins
+    seeds = [0, 1, 2]                 # trainings of each row
+    [common]                          # of all rows, over the base
+    data.shards = "shards/nyuv2"
+    train.samples = 12_000
+    [rows.strong]                     # in this order; the others are held against the first one
+    [rows."no average"]
+    optim.ema = 0
+    [rows.seed]
+    base = "seed.toml"                # a row may begin elsewhere
+
+Each training is an ordinary run, DIR/ROW/seed-N, and is scored once, at its end. Whatever is chosen by a table is
+chosen on data.eval_split, so name one that is not the test split for choosing. Run again, the command goes on: what is
+finished stays, what was begun is taken up again.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from .ablation import report
+from .ablation.numbers import gather
+from .ablation.runs import Work, check_devices, default_jobs, log_of, run_all
+from .ablation.table import Table, Training, check_begun, read_table
+from .command import Part, parse, run_command
+from .errors import UserError
+from .files import writing
+from .progress import clock_time, shown
+from .run.preemption import StopFlag
+
+
+@dataclass(frozen=True)
+class AblateCommand:
+    """Train every row of a table with every seed, and say what each row scores, with intervals, and costs."""
+
+    table: tyro.conf.Positional[Path | None] = None
+    """TOML file: `base` (a config file), `seeds`, [common] and [rows.NAME]; `base` may be a row's own. Each
+    training is evaluated once, at its end: train.evaluate_every is set to train.samples."""
+    output: Path | None = None
+    """Directory of all runs, and of table.md, table.json and table.png, which are written anew after each training."""
+    jobs: int | None = None
+    """Trainings side by side; None = as many as the GPUs allow, one on a CPU. On a CPU they share its cores."""
+    processes: int = 1
+    """Ranks of each training, one per GPU; on a CPU over gloo."""
+    part: Part | None = None
+    """Train only every N-th training from the K-th on (K from 0): for job arrays, and several nodes. When all parts are
+    done, the same command without --part writes the table."""
+
+
+def main(argv: list[str]) -> None:
+    command = parse(AblateCommand, argv, "python -m mde_dist.ablate")
+    if command.table is None or command.output is None:
+        raise UserError("name what to train, and where: python -m mde_dist.ablate TABLE.toml --output DIR (see --help)")
+    jobs = default_jobs(command.processes) if command.jobs is None else command.jobs
+    if jobs < 1 or command.processes < 1:
+        raise UserError("--jobs and --processes: at least 1")
+    check_devices(jobs, command.processes)
+    table = read_table(command.table, command.output)
+    for training in table.trainings:
+        check_begun(training)
+    with writing(command.output):
+        command.output.mkdir(parents=True, exist_ok=True)
+    trainings = table.trainings
+    if command.part:
+        trainings = trainings[command.part[0] :: command.part[1]]
+    work = Work(trainings, command.processes, jobs)
+    stop = StopFlag()
+    with stop.catching():
+        train(work, table, command, stop)
+    if stop.signal is not None:
+        print("stopped by a signal; the same command goes on from there", flush=True)
+        sys.exit(128 + int(stop.signal))
+    finish(work, table, command)
+
+
+def train(work: Work, table: Table, command: AblateCommand, stop: StopFlag) -> None:
+    """Run what is not finished, and keep table and picture up to date."""
+    left = [training for training in work.trainings if not training.finished]
+    print(
+        f"{len(table.rows)} rows, {len(work.trainings)} trainings, {len(work.trainings) - len(left)} of them finished; "
+        f"{work.jobs} side by side with {work.processes} {'rank' if work.processes == 1 else 'ranks'} each",
+        flush=True,
+    )
+    began = time.monotonic()
+
+    def ended(training: Training) -> None:
+        say(training, work, time.monotonic() - began)
+        if not command.part:
+            write(table, work, command)
+
+    with shown(Console(), "training", "samples") as progress:
+        run_all(work, stop, progress, ended)
+
+
+def say(training: Training, work: Work, seconds: float) -> None:
+    """How a training ended."""
+    if training.name in work.failed:
+        print(f"{training.name}: failed: {work.failed[training.name]}", flush=True)
+    elif training.finished:
+        print(f"{training.name}: done after {clock_time(seconds)} in all; log: {log_of(training)}", flush=True)
+
+
+def write(table: Table, work: Work, command: AblateCommand) -> list[Path]:
+    """Table and picture of what is finished; nothing where nothing is."""
+    assert command.output
+    found = gather(table)
+    return report.write(found, table, work.failed, command.output) if found else []
+
+
+def finish(work: Work, table: Table, command: AblateCommand) -> None:
+    """Show what was found, and where it is. Exits with 1 where a training failed."""
+    if command.part:
+        print(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
+    elif found := gather(table):
+        report.show(found, table)
+        print(*(f"made: {path}" for path in write(table, work, command)), sep="\n")
+    for name in work.elsewhere:
+        print(f"{name}: another such command is at work at it")
+    for name, why in work.failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if work.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,126 @@
+"""Evaluations of several trainings per row -> what is known about each row, and about its distance from another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bootstrap import interval, means, resamples
+from ..compare import why_not
+from ..data.views import view_size
+from ..errors import UserError
+from ..learning.flops import training_flops
+from ..learning.metrics import PROTOCOLS, Protocol
+from ..learning.model import skeleton
+from ..results import read_record, rows_of
+from ..run.records import read_records
+from .table import Table, Training
+
+SEED = 0
+"""Of the bootstrap's draws: the same images are drawn for all rows."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The trainings of a row that are finished. Arrays have one number per metric of the protocol."""
+
+    row: str
+    seeds: tuple[int, ...]
+    each: np.ndarray
+    """(seeds, metrics): the mean over the images."""
+    resampled: np.ndarray
+    """(resamples, metrics): the mean over seeds and drawn images."""
+    cost: dict[str, float]
+    """Per training: seconds, images_per_second, million_parameters, gflops (forward and backward, per image)."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.each.mean(0)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(2, metrics): the bootstrap interval over images."""
+        return interval(self.resampled)
+
+    def difference(self, other: "Figures") -> np.ndarray:
+        """(3, metrics): mean and ends of self - other, image by image the same draws."""
+        return np.concatenate([[self.mean - other.mean], interval(self.resampled - other.resampled)])
+
+    def relative(self, other: "Figures", k: int) -> np.ndarray:
+        """(3,): the same as a share of the other, for metric `k`, an error that is never 0."""
+        ends = interval(self.resampled[:, k] / other.resampled[:, k] - 1)
+        return np.array([self.mean[k] / other.mean[k] - 1, *ends])
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of all rows that have a finished training, in their order."""
+
+    protocol: Protocol
+    mark: dict[str, Any]
+    """The fingerprint that all have."""
+    figures: dict[str, Figures]
+
+
+def gather(table: Table) -> Found | None:
+    """None where nothing is finished. Raises UserError where two trainings were scored on something else."""
+    mark: dict[str, Any] | None = None
+    figures: dict[str, Figures] = {}
+    for row, runs in table.rows.items():
+        scored: dict[int, np.ndarray] = {}
+        for seed, training in runs.items():
+            if not training.finished:
+                continue
+            name = training.config.evaluate.protocol
+            record = read_record(training.config.run / "evaluations/last.json")
+            if mark is not None and record["fingerprints"].get(name) != mark:
+                raise UserError(
+                    f"{training.name} cannot be compared with the rows before: "
+                    f"{why_not(mark, record['fingerprints'].get(name))}"
+                )
+            mark, scored[seed] = record["fingerprints"][name], _in_order(record, name)
+        if scored:
+            protocol = PROTOCOLS[name]
+            figures[row] = figures_of(row, scored, protocol, cost([runs[seed] for seed in scored]))
+    return Found(protocol, mark, figures) if mark is not None else None
+
+
+def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, cost: dict[str, float]) -> Figures:
+    """`scored`: by seed, `score` rows of the same images in the same order."""
+    tables = list(scored.values())
+    images = len(tables[0])
+    each = np.stack([means(rows, np.ones((1, images)), protocol)[0] for rows in tables])
+    resampled = [
+        np.mean([means(rows, drawn, protocol) for rows in tables], axis=0) for drawn in resamples(images, SEED)
+    ]
+    return Figures(row, tuple(scored), each, np.concatenate(resampled), cost)
+
+
+def _in_order(record: Mapping[str, Any], protocol: str) -> np.ndarray:
+    """`score` rows of the images that have a pixel to score, in the order of their keys."""
+    keys, rows = rows_of(record, protocol)
+    rows = rows[np.argsort(keys)]
+    return rows[rows[:, 0] > 0]
+
+
+def cost(trainings: Sequence[Training]) -> dict[str, float]:
+    """What training took, the mean over some trainings of one row."""
+    seconds = float(np.mean([training_seconds(training) for training in trainings]))
+    config = trainings[0].config
+    found = {"seconds": seconds, "images_per_second": config.train.samples / seconds if seconds else 0.0}
+    model = skeleton(config.model)
+    found["million_parameters"] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if config.data.size:
+        found["gflops"] = training_flops(config.model, view_size(config.data.size, config.augment)) / 1e9
+    return found
+
+
+def training_seconds(training: Training) -> float:
+    """Of the steps alone, whatever lay between them: evaluations, checkpoints, stops."""
+    seconds, before = 0.0, 0
+    for record in read_records(training.config.run / "metrics.jsonl"):
+        if "images_per_second" in record:
+            seconds += (record["samples"] - before) / max(record["images_per_second"], 1e-9)
+            before = record["samples"]
+    return seconds
