@@ -1,7 +1,7 @@
 """Evaluations of several trainings per row -> what is known about each row, and about its distance from another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Figures:
     each: np.ndarray
     """(seeds, metrics): the mean over the images."""
     resampled: np.ndarray
-    """(resamples, metrics): the mean over seeds and drawn images."""
+    """(seeds, resamples, metrics): the mean over the drawn images."""
     cost: dict[str, float]
     """Per training: seconds, images_per_second, million_parameters, gflops (forward and backward, per image)."""
 
@@ -41,16 +41,24 @@ class Figures:
     @property
     def ends(self) -> np.ndarray:
         """(2, metrics): the bootstrap interval over images."""
-        return interval(self.resampled)
+        return interval(self.resampled.mean(0))
 
     def difference(self, other: "Figures") -> np.ndarray:
-        """(3, metrics): mean and ends of self - other, image by image the same draws."""
-        return np.concatenate([[self.mean - other.mean], interval(self.resampled - other.resampled)])
+        """(3, metrics): mean and ends of self - other, on the same draws of images, over the seeds that both have."""
+        mine, others = self.common(other), other.common(self)
+        return np.concatenate([[mine.mean - others.mean], interval(mine.resampled.mean(0) - others.resampled.mean(0))])
+
+    def common(self, other: "Figures") -> "Figures":
+        """Of the seeds that the other has, too."""
+        places = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
+        seeds = tuple(self.seeds[place] for place in places)
+        return replace(self, seeds=seeds, each=self.each[places], resampled=self.resampled[places])
 
     def relative(self, other: "Figures", k: int) -> np.ndarray:
         """(3,): the same as a share of the other, for metric `k`, an error that is never 0."""
-        ends = interval(self.resampled[:, k] / other.resampled[:, k] - 1)
-        return np.array([self.mean[k] / other.mean[k] - 1, *ends])
+        mine, others = self.common(other), other.common(self)
+        ends = interval(mine.resampled.mean(0)[:, k] / others.resampled.mean(0)[:, k] - 1)
+        return np.array([mine.mean[k] / others.mean[k] - 1, *ends])
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,8 @@ def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, c
     tables = list(scored.values())
     images = len(tables[0])
     each = np.stack([means(rows, np.ones((1, images)), protocol)[0] for rows in tables])
-    resampled = [
-        np.mean([means(rows, drawn, protocol) for rows in tables], axis=0) for drawn in resamples(images, SEED)
-    ]
-    return Figures(row, tuple(scored), each, np.concatenate(resampled), cost)
+    resampled = [np.stack([means(rows, drawn, protocol) for rows in tables]) for drawn in resamples(images, SEED)]
+    return Figures(row, tuple(scored), each, np.concatenate(resampled, axis=1), cost)
 
 
 def _in_order(record: Mapping[str, Any], protocol: str) -> np.ndarray:
@@ -124,3 +130,15 @@ def training_seconds(training: Training) -> float:
             seconds += (record["samples"] - before) / max(record["images_per_second"], 1e-9)
             before = record["samples"]
     return seconds
+
+
+def trained_with(trainings: Sequence[Training]) -> str:
+    """Ranks and device of all finished ones, in words."""
+    found: dict[str, None] = {}
+    for training in trainings:
+        if training.finished:
+            for record in read_records(training.config.run / "metrics.jsonl"):
+                if "start" in record:
+                    start = record["start"]
+                    found[f"{start['ranks']} x {start['device']}, {start['precision']}"] = None
+    return "; ".join(found)

@@ -17,11 +17,12 @@ from ..markdown import code, plain
 from ..markdown import row as cells
 from ..progress import clock_time
 from ..results import short
-from .numbers import SEED, Figures, Found
+from .numbers import SEED, Figures, Found, trained_with
 from .plot import draw
 from .table import Table, in_words
 
 FORMAT, VERSION = "mde_dist.ablation", 1
+_LEFT_TO_FILE = ("images/s", "parameters", "GFLOP/image")
 SHOWN = ("abs_rel", "delta1", "rmse")
 """Metrics that the tables have; table.json has all."""
 
@@ -38,11 +39,15 @@ def write(found: Found, table: Table, failed: Mapping[str, str], output: Path) -
 
 def show(found: Found, table: Table) -> None:
     """On the terminal."""
+    headings = _headings(found, table)
+    # the numbers that one chooses by; table.md has them all
+    chosen = [place for place, name in enumerate(headings) if name not in _LEFT_TO_FILE and name != "rmse"]
     grid = Grid()
-    for place, heading in enumerate(_headings(found, table)):
-        grid.add_column(heading, justify="right" if place else "left")
+    for place in chosen:
+        grid.add_column(headings[place], justify="right" if place else "left", overflow="fold")
     for figures in found.figures.values():
-        grid.add_row(*_cells(figures, found, table))
+        cells_of = _cells(figures, found, table)
+        grid.add_row(*(cells_of[place].replace(" [", "\n[") for place in chosen))
     Console().print(grid)
     print(*_notes(found, table), sep="\n")
 
@@ -82,7 +87,11 @@ def as_record(found: Found, table: Table, failed: Mapping[str, str]) -> dict[str
                 "mean": dict(zip(metrics, figures.mean.tolist(), strict=True)),
                 "interval": dict(zip(metrics, figures.ends.T.tolist(), strict=True)),
             }
-            | ({} if reference is None else _against(figures, reference, metrics))
+            | (
+                {}
+                if reference is None or not figures.common(reference).seeds
+                else _against(figures, reference, metrics)
+            )
             for row, figures in found.figures.items()
         },
     }
@@ -120,7 +129,7 @@ def _cells(figures: Figures, found: Found, table: Table) -> list[str]:
 
 def _compared(figures: Figures, reference: Figures | None, metric: str, k: int) -> str:
     """The difference in words; of an error as a share of the reference's."""
-    if reference is None or reference is figures:
+    if reference is None or reference is figures or not figures.common(reference).seeds:
         return "-"
     higher = metric in HIGHER_IS_BETTER
     mean, low, high = figures.difference(reference)[:, k] if higher else figures.relative(reference, k)
@@ -139,5 +148,7 @@ def _notes(found: Found, table: Table) -> list[str]:
         f"each training was scored once, at its end, after {config.train.samples:,} samples in the first row",
         f"in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {SEED}), of the mean over "
         f"{'/'.join(map(str, sorted(seeds)))} seeds; {NOTE}; ± is the standard deviation of {SHOWN[0]} over seeds",
-        "training: time of the steps of one training, the mean over seeds",
+        "differences are over the seeds that both rows have; the intervals say nothing of the spread over seeds",
+        "training: time of the steps of one training, the mean over seeds; GFLOP of forward and backward pass; trained "
+        f"with {trained_with([t for row in table.rows.values() for t in row.values()])}",
     ]
