@@ -29,14 +29,14 @@ def test_the_lines_that_read_shards_with_plain_webdataset_work(document, tmp_pat
 
 
 def test_every_option_that_the_documents_name_exists(capsys):
-    from mde_dist import bench, evaluate, export, predict, report, shard, train
+    from mde_dist import ablate, bench, evaluate, export, predict, report, shard, train
 
     known = set()
     for word in ("loader", "step", "train", "scaling", "peers"):
         with pytest.raises(SystemExit):
             bench.main([word, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
-    for command in (evaluate, export, predict, report, shard, train):
+    for command in (ablate, evaluate, export, predict, report, shard, train):
         with pytest.raises(SystemExit):
             command.main(["--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
