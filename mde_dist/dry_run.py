@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .data.depth import to_metres
+from .data.holdout import hold_out
 from .data.pack import PackOptions, plan
 from .data.probe import Probe, evenly, probe, unit_problems
 from .data.sources import BadPair, DepthMap, Source, open_source
@@ -44,6 +45,14 @@ def dry_run(
         say(f"  preview: {preview}")
     refused, warned = unit_problems(source, probes, list(scales))
     say_warnings([*warned, *doubts(source, probes)])
+    if options.validation:
+        try:
+            held_out = hold_out(source, options.validation)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            say(*held_out.in_words())
+            source = held_out.source
     refused += packing_problems(source, probes, options)
     if refused:
         say(*(f"also refused: {problem}" for problem in refused[1:]))
@@ -118,5 +127,6 @@ def packing_command(
     words += ["--depth-map", depth_map] if depth_map else []
     words += ["--size", f"{options.size[0]}x{options.size[1]}"] if options.size else []
     words += ["--limit", str(options.limit)] if options.limit else []
+    words += ["--validation", str(options.validation)] if options.validation else []
     words += ["--skip-bad"] if options.skip_bad else []
     return shlex.join([*words, "--output", str(output or Path("shards") / (root.stem if root else "rooms"))])

@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from .command import Part, Size, parse, run_command
+from .data.holdout import hold_out
 from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
 from .data.remote import is_remote
@@ -51,6 +52,9 @@ class ShardConfig:
     """Processes that read, encode and write. The bytes do not depend on it."""
     limit: int | None = None
     """Pack the first N pairs of each split only."""
+    validation: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """Hold whole places (all scenes of a room) with this share of the training pairs out of split train into a split
+    val, to choose on with --data.eval-split val, so that the test pairs are left for the end; for example 0.15."""
     skip_bad: bool = False
     """Leave out pairs that are missing, unreadable or mismatched, and count them, instead of stopping."""
     part: Part | None = None
@@ -116,6 +120,8 @@ def look(config: ShardConfig) -> None:
 def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
+    if config.validation:
+        say(*hold_out(source, config.validation).in_words())
     started = time.monotonic()
     options = (source, output, pack_options(config), config.workers)
     with shown(console, "packing", "pairs") as progress:
@@ -137,6 +143,7 @@ def pack_options(config: ShardConfig) -> PackOptions:
         config.jpeg_quality,
         config.limit,
         config.skip_bad,
+        config.validation,
     )
 
 
@@ -170,6 +177,8 @@ def check(config: ShardConfig) -> None:
         raise UserError("--source DIR is missing: the folder of the data set (or --layout rooms for the embedded one)")
     if config.layout == "rooms" and (config.source is not None or config.depth_scale):
         raise UserError("--layout rooms is rendered, in metres: leave out --source and --depth-scale")
+    if config.validation is not None and not 0 < config.validation < 1:
+        raise UserError(f"--validation {config.validation:g}: must be a share between 0 and 1, such as 0.15")
     if not 1 <= config.jpeg_quality <= 100:
         raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
     if config.output and config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):

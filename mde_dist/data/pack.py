@@ -24,6 +24,7 @@ from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, sha256_of, sync_directory, write_atomic
 from . import depth
+from .holdout import VAL, hold_out
 from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
 from .pool import Progress, count, run_jobs
 from .probe import Probe, probe
@@ -45,6 +46,8 @@ class PackOptions:
     """Pairs per split, the first ones of the source."""
     skip_bad: bool = False
     """Leave out pairs that cannot be used, and count them, instead of stopping."""
+    validation: float | None = None
+    """Share of the pairs of `train`, as whole places, that become the split `val`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Work:
     size: tuple[int, int]
     partial: Path
     """Hidden directory where shards and parts come to stand until all are there."""
+    records: Mapping[str, dict[str, Any]]
+    """What the manifest says of a split beside what its shards hold."""
 
 
 def pack(
@@ -136,9 +141,12 @@ def _prepare(
 ) -> tuple[Work, list[Job], dict[str, list[str]]]:
     """What there is to do, and the pairs left out because a file is missing. Raises UserError."""
     size = options.size or next(iter((probes or probe(source)).values())).size
+    held_out = hold_out(source, options.validation) if options.validation else None
+    source = held_out.source if held_out else source
     jobs, missing = plan(source, options)
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
-    return Work(_without_pairs(source), options, size, partial), jobs, missing
+    record = {VAL: {"held_out": held_out.record()}} if held_out else {}
+    return Work(_without_pairs(source), options, size, partial, record), jobs, missing
 
 
 @contextmanager
@@ -264,6 +272,7 @@ def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dic
             "depth_map": split.depth_map,
             "reencoded_images": int(statistics.reencoded[0]),
             "skipped": skipped,
+            **work.records.get(name, {}),
         }
     return records
 
