@@ -45,6 +45,13 @@ def test_every_option_that_the_documents_name_exists(capsys):
     # of sbatch and scancel
     known |= {"--array", "--nodes", "--gpus-per-node", "--cpus-per-task", "--signal", "--batch"}
     known = {name.replace("_", "-") for name in known}
-    for document in ("README.md", "docs/cluster.md", "docs/export.md", "launch/README.md", "shards/README.md"):
+    for document in (
+        "README.md",
+        "docs/cluster.md",
+        "docs/export.md",
+        "docs/reproduce.md",
+        "launch/README.md",
+        "shards/README.md",
+    ):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*", (ROOT / document).read_text()):
             assert option.rstrip(".").replace("_", "-") in known, (document, option)
