@@ -35,6 +35,8 @@ FIXED = {
     "train.evaluate_every": "there is one evaluation, at the end",
 }
 """What a table may not set, and why; a base may, and is overruled."""
+_BESIDE = FREE - {"data.shards", "train.batch_size", "train.gradients"} | {"train.evaluate_every"}
+"""Fields of which a table does not tell."""
 _LEARNED_FROM = {"data.shards", "data.eval_shards", "train.batch_size"}
 """May change when a run goes on, but not within a table."""
 _SAME = ("evaluate.protocol", "evaluate.limit", "data.eval_split")
@@ -74,9 +76,9 @@ class Table:
         return next(iter(self.rows))
 
     def changes(self, row: str) -> dict[str, Any]:
-        """Field -> plain value, of all in which a row differs from the reference."""
+        """Field -> plain value, of all in which a row differs from the reference and that change what is learned."""
         first, other = (dict(flat(next(iter(self.rows[name].values())).config)) for name in (self.reference, row))
-        return {name: _plain(value) for name, value in other.items() if name != "run" and first[name] != value}
+        return {n: _plain(value) for n, value in other.items() if n not in _BESIDE and first[n] != value}
 
 
 def in_words(changes: Mapping[str, Any]) -> list[str]:
