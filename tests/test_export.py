@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 from mde_dist import export
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
-from mde_dist.learning.model import DepthModel
+from mde_dist.learning.model import DepthModel, ModelConfig
 from mde_dist.run.checkpoint import model_bytes, read_model
 
 SIZE = (50, 70)  # no multiple of 32
@@ -31,7 +31,7 @@ METRES = 1e-4  # far below the step in which depth is stored, far above the roun
 def model():
     """A model with statistics in its normalisation that show where they are left out."""
     torch.manual_seed(3)
-    model = DepthModel("resnet18")
+    model = DepthModel(ModelConfig())
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(4, 3, 48, 64))

@@ -38,6 +38,10 @@ class Job:
     def wait_for_restart(self, count, seconds=120):
         self.cluster.wait(lambda: self.cluster.restarts(self.number) >= count, seconds)
 
+    def wait_until_running(self):
+        """For what comes from the new start alone: the old one may still take steps while it ends."""
+        self.cluster.wait(lambda: self.cluster.state(self.number) == "RUNNING", 120)
+
     def wait_for_end(self, seconds=180):
         return self.cluster.wait_for_end(self.number, seconds)
 
@@ -108,10 +112,12 @@ def test_a_job_that_is_stopped_three_ways_comes_back_each_time(cluster, train, q
     job.wait_for_step(4)
     cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
     job.wait_for_restart(1)
+    job.wait_until_running()
     assert "stopped by a signal; back into the queue" in job.said()
     job.wait_for_step(job.newest() + 4)
     cluster.client("scontrol", "requeue", str(job.number))
     job.wait_for_restart(2)
+    job.wait_until_running()
     job.wait_for_step(job.newest() + 4)
     other = cluster.submit(
         "tests/slurm/sleep.sh", sbatch=["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
@@ -167,6 +173,7 @@ def test_the_number_of_restarts_has_a_limit(cluster, train):
     cluster.wait(lambda: cluster.runs("mde_dist.config", job.number), 60)
     cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
     job.wait_for_restart(1)
+    job.wait_until_running()
     job.wait_for_step(4)
     cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
     assert job.wait_for_end(60) == "FAILED"
