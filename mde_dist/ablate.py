@@ -76,15 +76,15 @@ def main(argv: list[str]) -> None:
     work = Work(trainings, command.processes, jobs)
     stop = StopFlag()
     with stop.catching():
-        train(work, table, command, stop)
+        train(work, table, None if command.part else command.output, stop)
     if stop.signal is not None:
         print("stopped by a signal; the same command goes on from there", flush=True)
         sys.exit(128 + int(stop.signal))
-    finish(work, table, command)
+    finish(work, table, command, command.output)
 
 
-def train(work: Work, table: Table, command: AblateCommand, stop: StopFlag) -> None:
-    """Run what is not finished, and keep table and picture up to date."""
+def train(work: Work, table: Table, output: Path | None, stop: StopFlag) -> None:
+    """Run what is not finished, and keep table and picture in `output`, if any, up to date."""
     left = [training for training in work.trainings if not training.finished]
     print(
         f"{len(table.rows)} rows, {len(work.trainings)} trainings, {len(work.trainings) - len(left)} of them finished; "
@@ -95,8 +95,8 @@ def train(work: Work, table: Table, command: AblateCommand, stop: StopFlag) -> N
 
     def ended(training: Training) -> None:
         say(training, work, time.monotonic() - began)
-        if not command.part:
-            write(table, work, command)
+        if output and (found := gather(table)):
+            report.write(found, table, work.failed, output)
 
     with shown(Console(), "training", "samples") as progress:
         run_all(work, stop, progress, ended)
@@ -110,20 +110,13 @@ def say(training: Training, work: Work, seconds: float) -> None:
         print(f"{training.name}: done after {clock_time(seconds)} in all; log: {log_of(training)}", flush=True)
 
 
-def write(table: Table, work: Work, command: AblateCommand) -> list[Path]:
-    """Table and picture of what is finished; nothing where nothing is."""
-    assert command.output
-    found = gather(table)
-    return report.write(found, table, work.failed, command.output) if found else []
-
-
-def finish(work: Work, table: Table, command: AblateCommand) -> None:
+def finish(work: Work, table: Table, command: AblateCommand, output: Path) -> None:
     """Show what was found, and where it is. Exits with 1 where a training failed."""
     if command.part:
         print(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
     elif found := gather(table):
         report.show(found, table)
-        print(*(f"made: {path}" for path in write(table, work, command)), sep="\n")
+        print(*(f"made: {path}" for path in report.write(found, table, work.failed, output)), sep="\n")
     for name in work.elsewhere:
         print(f"{name}: another such command is at work at it")
     for name, why in work.failed.items():

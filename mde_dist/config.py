@@ -183,15 +183,8 @@ _AT_LEAST: dict[str, float] = {
     **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
     **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
-    **{
-        "optim.final": 0,
-        "optim.power": 0,
-        "optim.ema": 0,
-        "optim.lr_batch": 0,
-        "train.max_skipped": 0,
-        "train.lost_after": 3,
-    },
-    **{"train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
+    **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "optim.lr_batch": 0, "train.max_skipped": 0},
+    **{"train.lost_after": 3, "train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
     **{"augment.border": 0, "augment.zoom": 1, "augment.cut_depth": 0},
     **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
 }

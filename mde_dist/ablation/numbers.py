@@ -81,7 +81,7 @@ def gather(table: Table) -> Found | None:
             if not training.finished:
                 continue
             name = training.config.evaluate.protocol
-            record = read_record(training.config.run / "evaluations/last.json")
+            record = read_record(training.scores)
             if mark is not None and record["fingerprints"].get(name) != mark:
                 raise UserError(
                     f"{training.name} cannot be compared with the rows before: "

@@ -57,8 +57,12 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether its model is published, and scored."""
-        run = self.config.run
-        return (run / MODEL).is_file() and (run / EVALUATIONS / "last.json").is_file()
+        return (self.config.run / MODEL).is_file() and self.scores.is_file()
+
+    @property
+    def scores(self) -> Path:
+        """Where every image's numbers are, once it is finished."""
+        return self.config.run / EVALUATIONS / "last.json"
 
 
 @dataclass(frozen=True)
