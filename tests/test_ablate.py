@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from commands import run, start, wait_for
+from commands import records, run, start, wait_for
 
 from mde_dist.ablation.numbers import figures_of
 from mde_dist.ablation.table import check_begun, read_table
@@ -37,23 +37,29 @@ def written(tmp_path, text):
 
 @pytest.fixture(scope="module")
 def ablation(room_shards, tmp_path_factory):
-    """Stopped by SIGTERM in its first training, and run again to its end: the second row cannot be trained."""
+    """Two ranks each. Stopped by SIGTERM in its first training, then run to its end: the second row cannot train."""
     folder = tmp_path_factory.mktemp("ablation")
     table = written(folder, TABLE.format(shards=room_shards, samples=48))
-    first = start("ablate", table, output=folder / "out")
+    first = start("ablate", table, "--processes", 2, output=folder / "out")
     wait_for(lambda: (folder / "out/plain/seed-0/checkpoints").is_dir(), first)
     first.send_signal(signal.SIGTERM)
     said, _ = first.communicate(timeout=120)
-    return folder, table, (first.returncode, said), run("ablate", table, output=folder / "out", jobs=2)
+    return (
+        folder,
+        table,
+        (first.returncode, said),
+        run("ablate", table, "--processes", 2, output=folder / "out", jobs=2),
+    )
 
 
 def test_it_is_stopped_and_goes_on(ablation):
-    folder, _, (code, said), _ = ablation
-    assert code == 128 + signal.SIGTERM and "stopped by a signal" in said
-    lines = (folder / "out/plain/seed-0/metrics.jsonl").read_text().splitlines()
-    starts = [record["samples"] for record in map(json.loads, lines) if "start" in record]
-    assert len(starts) == 2 and starts[1] > 0  # taken up where it was, not begun anew
-    assert sum("evaluation" in record and "baseline" not in record for record in map(json.loads, lines)) == 1
+    folder, _, (code, words), _ = ablation
+    assert code == 128 + signal.SIGTERM and "stopped by a signal" in words
+    said = records(folder / "out/plain/seed-0")
+    starts = [record for record in said if "start" in record]
+    assert [record["start"]["ranks"] for record in starts] == [2, 2]
+    assert starts[1]["samples"] > 0  # taken up where it was, not begun anew
+    assert sum("evaluation" in record and "baseline" not in record for record in said) == 1
 
 
 def test_a_training_that_fails_leaves_the_others_be(ablation):
@@ -72,6 +78,23 @@ def test_another_config_is_refused(ablation, room_shards, tmp_path):
     with pytest.raises(UserError, match=r"row 'plain', seed 0.*train.samples = 48, the table says 60"):
         for training in read_table(table, folder / "out").trainings:
             check_begun(training)
+
+
+def test_two_parts_share_out_two_seeds(room_shards, tmp_path):
+    text = TABLE.format(shards=room_shards, samples=24).replace("seeds = [0]", "seeds = [0, 5]")
+    table = written(tmp_path, text.split('[rows."no shards"]')[0] + "[rows.faster]\noptim.lr = 1e-3\n")
+    output = tmp_path / "out"
+    parts = [start("ablate", table, output=output, part=f"{part}/2") for part in (0, 1)]
+    for part, process in enumerate(parts):
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and f"part {part}/2 is done" in said, said
+    assert not (output / "table.json").exists()
+    done = run("ablate", table, output=output)
+    assert done.returncode == 0 and "4 trainings, 4 of them finished" in done.stdout
+    rows = json.loads((output / "table.json").read_text())["rows"]
+    assert {name: row["seeds"] for name, row in rows.items()} == {"plain": [0, 5], "faster": [0, 5]}
+    for run_directory in output.glob("*/seed-?"):  # each was trained once
+        assert sum("start" in record for record in records(run_directory)) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from mde_dist.errors import UserError
 from mde_dist.learning.decoder import bounded
 from mde_dist.learning.model import ModelConfig, build, restore, skeleton
 
-STRONG = ModelConfig(upsample="bilinear", refine=True, context=True, head="full", output="log")
+STRONG = ModelConfig(upsample="bilinear", refine=True, head="full", output="log")
 PARTS = {
     "bilinear": ModelConfig(upsample="bilinear"),
     "refined": ModelConfig(refine=True),
-    "context": ModelConfig(context=True),
     "full": ModelConfig(head="full"),
     "sigmoid": ModelConfig(output="sigmoid"),
     "all": STRONG,
@@ -82,20 +81,6 @@ def test_a_bounded_output_stays_within_its_range(output):
     with torch.inference_mode():
         depth = model(1e3 * image(1, 3, 64, 64))
     assert 1 <= depth.min() < depth.max() <= 3
-
-
-def test_context_brings_what_is_far_away():
-    """The last pixel of a wide image changes the first one's depth, which it does not by convolutions alone."""
-    x = image(1, 3, 32, 1600)
-    other = x.clone()
-    other[..., -32:] += 3
-    changed = {}
-    for context in (False, True):
-        model = build(ModelConfig(context=context), seed=3).eval()
-        with torch.inference_mode():
-            changed[context] = (model(x) - model(other))[..., 0].abs().max().item()
-    assert changed[True] > 1e-5
-    assert changed[False] < 1e-6
 
 
 def test_a_decoder_has_no_statistics_to_freeze():

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -27,23 +28,30 @@ FILES = ("model.onnx", "model.pt2")
 METRES = 1e-4  # far below the step in which depth is stored, far above the rounding of float32
 
 
-@pytest.fixture(scope="module")
-def model():
+def with_statistics(config):
     """A model with statistics in its normalisation that show where they are left out."""
     torch.manual_seed(3)
-    model = DepthModel(ModelConfig())
+    model = DepthModel(config)
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(4, 3, 48, 64))
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(model, room_shards, scratch):
-    path = scratch("model") / "model.safetensors"
-    config = {"model.backbone": "resnet18", "data.shards": str(room_shards), "data.eval_split": "test"}
+def saved(model, path, shards, **fields):
+    config = {"model.backbone": "resnet18", "data.shards": str(shards), "data.eval_split": "test"} | fields
     path.write_bytes(model_bytes(model.state_dict(), {"config": config, "size": [48, 64]}))
     return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return with_statistics(ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, room_shards, scratch):
+    return saved(model, scratch("model") / "model.safetensors", room_shards)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +101,22 @@ def test_torch_export_gives_the_metres_of_the_model_without_unpickling(exported,
     with torch.inference_mode():
         depth = program(torch.from_numpy(as_input(images))).numpy()
     assert depth.dtype == np.float32 and depth.shape == (batch, *SIZE)
+    assert np.abs(depth - expected(model, images)).max() < METRES
+
+
+def test_every_part_of_the_decoder_is_exported(room_shards, scratch):
+    config = ModelConfig(upsample="bilinear", refine=True, head="full", output="log", norm="group")
+    model, folder = with_statistics(config), scratch("decoder")
+    fields = {f"model.{name}": value for name, value in asdict(config).items()}
+    path = saved(model, folder / "model.safetensors", room_shards, **fields)
+    export.main(["--checkpoint", str(path), "--output", str(folder / "out"), "--size", "50x70"])
+    images = rooms(2)
+    (depth,) = onnxruntime.InferenceSession((folder / "out/model.onnx").read_bytes()).run(
+        None, {"image": as_input(images)}
+    )
+    assert np.abs(depth - expected(model, images)).max() < METRES
+    with torch.inference_mode():
+        depth = torch.export.load(folder / "out/model.pt2").module()(torch.from_numpy(as_input(images))).numpy()
     assert np.abs(depth - expected(model, images)).max() < METRES
 
 

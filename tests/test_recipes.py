@@ -29,7 +29,7 @@ def test_the_small_recipe_is_the_strong_one():
     assert differ <= SHORT
 
 
-@pytest.mark.parametrize("name", ["choose", "test"])
+@pytest.mark.parametrize("name", ["choose", "longer", "test"])
 def test_every_row_of_a_table_is_another_recipe(name, tmp_path):
     table = read_table(ROOT / f"benchmarks/accuracy/{name}.toml", tmp_path)
     changes = [str(table.changes(row)) for row in table.rows]

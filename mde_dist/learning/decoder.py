@@ -38,18 +38,6 @@ def _norm(channels: int, norm: Norm) -> nn.Module:
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(min(32, channels // 2), channels)
 
 
-class Context(nn.Module):
-    """To every place of a feature a linear map of its mean over the image: a room's size is seen nowhere in particular
-    (global context of ParseNet: Liu et al., 2015)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.of_mean = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.of_mean(x.mean((-2, -1), keepdim=True))
-
-
 class QuarterHead(nn.Conv2d):
     """Features at a quarter of the image's size -> one number there."""
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
-from .decoder import ENCODER_NORMS, Context, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
+from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
 Output = Literal["softplus", "sigmoid", "log"]
@@ -36,8 +36,6 @@ class ModelConfig:
     """How the decoder brings features to the next size: nearest or bilinear."""
     refine: bool = False
     """After each skip connection a 3x3 convolution with normalisation and ReLU."""
-    context: bool = False
-    """To the deepest feature a linear map of its mean over the image (Liu et al., 2015)."""
     head: Literal["quarter", "full"] = "quarter"
     """Depth is computed at a quarter of the image's size and enlarged, or at the full size, from finer features."""
     output: Output = "softplus"
@@ -53,8 +51,8 @@ class DepthModel(nn.Module):
     """Image (batch, 3, height, width), normalised as for ImageNet -> depth (batch, height, width), metres, positive.
 
     Five encoder features: after the stem's pooling and after each of the four stages, at 1/4, 1/4, 1/8, 1/16, 1/32 of
-    the image. From the top x, with its context where that is wanted, x = refine_i(resize(conv_i(x)) + feature_i) for
-    i = 3, 2, 1; the head sees x + feature_0. Any image size from 32x32 on.
+    the image. From the top x = refine_i(resize(conv_i(x)) + feature_i) for i = 3, 2, 1; the head sees x + feature_0.
+    Any image size from 32x32 on.
     """
 
     def __init__(self, config: ModelConfig):
@@ -73,7 +71,6 @@ class DepthModel(nn.Module):
         self.refinements = nn.ModuleList(
             refinement(width, config.norm) if config.refine else nn.Identity() for width in channels[:-1]
         )
-        self.context = Context(channels[-1]) if config.context else nn.Identity()
         self._upsample, self._output, self._range = config.upsample, config.output, (config.min_depth, config.max_depth)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -84,7 +81,6 @@ class DepthModel(nn.Module):
         for stage in (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4):
             x = stage(x)
             features.append(x)
-        x = self.context(x)
         steps = zip(self.residual_convs, self.refinements, features[:-1], strict=True)
         for conv, refine, skip in reversed(list(steps)):
             x = refine(resize(conv(x), skip, self._upsample) + skip)
