@@ -1,0 +1,58 @@
+"""How much of a model's error is the scale of whole images: what accuracy.md says of learning by heart.
+
+    python benchmarks/scale_error.py SHARDS SPLIT RUN...
+
+d = log p - log g over the valid pixels of an image, at the size of training, with flip averaging, weights of the newest
+checkpoint. Printed for each run: the mean over images of an image's mean of d, its standard deviation over images, and
+the root of the mean over images of the variance of d within an image.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mde_dist.data.augment import AugmentConfig, prepare
+from mde_dist.data.loader import Batch
+from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.learning.model import DepthModel, restore
+from mde_dist.run.checkpoint import EMA, MODEL, read_model
+
+
+def newest(run: Path) -> tuple[DepthModel, tuple[int, int]]:
+    """The averaged weights where there are any, and the size of training."""
+    checkpoint = max((run / "checkpoints").glob("step-*"))
+    metadata, tensors = read_model(next(file for name in (EMA, MODEL) if (file := checkpoint / name).exists()))
+    return restore(metadata, tensors).eval(), tuple(metadata["size"])
+
+
+def moments(model: DepthModel, size: tuple[int, int], shards: ShardSet) -> np.ndarray:
+    """(images, 2): mean and variance of d."""
+    view, found = AugmentConfig(flip=0), []
+    for sample in range(len(shards)):
+        image, depth = np.zeros((1, 480, 640, 3), np.uint8), np.zeros((1, 480, 640), np.uint16)
+        shards.read_into(sample, image[0], depth[0])
+        batch = Batch(torch.from_numpy(image), torch.from_numpy(depth), np.zeros(1, np.int64), np.array([sample]))
+        x, truth = prepare(batch, size, view, seed=0)
+        with torch.inference_mode():
+            p = (model(x) + model(x.flip(-1)).flip(-1)) / 2
+        d = (p.log() - truth.log())[truth > 0].double()
+        found.append((d.mean().item(), d.var(correction=0).item()))
+    return np.array(found)
+
+
+def main() -> None:
+    place, split, *runs = sys.argv[1:]
+    torch.set_num_threads(1)
+    with open_split(place, split) as shards:
+        for run in runs:
+            mean, variance = moments(*newest(Path(run)), shards).T
+            print(
+                f"{run}, {split}: mean {mean.mean():+.3f}, over images {mean.std():.3f}, "
+                f"within images {np.sqrt(variance.mean()):.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
