@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mde_dist.data.augment import AugmentConfig, prepare
+from mde_dist.data.augment import AugmentConfig, prepare, prepare_images
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.learning.model import DepthModel, restore
-from mde_dist.run.checkpoint import EMA, MODEL, read_model
+from mde_dist.predictor import estimate
+from mde_dist.run.checkpoint import find_model, read_model
 
 
 def newest(run: Path) -> tuple[DepthModel, tuple[int, int]]:
-    """The averaged weights where there are any, and the size of training."""
-    checkpoint = max((run / "checkpoints").glob("step-*"))
-    metadata, tensors = read_model(next(file for name in (EMA, MODEL) if (file := checkpoint / name).exists()))
+    """The weights that `evaluate --run` scores, and the size of training."""
+    metadata, tensors = read_model(find_model(run, None))
     return restore(metadata, tensors).eval(), tuple(metadata["size"])
 
 
@@ -34,9 +34,9 @@ def moments(model: DepthModel, size: tuple[int, int], shards: ShardSet) -> np.nd
         image, depth = np.zeros((1, 480, 640, 3), np.uint8), np.zeros((1, 480, 640), np.uint16)
         shards.read_into(sample, image[0], depth[0])
         batch = Batch(torch.from_numpy(image), torch.from_numpy(depth), np.zeros(1, np.int64), np.array([sample]))
-        x, truth = prepare(batch, size, view, seed=0)
+        _, truth = prepare(batch, size, view, seed=0)
         with torch.inference_mode():
-            p = (model(x) + model(x.flip(-1)).flip(-1)) / 2
+            p = estimate(model, prepare_images(batch, size), flip=True)
         d = (p.log() - truth.log())[truth > 0].double()
         found.append((d.mean().item(), d.var(correction=0).item()))
     return np.array(found)
