@@ -49,7 +49,8 @@ class AblateCommand:
     output: Path | None = None
     """Directory of all runs, and of table.md, table.json and table.png, which are written anew after each training."""
     jobs: int | None = None
-    """Trainings side by side; None = as many as the GPUs allow, one on a CPU. On a CPU they share its cores."""
+    """Trainings side by side; None = as many as there are GPUs for, one on a CPU. More than that share the GPUs, which
+    small models do not fill by themselves; on a CPU they share its cores."""
     processes: int = 1
     """Ranks of each training, one per GPU; on a CPU over gloo."""
     part: Part | None = None
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     jobs = default_jobs(command.processes) if command.jobs is None else command.jobs
     if jobs < 1 or command.processes < 1:
         raise UserError("--jobs and --processes: at least 1")
-    check_devices(jobs, command.processes)
+    check_devices(command.processes)
     table = read_table(command.table, command.output)
     for training in table.trainings:
         check_begun(training)

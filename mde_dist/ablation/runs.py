@@ -44,7 +44,7 @@ class Work:
     jobs: int
     """Trainings side by side."""
     running: dict[int, tuple[Training, subprocess.Popen[bytes]]] = field(default_factory=dict)
-    """By slot, 0..jobs-1: a slot has GPUs of its own."""
+    """By slot, 0..jobs-1: a slot has GPUs of its own, as long as there are some."""
     locks: dict[int, IO[bytes]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """Name of a training -> why."""
@@ -142,18 +142,19 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
 
 
 def _gpus(work: Work, slot: int) -> list[str]:
-    """Of a slot, by the names that this process knows them by."""
+    """Of a slot, by the names that this process knows them by; those of another one, too, where there are too few."""
     there = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(number) for number in range(there)]
-    return names[slot * work.processes : (slot + 1) * work.processes] if there else []
+    first = slot * work.processes
+    return [names[number % there] for number in range(first, first + work.processes)] if there else []
 
 
-def check_devices(jobs: int, processes: int) -> None:
-    """Raises UserError where there are GPUs, but too few."""
+def check_devices(processes: int) -> None:
+    """Raises UserError where there are GPUs, but too few for the ranks of one training."""
     there = torch.cuda.device_count()
-    if there and jobs * processes > there:
-        raise UserError(f"--jobs {jobs} with --processes {processes} take {jobs * processes} GPUs; there are {there}")
+    if there and processes > there:
+        raise UserError(f"--processes {processes}: a rank has a GPU of its own; there are {there}")
 
 
 def _cores() -> int:
