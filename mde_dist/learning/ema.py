@@ -13,6 +13,7 @@ class Ema:
     def __init__(self, model: nn.Module, samples: float):
         """`samples`: after so many, what a weight was before counts 1/e."""
         self.model, self._samples = copy.deepcopy(model).requires_grad_(False), samples
+        self._mine = _numbers(self.model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch: int, step: int, left_out: torch.Tensor) -> None:
@@ -22,9 +23,15 @@ class Ema:
         device; where it is 1 the average stays as it is.
         """
         decay = min(math.exp(-batch / self._samples), step / (step + 9))
-        mine, theirs = self.model.state_dict(), model.state_dict()
-        floats = [name for name, tensor in theirs.items() if tensor.is_floating_point()]
         weight = (1 - decay) * (1 - left_out)
-        torch._foreach_lerp_([mine[n] for n in floats], [theirs[n] for n in floats], [weight] * len(floats))
-        for name in theirs.keys() - floats:
-            mine[name].copy_(theirs[name])
+        (floats, counts), (new_floats, new_counts) = self._mine, _numbers(model)
+        torch._foreach_lerp_(floats, new_floats, [weight] * len(floats))
+        if counts:
+            torch._foreach_copy_(counts, new_counts)
+
+
+def _numbers(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Its weights and statistics, and what it counts: the tensors themselves, for state_dict makes a new one of each,
+    which takes a GPU's host as long as many a kernel."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
