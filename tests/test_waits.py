@@ -1,6 +1,7 @@
 """Nothing in a step waits for a GPU: the real step on tensors that claim to lie on one, and have no values to read."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(learner, "build", built_there)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory=False, **rest: empty_like(tensor, **rest))
+    # a copied tensor would bring a copy of its mode, whose weak references to storages are counted once and given back
+    # twice: the heap breaks, often not before the process ends (torch 2.14)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)
     yield
     for cached in (augment._imagenet, augment._footprints_on):
         cached.cache_clear()  # of tensors without values
@@ -104,6 +108,13 @@ def step_on(device: torch.device) -> None:
 def test_nothing_in_a_step_waits_for_the_device(gpu: None) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         step_on(GPU)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_a_copied_model_is_of_the_same_mode(gpu: None) -> None:
+    with FakeTensorMode() as mode:
+        model = copy.deepcopy(torch.nn.Linear(2, 2, device=GPU))
+    assert all(parameter.fake_mode is mode for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
