@@ -5,9 +5,11 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from commands import records, run, start, wait_for
 
 from mde_dist.ablation.numbers import figures_of
+from mde_dist.ablation.runs import check_devices, gpus_of
 from mde_dist.ablation.table import check_begun, read_table
 from mde_dist.bootstrap import RESAMPLES
 from mde_dist.errors import UserError
@@ -138,3 +140,19 @@ def test_intervals_are_those_of_numpy_over_the_seeds_that_both_rows_have():
     np.testing.assert_allclose(b.difference(a)[1:, k], np.quantile(of[2] - of[1], ends), rtol=1e-12)
     np.testing.assert_allclose(b.relative(a, k)[1:], np.quantile(of[2] / of[1] - 1, ends), rtol=1e-12)
     assert b.relative(a, k)[0] == pytest.approx(scored[2][:, column].mean() / scored[1][:, column].mean() - 1)
+
+
+def test_trainings_have_gpus_of_their_own_and_share_them_where_there_are_too_few(monkeypatch):
+    """Counted only: this suite runs without GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    assert [gpus_of(slot, processes=1) for slot in range(5)] == [["2"], ["3"], ["5"], ["7"], ["2"]]
+    assert [gpus_of(slot, processes=3) for slot in range(2)] == [["2", "3", "5"], ["7", "2", "3"]]
+    check_devices(processes=4)
+    with pytest.raises(UserError, match=r"--processes 5: a rank has a GPU of its own; there are 4"):
+        check_devices(processes=5)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpus_of(3, processes=2) == ["2", "3"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpus_of(0, processes=2) == []
+    check_devices(processes=5)

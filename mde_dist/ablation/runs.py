@@ -130,7 +130,7 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
     # a launcher dies at signals and leaves the ranks behind, unless told to pass them on
     env["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
     env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
-    gpus = _gpus(work, slot)
+    gpus = gpus_of(slot, work.processes)
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     elif not training.config.train.cpu_threads:
@@ -141,13 +141,13 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
         return subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def _gpus(work: Work, slot: int) -> list[str]:
-    """Of a slot, by the names that this process knows them by; those of another one, too, where there are too few."""
+def gpus_of(slot: int, processes: int) -> list[str]:
+    """By the names that this process knows them by; where there are too few, slots share them."""
     there = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(number) for number in range(there)]
-    first = slot * work.processes
-    return [names[number % there] for number in range(first, first + work.processes)] if there else []
+    first = slot * processes
+    return [names[number % there] for number in range(first, first + processes)] if there else []
 
 
 def check_devices(processes: int) -> None:
