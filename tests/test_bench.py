@@ -246,6 +246,19 @@ def test_whose_fault_it_is_that_a_gpu_waits(both, steps, load, limit, advice):
     assert advice in found[1]
 
 
+def test_a_host_that_is_slower_than_its_gpu_is_the_limit_whatever_little_it_waits_for_data():
+    """Figures of an H200 with batches of 8; without the share of its peak, as on a CPU, nothing is said of a host."""
+    rows = rates(both=(482, 0.06, 0.16, 0.1, 16.6), steps=(602, 0, 0, 0.06, 13.3), load=(3021, 0, 0.89, 0.23, 2.6))
+    rows[1]["utilisation"] = 0.011
+    limit, advice = train.judge(read_config([]), rows, "cuda")
+    assert limit.startswith("the host") and "1.1% of the device's peak" in limit
+    assert "--train.batch-size" in advice
+    rows[1]["utilisation"] = 0.3
+    assert "unevenness" in train.judge(read_config([]), rows, "cuda")[0]
+    rows[1]["utilisation"], rows[2]["rate"], rows[0]["data_wait"] = 0.011, 500, 0.5
+    assert train.judge(read_config([]), rows, "cuda")[0].startswith("the loader, 50%")
+
+
 def test_a_network_that_costs_a_third_of_a_step_is_the_limit():
     rows = rates(both=(90, 0, 0, 0, 9), steps=(90, 0, 0, 0, 9), alone=(140, 0, 0, 0, 6), load=(900, 0, 1, 1, 9))
     limit, advice = train.judge(read_config([]), rows, "cuda")

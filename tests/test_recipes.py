@@ -8,8 +8,10 @@ from mde_dist.ablation.table import read_table
 from mde_dist.config import as_json, read_config
 
 ROOT = Path(__file__).parent.parent
-SHORT = {"augment.crop", "model.weights", "optim.lr", "optim.lr_batch", "optim.warmup", "optim.ema"}
-"""What a few epochs on a few pairs from scratch need otherwise."""
+SCRATCH = {"model.weights", "optim.lr", "optim.warmup", "optim.ema"}
+"""What a start from scratch on few pairs needs otherwise."""
+SHORT = SCRATCH | {"augment.color", "augment.crop", "augment.cut_depth", "optim.weight_decay", "optim.lr_batch"}
+"""And a few epochs, in which nothing is learned by heart."""
 
 
 def config(path: str) -> dict:
@@ -21,15 +23,15 @@ def test_every_recipe_can_be_read(path):
     config(str(path))
 
 
-def test_the_small_recipe_is_the_strong_one():
-    """In all that the ablation is about."""
-    strong, small = config("configs/strong.toml"), config("benchmarks/accuracy/small.toml")
+@pytest.mark.parametrize(("name", "otherwise"), [("gpu", SCRATCH), ("small", SHORT)])
+def test_what_was_measured_is_the_strong_recipe(name, otherwise):
+    """In all that the tables are about."""
+    strong, measured = config("configs/strong.toml"), config(f"benchmarks/accuracy/{name}.toml")
     sections = ("augment.", "model.", "loss.", "optim.", "evaluate.")
-    differ = {name for name in strong if name.startswith(sections) and strong[name] != small[name]}
-    assert differ <= SHORT
+    assert {name for name in strong if name.startswith(sections) and strong[name] != measured[name]} <= otherwise
 
 
-@pytest.mark.parametrize("name", ["choose", "longer", "test"])
+@pytest.mark.parametrize("name", ["choose", "longer", "test", "gpu-choose", "gpu-test"])
 def test_every_row_of_a_table_is_another_recipe(name, tmp_path):
     table = read_table(ROOT / f"benchmarks/accuracy/{name}.toml", tmp_path)
     changes = [str(table.changes(row)) for row in table.rows]

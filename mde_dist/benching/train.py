@@ -30,6 +30,7 @@ from .step import wait
 
 _WAITS = 0.02  # share of the time without data that is worth a word
 _BUSY = 0.85  # share of a thread's or core's time from which on it has nothing to spare
+_IDLE = 0.05  # of a GPU's peak: below, its host has not started the next kernel when one ends (seen at 1 to 3 %)
 _REDUCES = 0.2  # share of a step that the sum over the ranks may take
 
 
@@ -259,6 +260,14 @@ def judge(config: Config, rows: Sequence[dict[str, Any]], device: str) -> tuple[
         if load["cpu"] < _BUSY:
             return limit, f"more --data.threads than {config.data.threads}: cores have time to spare {deeper}"
         return limit, f"more cores per device, or shards packed at training size {deeper}"
+    exposed = 1 - rows[2]["ms"] / steps["ms"] if len(rows) > 3 else 0.0
+    used = steps.get("utilisation")
+    if used is not None and used < _IDLE and exposed <= _REDUCES:
+        limit = f"the host, which starts kernels one by one: steps use {used:.1%} of the device's peak; {rates}"
+        return limit, (
+            "a larger --train.batch-size, which takes hardly longer (and learns other); python -m mde_dist.bench step "
+            "shows what other choices gain"
+        )
     if both["data_wait"] > _WAITS:
         limit = f"the loader's unevenness, {both['data_wait']:.0%} of the time the device waits for data: {rates}"
         return limit, f"--data.ahead {2 * config.data.ahead}, which evens out slow reads; or other jobs off these cores"
@@ -267,7 +276,6 @@ def judge(config: Config, rows: Sequence[dict[str, Any]], device: str) -> tuple[
             f"the cores, which take {both['rate'] / load['rate']:.0%} of their time to decode, else compute: {rates}"
         )
         return limit, "a GPU; python -m mde_dist.bench step shows what other choices gain here"
-    exposed = 1 - rows[2]["ms"] / steps["ms"] if len(rows) > 3 else 0.0
     if exposed > _REDUCES:
         limit = f"the network, {exposed:.0%} of a step goes to summing gradients: {rates}"
         return limit, "a larger --train.batch-size or --train.accumulate, a faster network (NCCL_DEBUG=INFO says which)"
