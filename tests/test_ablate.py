@@ -84,7 +84,7 @@ def test_another_config_is_refused(ablation, room_shards, tmp_path):
 
 def test_two_parts_share_out_two_seeds(room_shards, tmp_path):
     text = TABLE.format(shards=room_shards, samples=24).replace("seeds = [0]", "seeds = [0, 5]")
-    table = written(tmp_path, text.split('[rows."no shards"]')[0] + "[rows.faster]\noptim.lr = 1e-3\n")
+    table = written(tmp_path, text.split('[rows."no shards"]')[0])
     output = tmp_path / "out"
     parts = [start("ablate", table, output=output, part=f"{part}/2") for part in (0, 1)]
     for part, process in enumerate(parts):
@@ -92,11 +92,11 @@ def test_two_parts_share_out_two_seeds(room_shards, tmp_path):
         assert process.returncode == 0 and f"part {part}/2 is done" in said, said
     assert not (output / "table.json").exists()
     done = run("ablate", table, output=output)
-    assert done.returncode == 0 and "4 trainings, 4 of them finished" in done.stdout
+    assert done.returncode == 0 and "2 trainings, 2 of them finished" in done.stdout
     rows = json.loads((output / "table.json").read_text())["rows"]
-    assert {name: row["seeds"] for name, row in rows.items()} == {"plain": [0, 5], "faster": [0, 5]}
-    for run_directory in output.glob("*/seed-?"):  # each was trained once
-        assert sum("start" in record for record in records(run_directory)) == 1
+    assert {name: row["seeds"] for name, row in rows.items()} == {"plain": [0, 5]}
+    for seed in (0, 5):  # each was trained once
+        assert sum("start" in record for record in records(output / f"plain/seed-{seed}")) == 1
 
 
 @pytest.mark.parametrize(
