@@ -36,7 +36,7 @@ class AugmentConfig:
     32x32. Evaluation sees whole images."""
     zoom: float = 1
     """Largest magnification, 1..4: each image is magnified z times about a random place, z uniform in 1..zoom, and its
-    depth divided by z (Eigen et al., 2014). With a crop also reduced: from 1/zoom on, or what leaves it filled."""
+    depth divided by z (Eigen et al., 2014)."""
     cut_depth: float = 0
     """Probability of pasting a random rectangle of the depth map into the image, as grey values, 0..1 (CutDepth, Ishii
     and Yamashita, 2021)."""
@@ -91,7 +91,7 @@ def look(
     depth = depth[..., top : top + height, left : left + width]
     if augment.zoom == 1 and view == (height, width):
         return image, depth
-    zoom = magnification(draw[:, 2], (height, width), view, augment.zoom)
+    zoom = 1 + (augment.zoom - 1) * draw[:, 2]
     rows = _places(draw[:, 0], height, view[0], zoom, augment.zoom > 1)
     columns = _places(draw[:, 1], width, view[1], zoom, augment.zoom > 1)
     told = on_device(np.concatenate([zoom[:, None], rows, columns], axis=1), image.device)
@@ -106,13 +106,6 @@ def look(
     grid = torch.stack(torch.broadcast_tensors(across[:, None, :], down[:, :, None]), dim=-1)
     image = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return image, depth / told[:, :1, None].float()
-
-
-def magnification(draw: np.ndarray, whole: tuple[int, int], view: tuple[int, int], most: float) -> np.ndarray:
-    """z of each image, float64 like `draw` in [0, 1): uniform up to `most`, from 1 / `most` or where the `whole` image
-    just fills a `view`. So a crop leaves room for things to be seen smaller as well as larger."""
-    least = max(1 / most, *(v / w for v, w in zip(view, whole, strict=True)))
-    return least + (most - least) * draw
 
 
 def _places(draw: np.ndarray, source: int, target: int, zoom: np.ndarray, between: bool) -> np.ndarray:
