@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from servers import Fault, FileServer
 
+from mde_dist.data import remote as remote_module
 from mde_dist.data.remote import (
     Away,
     Closed,
@@ -264,6 +266,27 @@ def test_a_server_that_was_given_up_is_not_waited_for_again_for_the_next_file(se
     server.behave()
     assert all_of(remote, patience=2.5) == CONTENT
     assert remote.silent_since is None
+
+
+def test_a_pause_in_which_the_process_is_held_is_no_time_in_which_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(remote_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    class Held(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal now
+            now += (timeout or 0) + 3
+            return False
+
+    remote = open_remote("http://127.0.0.1/shards")
+    first = Patience(remote, "a.tar", 2.5, Held())
+    first.pause(Temporary("away"))
+    with pytest.raises(Away):
+        first.pause(Temporary("away"))
+    with pytest.raises(Away):
+        Patience(remote, "b.tar", 2.5, Held()).pause(Temporary("away"))
+    now += 3  # but here nobody does
+    Patience(remote, "c.tar", 2.5, Held()).pause(Temporary("away"))
 
 
 def test_a_file_that_alone_fails_is_given_up_although_others_come(server: FileServer) -> None:

@@ -148,7 +148,8 @@ class Patience:
     def pause(self, reason: Temporary) -> None:
         """Wait for the next try. Raises Away or Closed."""
         now = time.monotonic()
-        if self._remote.silent_since is None or now - self._remote.last_failure > self._seconds:
+        nobody_asked = self._tries == 0 and self._since - self._remote.last_failure > self._seconds
+        if self._remote.silent_since is None or nobody_asked:
             self._remote.silent_since = now  # the first failure, or the first after nobody asked for long
         self._remote.last_failure = now
         silent = now - min(self._since, self._remote.silent_since)
