@@ -30,7 +30,7 @@ from .step import wait
 
 _WAITS = 0.02  # share of the time without data that is worth a word
 _BUSY = 0.85  # share of a thread's or core's time from which on it has nothing to spare
-_IDLE = 0.05  # of a GPU's peak: below, its host has not started the next kernel when one ends (seen at 1 to 3 %)
+_IDLE = 0.05  # of a GPU's peak: below, it waits for its host to start the next kernel (so it looked at 1 to 3 %)
 _REDUCES = 0.2  # share of a step that the sum over the ranks may take
 
 
