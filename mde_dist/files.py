@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -47,6 +47,20 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def leads_nowhere(path: Path) -> bool:
+    """True for a link whose target is not there or cannot be reached: of git-annex without its content, of a disk that
+    was moved."""
+    return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110  Path's raises where it may not look
+
+
+def refuse_dead_links(paths: Iterable[Path]) -> None:
+    """Raises UserError where one of the paths leads nowhere: what it stands for would be left out in silence."""
+    dead = [path for path in paths if leads_nowhere(path)]
+    if dead:
+        more = f", and so do {len(dead) - 1:,} more" if len(dead) > 1 else ""
+        raise UserError(f"{dead[0]} is a link that leads nowhere{more}; fetch what it stands for, or remove it")
 
 
 def sha256_of(path: Path) -> str:

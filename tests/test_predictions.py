@@ -306,6 +306,21 @@ def test_any_size_of_the_same_view_will_do(tmp_path, size):
             read_all(opened(folder)[0])
 
 
+@pytest.mark.parametrize("name", ["bathroom/rgb_00046.png", "stray.npy", "more"])
+@pytest.mark.parametrize("match", ["name", "order"])
+def test_a_link_that_leads_nowhere_is_named_before_anything_is_scored(tmp_path, name, match):
+    write_all(tmp_path, [name.replace(".jpg", ".png") for name in NAMES], png)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/nowhere/at/all")
+    (tmp_path / "README.md").symlink_to("/nowhere/else")  # it is no prediction
+    with pytest.raises(UserError, match="leads nowhere") as error:
+        opened(tmp_path, match=match)
+    assert str(tmp_path / name) in str(error.value)
+    (tmp_path / name).unlink()
+    if "png" not in name:
+        assert len(opened(tmp_path, match=match)[0]) == len(NAMES)
+
+
 def test_a_place_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UserError, match="no such folder or file"):
         opened(tmp_path / "nothing")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..files import refuse_dead_links
 from .manifest import MAX_SIDE
 from .samples import Samples
 
@@ -114,7 +115,9 @@ def _find(place: Path) -> tuple[list[Path], list[str]]:
     """The files of a folder that can be depth maps, in natural order, and what was left out. Raises UserError."""
     if not place.is_dir():
         raise UserError(f"--predictions {place}: no such folder or file")
-    found = [path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    entries = sorted(path for path in place.rglob("*") if not path.name.startswith("."))
+    refuse_dead_links(path for path in entries if path.suffix.lower() in (*SUFFIXES, ""))  # "" may be a folder
+    found = [path for path in entries if path.suffix.lower() in SUFFIXES]
     arrays = [path for path in found if path.suffix.lower() != ".png"]
     files = arrays or [path for path in found if not _is_coloured(path)]  # pictures beside arrays are for the eye
     if not files:
@@ -126,7 +129,7 @@ def _find(place: Path) -> tuple[list[Path], list[str]]:
 
 def _is_coloured(path: Path) -> bool:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
             return picture.mode in ("RGB", "RGBA", "P", "LA", "CMYK")
     except (OSError, ValueError, Image.DecompressionBombError):
         return False  # said when it is read
