@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from .ablation import report
 from .ablation.numbers import gather
 from .ablation.runs import Work, check_devices, default_jobs, log_of, run_all
 from .ablation.table import Table, Training, check_begun, read_table
 from .command import Part, parse, run_command
+from .console import open_console, say
 from .errors import UserError
 from .files import writing
 from .progress import clock_time, shown
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     with stop.catching():
         train(work, table, None if command.part else command.output, stop)
     if stop.signal is not None:
-        print("stopped by a signal; the same command goes on from there", flush=True)
+        say("stopped by a signal; the same command goes on from there")
         sys.exit(128 + int(stop.signal))
     finish(work, table, command, command.output)
 
@@ -87,41 +87,41 @@ def main(argv: list[str]) -> None:
 def train(work: Work, table: Table, output: Path | None, stop: StopFlag) -> None:
     """Run what is not finished, and keep table and picture in `output`, if any, up to date."""
     left = [training for training in work.trainings if not training.finished]
-    print(
+    say(
         f"{len(table.rows)} rows, {len(work.trainings)} trainings, {len(work.trainings) - len(left)} of them finished; "
-        f"{work.jobs} side by side with {work.processes} {'rank' if work.processes == 1 else 'ranks'} each",
-        flush=True,
+        f"{work.jobs} side by side with {work.processes} {'rank' if work.processes == 1 else 'ranks'} each"
     )
     began = time.monotonic()
 
     def ended(training: Training) -> None:
-        say(training, work, time.monotonic() - began)
+        tell_ended(training, work, time.monotonic() - began)
         if output and (found := gather(table)):
             report.write(found, table, work.failed, output)
 
-    with shown(Console(), "training", "samples") as progress:
+    with shown(open_console(), "training", "samples") as progress:
         run_all(work, stop, progress, ended)
 
 
-def say(training: Training, work: Work, seconds: float) -> None:
+def tell_ended(training: Training, work: Work, seconds: float) -> None:
     """How a training ended."""
     if training.name in work.failed:
-        print(f"{training.name}: failed: {work.failed[training.name]}", flush=True)
+        say(f"{training.name}: failed: {work.failed[training.name]}")
     elif training.finished:
-        print(f"{training.name}: done after {clock_time(seconds)} in all; log: {log_of(training)}", flush=True)
+        say(f"{training.name}: done after {clock_time(seconds)} in all; log: {log_of(training)}")
 
 
 def finish(work: Work, table: Table, command: AblateCommand, output: Path) -> None:
     """Show what was found, and where it is. Exits with 1 where a training failed."""
     if command.part:
-        print(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
+        say(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
     elif found := gather(table):
         report.show(found, table)
-        print(*(f"made: {path}" for path in report.write(found, table, work.failed, output)), sep="\n")
+        for path in report.write(found, table, work.failed, output):
+            say(f"made: {path}")
     for name in work.elsewhere:
-        print(f"{name}: another such command is at work at it")
+        say(f"{name}: another such command is at work at it")
     for name, why in work.failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
+        say(f"failed: {name}: {why}", file=sys.stderr)
     if work.failed:
         sys.exit(1)
 

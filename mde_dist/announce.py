@@ -23,7 +23,8 @@ def describe(monitor: Monitor, config: Config, accelerator: Accelerator, shards:
     monitor.say(f"  {part} per rank x {world} ranks x {accumulate} accumulated = batch of {config.train.batch_size}")
     monitor.say(f"  {config.train.samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}")
     monitor.say(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
-    monitor.say("\n".join("  | " + line for line in as_toml(config).splitlines() if line))
+    for line in filter(None, as_toml(config).split("\n")):
+        monitor.say(f"  | {line}")
 
 
 def describe_batch(monitor: Monitor, samples: np.ndarray, image: torch.Tensor, depth: torch.Tensor) -> None:

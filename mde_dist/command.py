@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from .console import say
 from .errors import OtherRankError, RankError, UserError
 
 T = TypeVar("T")
@@ -67,10 +68,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             sys.exit(2)
         if rank == "0" or isinstance(error, RankError):
             where = f" (rank {rank})" if "RANK" in os.environ and isinstance(error, RankError) else ""
-            print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            say(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

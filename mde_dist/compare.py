@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from .bootstrap import LEVEL, NOTE, RESAMPLES, interval, means, resamples
+from .console import open_console, say
 from .errors import UserError
 from .learning.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol
 from .results import read_record, rows_of, short
@@ -45,13 +45,14 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
             continue
         found[name] = differences(a, b, PROTOCOLS[name], seed)
         show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short(mark)}")
-    print(f"A: {_who(a)} ({first})\nB: {_who(b)} ({second})")
+    say(f"A: {_who(a)} ({first})")
+    say(f"B: {_who(b)} ({second})")
     refused = [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
     if not found:
         raise UserError(f"{first} and {second} cannot be compared: {'; '.join(refused) or 'no protocol in common'}")
     for reason in refused:
-        print(f"not compared: {reason}")
-    print(f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); {NOTE}")
+        say(f"not compared: {reason}")
+    say(f"intervals: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {seed}); {NOTE}")
     return found
 
 
@@ -88,14 +89,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, 
 
 
 def show(found: list[Difference], title: str) -> None:
-    print(title)
+    say(title)
     table = Table()
     for name in ("", "A", "B", "B - A", f"{LEVEL:.0%} interval", ""):
         table.add_column(name, justify="right" if name else "left")
     for one in found:
         numbers = (f"{one.first:.4f}", f"{one.second:.4f}", f"{one.second - one.first:+.4f}")
         table.add_row(one.metric, *numbers, f"{one.low:+.4f}, {one.high:+.4f}", one.verdict)
-    Console().print(table)
+    open_console().print(table)
 
 
 def _who(record: Mapping[str, Any]) -> str:

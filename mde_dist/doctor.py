@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from .checkup.place import check_disk, check_run
 from .checkup.step import Measured, check_divides, check_network, measure_step
 from .command import run_command
 from .config import Config, read_config
+from .console import open_console, say
 from .run.distributed import processes
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
 
 def examine(config: Config, accelerator: Accelerator) -> tuple[list[Row], str]:
     """All checks, on all ranks -> the rows, and in words how long the training will take ("" where unknown)."""
-    with progress_words(accelerator.is_main_process) as say, contextlib.ExitStack() as opened:
-        panel = Panel(accelerator, say)
+    with progress_words(accelerator.is_main_process) as tell, contextlib.ExitStack() as opened:
+        panel = Panel(accelerator, tell)
         config = check_divides(panel, config)
         check_versions(panel)
         check_devices(panel)
@@ -95,19 +95,19 @@ def duration(
 @contextlib.contextmanager
 def progress_words(speaks: bool) -> Iterator[Callable[[str], None]]:
     """Yields what shows the word that it is given until the next one comes; off a terminal, a line each."""
-    console = Console()
+    console = open_console()
     if not speaks:
         yield lambda word: None
     elif console.is_terminal:
         with console.status("") as status:
-            yield lambda word: status.update(f"checking: {word}")
+            yield lambda word: status.update(Text(f"checking: {word}"))
     else:
-        yield lambda word: print(f"checking: {word}", flush=True)
+        yield lambda word: say(f"checking: {word}")
 
 
 def show(rows: Sequence[Row], estimate: str) -> None:
     """The table, what to expect, and the verdict in one line."""
-    console = Console()
+    console = open_console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _WIDTH
     table = Table()
@@ -115,11 +115,11 @@ def show(rows: Sequence[Row], estimate: str) -> None:
         table.add_column(column)
     for row in rows:
         style = _STYLES[row.result]
-        table.add_row(row.check, Text(row.result, style), Text(row.found), Text(row.advice))
+        table.add_row(row.check, Text(row.result, style), row.found, row.advice)
     console.print(table)
     if estimate:
-        print(estimate)
-    print(verdict(rows), flush=True)
+        say(estimate)
+    say(verdict(rows))
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .console import say
 from .data.depth import to_metres
 from .data.holdout import hold_out
 from .data.pack import PackOptions, plan
@@ -12,7 +13,6 @@ from .data.sources import BadPair, DepthMap, Source, open_source
 from .data.sources.official import count_in_words
 from .errors import UserError
 from .files import writing
-from .keep import say
 from .pictures import Thumbnail, draw_thumbnails
 from .source import Layout, doubts, given_lists, given_scales, say_warnings, sizes_in_words
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from .command import Size, parse, run_command
 from .compare import compare
+from .console import open_console, say
 from .data.loader import Batch
 from .data.manifest import NAME
 from .data.predictions import Match, Predictions, open_predictions
@@ -143,7 +143,8 @@ def main(argv: list[str]) -> None:
                 write_json(command.json, record)
             if command.csv:
                 write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
-            print(*summary(command), sep="\n", flush=True)
+            for line in summary(command):
+                say(line)
         del contestant  # and with it the model, before the process group goes: see `processes`
 
 
@@ -220,7 +221,7 @@ def open_contestant(
     assert command.predictions
     predictions, notes = open_predictions(command.predictions, samples, command.match, command.prediction_scale)
     if accelerator.is_main_process:
-        print(*notes, sep="\n  ", flush=True)
+        say(*notes)
     about = {"path": str(command.predictions), "match": command.match, "units": predictions.units}
     return Contestant(partial(_read, predictions, accelerator.device), str(command.predictions), about)
 
@@ -299,7 +300,7 @@ def identity(samples: Samples | None) -> str:
 def progress_of(doing: str, accelerator: Accelerator) -> AbstractContextManager[Callable[[int, int], None]]:
     """What the main process shows of a pass over the images."""
     if accelerator.is_main_process:
-        return shown(Console(), doing, "images")
+        return shown(open_console(), doing, "images")
     return contextlib.nullcontext(lambda done, images: None)
 
 

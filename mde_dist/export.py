@@ -24,6 +24,7 @@ import torch
 from . import __version__
 from .card import Program, write_card
 from .command import Size, parse, run_command
+from .console import say
 from .data.augment import resize_image
 from .data.samples import DamagedSample
 from .data.shards import open_split
@@ -86,11 +87,11 @@ def main(argv: list[str]) -> None:
             difference = compare(kind.open(folder / kind.file), images, expected, kind.file)
             programs.append(Program(kind, size, difference))
         write_card(folder, run_of(weights), command.output.absolute().name, programs, checked_on)
-    print(f"checked on {checked_on}; allowed {1000 * ABSOLUTE:g} mm + {RELATIVE:.2%} of the depth")
+    say(f"checked on {checked_on}; allowed {1000 * ABSOLUTE:g} mm + {RELATIVE:.2%} of the depth")
     for program in programs:
-        print(f"made: {command.output / program.kind.file}: differs by at most {1000 * program.difference:.4f} mm")
-    print(f"made: {command.output / MODEL}, {command.output / 'README.md'}")
-    print(f"next: hand on {command.output} as it is; its README.md says how to use each file, in three lines")
+        say(f"made: {command.output / program.kind.file}: differs by at most {1000 * program.difference:.4f} mm")
+    say(f"made: {command.output / MODEL}, {command.output / 'README.md'}")
+    say(f"next: hand on {command.output} as it is; its README.md says how to use each file, in three lines")
 
 
 def check(command: ExportCommand) -> None:

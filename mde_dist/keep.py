@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .console import say
 from .data.adopt import adopt
 from .data.depth import DepthScale
 from .data.manifest import Manifest, command_for
@@ -96,8 +97,3 @@ def show_splits(console: Console, manifest: Manifest, place: Path) -> None:
         holes = f"{split.depth['holes']:.1%}"
         table.add_row(name, f"{split.samples:,}", f"{len(split.shards):,}", f"{size:.1f}", metres, holes)
     console.print(table)
-
-
-def say(*lines: str) -> None:
-    """Plain lines, as long as they are: paths and commands stay whole for copying."""
-    print(*lines, sep="\n  ", flush=True)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .console import printable_lines
 from .files import atomic_file
 
 DEPTH_COLORS = "magma_r"  # even steps in brightness, also for colour-blind eyes and in grey; near is bright
@@ -68,6 +69,11 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(file, format="png", metadata={"Software": None})
 
 
+def literal(text: str) -> str:
+    """A name as matplotlib shows it letter by letter: between two `$` it would be a formula, or an error in one."""
+    return printable_lines(text).replace("$", r"\$")
+
+
 def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     """Image, truth, prediction and absolute error per row; one depth scale and one error scale, in metres, for all."""
     valid = np.concatenate([panel.truth[panel.truth > 0] for panel in panels])
@@ -76,14 +82,14 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     worst = max(float(np.nanpercentile(np.concatenate([e.reshape(-1) for e in errors]), 98)), 1e-3)
     height = 2.02 * len(panels) + 1.25
     figure = Figure(figsize=(11, height), dpi=80)
-    figure.suptitle(title, y=1 - 0.1 / height)
+    figure.suptitle(literal(title), y=1 - 0.1 / height)
     axes = figure.subplots(len(panels), 4, squeeze=False)
     figure.subplots_adjust(0.055, 0.65 / height, 0.995, 1 - 0.6 / height, wspace=0.025, hspace=0.04)
     depth_style: dict[str, Any] = {"cmap": DEPTH_COLORS, "vmin": low, "vmax": high}
     error_style: dict[str, Any] = {"cmap": ERROR_COLORS, "vmin": 0.0, "vmax": worst}
     for row, panel, error in zip(axes, panels, errors, strict=True):
         row[0].imshow(panel.image)
-        row[0].set_ylabel(panel.title, fontsize=7)
+        row[0].set_ylabel(literal(panel.title), fontsize=7)
         row[1].imshow(np.where(panel.truth > 0, panel.truth, np.nan), **depth_style)
         shown = row[2].imshow(panel.prediction, **depth_style)
         wrong = row[3].imshow(error, **error_style)
@@ -102,11 +108,11 @@ def draw_thumbnails(path: Path, thumbnails: Sequence[Thumbnail], title: str) -> 
     valid = np.concatenate([thumbnail.depth[thumbnail.depth > 0] for thumbnail in thumbnails])
     low, high = (float(edge) for edge in np.percentile(valid, (1, 99)))
     figure = Figure(figsize=(max(1.7 * len(thumbnails), 5), 3.9), dpi=90, layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(literal(title), fontsize=9)
     axes = figure.subplots(2, len(thumbnails), squeeze=False)
     for (top, bottom), thumbnail in zip(axes.T, thumbnails, strict=True):
         top.imshow(thumbnail.image)
-        top.set_title(thumbnail.title, fontsize=7)
+        top.set_title(literal(thumbnail.title), fontsize=7)
         depth = np.where(thumbnail.depth > 0, thumbnail.depth, np.nan)
         shown = bottom.imshow(depth, cmap=DEPTH_COLORS, vmin=low, vmax=high)
         for axis in (top, bottom):

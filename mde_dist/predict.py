@@ -20,11 +20,10 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.console import Console
 
 from .command import parse, run_command
+from .console import open_console, say
 from .errors import UserError
-from .keep import say
 from .predicting.ahead import in_order, threads
 from .predicting.cloud import Intrinsics
 from .predicting.inputs import Damage, Frame, Inputs, find_inputs
@@ -107,7 +106,7 @@ def main(argv: list[str]) -> None:
     predictor = open_predictor(model, device, command.flip, command.precision)
     predictor.batch_size = command.batch_size or predictor.batch_size
     for note in inputs.notes:
-        print(note)
+        say(note)
     began = time.monotonic()
     outcome = predict(predictor, inputs, results, command.every)
     summarise(outcome, predictor, results, time.monotonic() - began)
@@ -153,7 +152,7 @@ def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) 
     with (
         threads(number) as pool,
         closing(inputs.frames(every, pool, ahead)) as found,
-        shown(Console(), "predicting", "images") as progress,
+        shown(open_console(), "predicting", "images") as progress,
     ):
         predicted = estimate_all(predictor, readable(found, outcome.damage))
         for size in in_order((partial(results.save, *pair) for pair in predicted), pool, ahead):
@@ -178,7 +177,7 @@ def estimate_all(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[tupl
         before = predictor.batch_size
         depths = predictor.several([frame.image for frame in batch])
         if predictor.batch_size < before:
-            print(
+            say(
                 f"{predictor.device}: too little memory for {len(batch)} images at once; on with {predictor.batch_size}"
             )
         yield from zip(batch, depths, strict=True)
@@ -204,12 +203,12 @@ def summarise(outcome: Outcome, predictor: Predictor, results: Results, seconds:
         speed = f"{outcome.images / seconds:.1f} images/s on {predictor.device}, {predictor.precision}"
         kinds = [f"NAME{kind}: {words}" for kind, words in results.kinds().items()]
         say(f"made: {made} ({speed})", *kinds, *(results.cameras(outcome.sizes) if results.ply else ()))
-        print(f"next: python -m mde_dist.evaluate --predictions {results.folder} --source DATA  (where truth is known)")
+        say(f"next: python -m mde_dist.evaluate --predictions {results.folder} --source DATA  (where truth is known)")
     for line in outcome.damage[:_NAMED]:
-        print(f"skipped {line}")
+        say(f"skipped {line}")
     damaged = len(outcome.damage)
     if damaged > _NAMED:
-        print(f"skipped {damaged - _NAMED:,} more")
+        say(f"skipped {damaged - _NAMED:,} more")
     if damaged:
         total = damaged + outcome.images
         raise UserError(f"{damaged:,} of {total:,} images could not be read; they are named above")

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .console import say
+
 PLAIN_SECONDS = 5.0
 """Least time between plain lines."""
 FRAMES = 3
@@ -176,7 +178,7 @@ def shown(
         def progress(done: int, total: int) -> None:
             bar.reached(done, total)
             if lines.due():
-                print(bar.words(), flush=True)
+                say(bar.words())
 
         yield progress
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import parse, run_command
+from .console import say
 from .errors import UserError
 from .files import write_atomic, writing
 from .page.figures import draw_charts
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     for run in runs:
         show_scores(run.path, scored_lines(run))
     for path in made:
-        print(f"made: {path}")
+        say(f"made: {path}")
 
 
 def scored_lines(run: Run) -> Iterator[dict[str, Any]]:
@@ -58,17 +59,17 @@ def draw(run: Path) -> list[Path]:
     return write(read_runs([run]))
 
 
-def write(runs: Sequence[Run], output: Path | None = None, say: Callable[[str], None] = print) -> list[Path]:
+def write(runs: Sequence[Run], output: Path | None = None, tell: Callable[[str], None] = say) -> list[Path]:
     """Write the page at `output` (see ReportCommand) and the pictures beside it; returns their paths.
 
-    `say` takes a line on each thing that the page leaves out. Raises UserError.
+    `tell` takes a line on each thing that the page leaves out. Raises UserError.
     """
     page = output or (runs[0].path / NAME if len(runs) == 1 else Path(NAME))
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise UserError(f"--output {page}: must be the name of a file in a folder that is there")
     report = collect(runs)
     for line in report.missing:
-        say(f"note: {line}")
+        tell(f"note: {line}")
     words = ["python", "-m", "mde_dist.report", "--run", *(str(run.path) for run in runs)]
     text = render(report, words + (["--output", str(output)] if output else []))
     with writing(page):

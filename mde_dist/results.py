@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .console import open_console, say
 from .data.samples import Samples
 from .data.shards import ShardSet
 from .errors import UserError
@@ -189,19 +189,19 @@ def show(record: Mapping[str, Any], title: str) -> None:
     for name, mark in record["fingerprints"].items():
         protocol = PROTOCOLS[name]
         columns = {who: results[name] for who, results in record["results"].items()}
-        print(f"{title}: protocol {name}, {mark['images']} images")  # a path stays whole, for copying
+        say(f"{title}: protocol {name}, {mark['images']} images")  # a path stays whole, for copying
         table = Table()
         for who in ("", *columns):
             table.add_column(who, justify="right" if who else "left")
         for metric in protocol.metrics:
             table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns.values()))
-        Console().print(table)
-        print(f"{_in_words(protocol)}; fingerprint {short(mark)}")
+        open_console().print(table)
+        say(f"{_in_words(protocol)}; fingerprint {short(mark)}")
     for name, keys in record["unscored"].items():
         if keys:
-            print(f"{name}: {len(keys)} images without a valid pixel were not scored: {', '.join(keys[:10])}")
+            say(f"{name}: {len(keys)} images without a valid pixel were not scored: {', '.join(keys[:10])}")
     for finding in record["findings"]:
-        print(f"warning: {finding}")
+        say(f"warning: {finding}")
 
 
 def _in_words(protocol: Protocol) -> str:

@@ -23,13 +23,14 @@ import tyro
 from rich.console import Console
 
 from .command import Part, Size, parse, run_command
+from .console import open_console, say
 from .data.holdout import hold_out
 from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
 from .data.remote import is_remote
 from .data.sources import DepthMap
 from .errors import UserError
-from .keep import index_shards, say, show_splits, training_command, verify_shards
+from .keep import index_shards, show_splits, training_command, verify_shards
 from .progress import shown
 from .source import Layout, given_scales, open_checked
 
@@ -89,7 +90,7 @@ class ShardConfig:
 def main(argv: list[str]) -> None:
     config = parse(ShardConfig, argv, "python -m mde_dist.shard")
     check(config)
-    console = Console()
+    console = open_console()
     directory = config.verify or config.repair
     if directory:
         sys.exit(verify_shards(console, directory, config.workers, mend=bool(config.repair)))

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from .console import say
 from .data.depth import DepthScale
 from .data.probe import INDOOR_METRES, USUAL_METRES, Probe, probe, unit_problems
 from .data.sources import DepthMap, Source, open_source
 from .data.sources.official import count_in_words, leaked
 from .errors import UserError
-from .keep import say
 
 Layout = Literal["densedepth", "bts", "h5", "labeled", "marigold", "folder", "rooms"]
 _SHOWN = 3  # scenes, or pairs, that a warning names

@@ -21,6 +21,7 @@ from .announce import describe, describe_batch
 from .card import write_card
 from .command import run_command
 from .config import SAMPLE_SHARDS, Config, read_config
+from .console import say
 from .data.shards import ShardSet, open_split
 from .errors import UserError
 from .run.distributed import agree, processes, same_everywhere, together
@@ -87,7 +88,7 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
             # small shards, so that all cores have some to render
             options = f"--layout rooms --samples-per-shard 32 --output {SAMPLE_SHARDS}"
             command = ["-m", "mde_dist.shard", *options.split()]
-            print(f"no shards at {SAMPLE_SHARDS} yet; rendering the sample: python {' '.join(command)}", flush=True)
+            say(f"no shards at {SAMPLE_SHARDS} yet; rendering the sample: python {' '.join(command)}")
             alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
             if subprocess.run([sys.executable, *command], env=alone, check=False).returncode:
                 raise UserError(f"the sample could not be packed into {SAMPLE_SHARDS}; the line above says why")
@@ -169,13 +170,13 @@ def publish(trainer: Trainer) -> None:
         try:
             made += make()
         except UserError as error:  # what was learned is safe
-            print(f"warning: {error}", flush=True)
+            say(f"warning: {error}")
     show_scores(run, read_records(run / "metrics.jsonl"))
     for path in made:
-        print(f"made: {path}")
-    print(f"next: python -m mde_dist.evaluate --run {run} --protocols eigen full blog")
-    print(f"      python -m mde_dist.predict --run {run} --output depth IMAGE …")
-    print(f"      python -m mde_dist.export --run {run} --output model", flush=True)
+        say(f"made: {path}")
+    say(f"next: python -m mde_dist.evaluate --run {run} --protocols eigen full blog")
+    say(f"      python -m mde_dist.predict --run {run} --output depth IMAGE …")
+    say(f"      python -m mde_dist.export --run {run} --output model")
 
 
 if __name__ == "__main__":

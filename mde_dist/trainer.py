@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from .config import Config, as_json, as_toml, identity
+from .console import say
 from .data.shards import ShardSet
 from .data.views import view_size
 from .errors import UserError
@@ -262,7 +263,7 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
         if config.train.save_errors == "stop":
             troubles.append(error)
         else:
-            print(f"warning: {error}; training goes on", flush=True)
+            say(f"warning: {error}; training goes on")
 
     with contextlib.ExitStack() as opened:
         together(accelerator, lambda: opened.enter_context(directory))

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ..learning.metrics import HIGHER_IS_BETTER
 from ..page.styles import style
-from ..pictures import save_figure
+from ..pictures import literal, save_figure
 from .numbers import Found
 
 _PANELS = ("abs_rel", "delta1")
@@ -34,7 +34,7 @@ def draw(path: Path, found: Found, reference: str) -> None:
     for axis in axes:
         axis.grid(axis="x", alpha=0.3)
         axis.tick_params(labelsize=8, length=2)
-    axes[0].set_yticks(places, [row.row for row in rows])
+    axes[0].set_yticks(places, [literal(row.row) for row in rows])
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     title = f"{found.protocol.name}, {found.mark['images']} images: mean over seeds with its 95% interval over images; "
     figure.suptitle(f"{title}small: single seeds", fontsize=10, y=1 - 0.12 / height)

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as Grid
 
 from .. import __version__
 from ..bootstrap import LEVEL, NOTE, RESAMPLES
 from ..config import as_json
+from ..console import open_console, say
 from ..files import write_atomic, writing
 from ..learning.metrics import HIGHER_IS_BETTER
 from ..markdown import code, plain
@@ -48,8 +48,9 @@ def show(found: Found, table: Table) -> None:
     for figures in found.figures.values():
         cells_of = _cells(figures, found, table)
         grid.add_row(*(cells_of[place].replace(" [", "\n[") for place in chosen))
-    Console().print(grid)
-    print(*_notes(found, table), sep="\n")
+    open_console().print(grid)
+    for note in _notes(found, table):
+        say(note)
 
 
 def markdown(found: Found, table: Table, failed: Mapping[str, str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from ..config import Config
+from ..console import say
 from ..data.shards import ShardSet, open_split
 from ..errors import UserError
 from ..files import writing
@@ -174,7 +175,7 @@ def _others(task: _Task) -> list[_Entry]:
         if interpreter is None:
             entry.row["note"] = f"not installed; --python {peer.package}=INTERPRETER"
             continue
-        print(f"preparing {peer.title}, depth {peer.depth}", flush=True)
+        say(f"preparing {peer.title}, depth {peer.depth}")
         try:
             folder = _prepared(task, peer, interpreter)
             how = ("run", folder, "--batch", task.options.batch, "--workers")
@@ -223,7 +224,7 @@ def _measure(entries: Sequence[_Entry], options: Options, cores: dict[int, list[
     """All rows in turn, round by round, each time in a new process; of several numbers of workers the best counts."""
     found: dict[tuple[int, int], dict[int, list[float]]] = {}  # (row, cores) -> workers -> rate of each round
     for number in range(options.rounds):
-        print(f"measuring, round {number + 1} of {options.rounds}", flush=True)
+        say(f"measuring, round {number + 1} of {options.rounds}")
         for count, where in cores.items():
             for place, entry in enumerate(entries):
                 rates = found.setdefault((place, count), {workers: [] for workers in entry.choices(count)})

@@ -13,12 +13,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table as Drawn
-from rich.text import Text
 
 from .. import __version__
 from ..config import Config, as_json
+from ..console import open_console, say
 from ..errors import UserError
 from ..files import write_atomic, writing
 
@@ -98,19 +97,19 @@ class Result:
 
     def show(self) -> None:
         """Print it all; the verdict is the last line."""
-        console = Console(highlight=False)
+        console = open_console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = _WIDTH
         for table in self.tables.values():
-            drawn = Drawn(title=Text(table.title), title_justify="left")
+            drawn = Drawn(title=table.title, title_justify="left")
             for place, column in enumerate(table.columns):
-                drawn.add_column(Text(column.title), justify="right" if place else "left")
+                drawn.add_column(column.title, justify="right" if place else "left")
             for row in table.rows:
-                drawn.add_row(*(Text(column.text(row)) for column in table.columns))
+                drawn.add_row(*(column.text(row) for column in table.columns))
             console.print(drawn)
         for note in self.notes:
-            print(note)
-        print(self.verdict, flush=True)
+            say(note)
+        say(self.verdict)
 
     def as_json(self) -> dict[str, Any]:
         """All that is known, of JSON's types."""

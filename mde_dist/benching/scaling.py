@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import Config, as_toml
+from ..console import say
 from ..errors import UserError
 from ..run.distributed import SEVERAL
 from ..train import check_batch
@@ -60,7 +61,7 @@ def bench(options: Options) -> Result:
     rows, device = list[dict[str, Any]](), ""
     with tempfile.TemporaryDirectory(prefix="mde_dist-bench-") as folder:
         for ranks, its in zip(counts, configs, strict=True):
-            print(f"measuring {ranks} rank{'s' if ranks > 1 else ''}, batch {its.train.batch_size}", flush=True)
+            say(f"measuring {ranks} rank{'s' if ranks > 1 else ''}, batch {its.train.batch_size}")
             record = launched(its, ranks, options, Path(folder))
             device = record["machine"]["device"]
             rows.append(row(record["train"], rows[0] if rows else None))

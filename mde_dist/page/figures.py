@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..pictures import save_figure
+from ..pictures import literal, save_figure
 from .axes import along_axis, value_axis
 from .curves import Chart
 from .plots import plot
@@ -23,7 +23,7 @@ def draw_charts(path: Path, charts: Sequence[Chart], title: str) -> None:
     figure = Figure(figsize=(12, height), dpi=90)
     # by hand: matplotlib's own search for a layout takes longer than all the rest
     figure.subplots_adjust(0.05, 0.8 / height, 0.985, 1 - 0.75 / height, wspace=0.2, hspace=0.48)
-    figure.suptitle(title, y=1 - 0.15 / height)
+    figure.suptitle(literal(title), y=1 - 0.15 / height)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False).reshape(-1)
     for axis, chart in zip(axes, charts, strict=False):
         _draw(axis, chart)
@@ -45,7 +45,7 @@ def _draw(axis: Axes, chart: Chart) -> None:
             xs = [point.x for point in stretch]
             if len(stretch) == 1:
                 line["marker"] = look.marker
-            axis.plot(xs, [point.y for point in stretch], label="" if number else curve.name, **line)
+            axis.plot(xs, [point.y for point in stretch], label="" if number else literal(curve.name), **line)
             low, high = [point.low for point in stretch], [point.high for point in stretch]
             axis.fill_between(xs, low, high, color=look.light, alpha=0.18, linewidth=0)
     for (name, value), at in zip(chart.references, plot(chart).references, strict=True):

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from ..console import say
 from ..errors import UserError
 from ..files import write_atomic, writing
 from .checkpoint import MODEL, Checkpoint, load_newest, save_checkpoint
@@ -45,14 +46,14 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()  # which unlocks it; so does the death of the process
 
-    def resume(self, say: Any = print) -> Checkpoint | None:
+    def resume(self, tell: Any = say) -> Checkpoint | None:
         """The newest whole checkpoint. Raises UserError where it is of another run."""
         found = None
         for item in load_newest(self.path / "checkpoints"):
             if isinstance(item, Checkpoint):
                 found = item
             elif self._writes:
-                say(item)
+                tell(item)
         if found is None:
             return None
         changed = differences(found.identity, self._identity)
@@ -63,11 +64,11 @@ class RunDirectory:
             )
         return found
 
-    def note_change(self, checkpoint: Checkpoint, values: Mapping[str, Any], say: Any = print) -> None:
+    def note_change(self, checkpoint: Checkpoint, values: Mapping[str, Any], tell: Any = say) -> None:
         """Say which of these config values the checkpoint was made with others of: they may change, but they matter."""
         before = {name: checkpoint.config.get(name) for name in values}
         for change in differences(before, values) if self._writes else ():
-            say(f"note: {change} from sample {checkpoint.state.samples_seen} on")
+            tell(f"note: {change} from sample {checkpoint.state.samples_seen} on")
 
     def start(self) -> None:
         """Note the config; a run that goes on is not preempted any more."""

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
+from ..console import say
 from ..errors import OtherRankError, RankError, UserError
 
 SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
@@ -93,7 +94,7 @@ def promised_processes() -> int:
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # what `accelerate launch --cpu --num_processes N` leaves behind: it starts one process whatever N is
-        print(f"note: accelerate started one process; for several: {SEVERAL.format(n='N')}", file=sys.stderr)
+        say(f"note: accelerate started one process; for several: {SEVERAL.format(n='N')}", file=sys.stderr)
     for name in _SIBLINGS:
         siblings = int(os.environ.get(name, "1"))
         if "WORLD_SIZE" not in os.environ and siblings > 1:

@@ -12,8 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
-
+from ..console import open_console, say
 from ..errors import UserError
 
 LOGS = "logs"
@@ -49,11 +48,11 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
         os.dup2(log.fileno(), 2)
     faulthandler.enable(log)  # a crash in native code says where
     start = f"{time.strftime('%F %T')}, rank {rank} of {world}, process {os.getpid()} on {socket.gethostname()}"
-    print(f"--- {start}", file=only_log)
+    say(f"--- {start}", file=only_log)
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=only_log)
+        say(f"error: {error}", file=only_log)
         raise
     except BaseException:
         if rank:
@@ -79,8 +78,8 @@ def alarm(text: str, terminal: bool) -> None:
             with suppress(OSError, ValueError):
                 if stream.isatty():  # below what may be drawn there, which has hidden the cursor
                     print(file=stream)
-                    Console(file=stream).show_cursor()
-                print(text, file=stream, flush=True)
+                    open_console(stream).show_cursor()
+                say(text, file=stream)
 
 
 class _Tee(io.TextIOBase):

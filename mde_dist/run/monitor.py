@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
+from ..console import open_console, say
 from ..errors import UserError
 from ..progress import FRAMES, Bar, PlainLines, clock_time, is_screen
 from .display import Display, step_words
@@ -38,7 +38,7 @@ class Monitor:
         self._bar = Bar("training", "samples", samples_seen, total, clock)
         self._display = Display(self._bar, Scores(self._records.kept if self._records else ()))
         # the very stdout of now: the logs will put something before it that leads back to the display
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        console = open_console(file=sys.stdout, soft_wrap=True)
         self._live: Live | None = None
         if path is not None and live and is_screen(console):
             self._live = Live(self._display, console=console, refresh_per_second=FRAMES)
@@ -56,7 +56,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """A line for the user: above the display, and in this rank's log."""
-        print(text, flush=True)
+        say(text)
 
     def record(self, **values: Any) -> None:
         """A line of metrics.jsonl; evaluations and baselines appear in the table."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
+from ..console import say
 from ..errors import UserError
 
 T = TypeVar("T")
@@ -63,4 +64,4 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
         if self.error is not None and error is not None and error is not self.error:
-            print(f"error: {self.error}", flush=True)  # the run ends for another reason, which must not hide this one
+            say(f"error: {self.error}")  # the run ends for another reason, which must not hide this one

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from ..console import open_console, say
 
 BLOG = {"abs_rel": 0.179, "delta1": 0.73}
 """What the recipe that this project started from reports on NYU Depth v2: for orientation, under another protocol."""
@@ -59,5 +60,5 @@ def show_scores(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Print the table of a run from the lines of its metrics.jsonl; nothing where it was not evaluated yet."""
     scores = Scores(records)
     if scores.last:
-        print(f"{run}: {scores.last['evaluation']} protocol, {scores.last['images']} images")  # whole, for copying
-        Console(highlight=False).print(scores.table())
+        say(f"{run}: {scores.last['evaluation']} protocol, {scores.last['images']} images")  # whole, for copying
+        open_console().print(scores.table())

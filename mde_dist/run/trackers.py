@@ -9,6 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from ..console import say
 from ..errors import UserError
 
 PROJECT = "mde_dist"
@@ -49,7 +50,7 @@ class Trackers:
                 if tracker.name not in self._failed:
                     self._failed.add(tracker.name)
                     why = " ".join(str(error).split())[:200]
-                    print(f"warning: {tracker.name}: {type(error).__name__}: {why}; training goes on", flush=True)
+                    say(f"warning: {tracker.name}: {type(error).__name__}: {why}; training goes on")
 
 
 @contextmanager
