@@ -21,7 +21,7 @@ from .learning.model import restore
 from .markdown import block, code, plain, row
 from .origin import Origin, Scores, find_origin, manifest_at
 from .programs import Format
-from .run.checkpoint import MODEL, read_model
+from .weights import MODEL, read_model
 
 NAME = "README.md"
 NYU_LAYOUTS = ("densedepth", "bts", "h5", "labeled", "marigold")

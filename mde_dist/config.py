@@ -68,7 +68,7 @@ class TrainConfig:
     """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
 
     samples: int = 2400
-    """Samples to train on, over all ranks; training ends with the batch that reaches it."""
+    """Samples to train on, over all ranks; training ends with the batch that reaches it. A run may go on with more."""
     batch_size: int = 24
     """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
     accumulate: int = 1
@@ -170,13 +170,14 @@ FREE = {
         "data.ahead",
         "data.read_timeout",
     ),
-    *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction", "train.batch_size", "train.accumulate"),
+    *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction"),
+    *("train.samples", "train.batch_size", "train.accumulate"),
     *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
     *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.lost_after"),
     *("train.channels_last", "train.compile", "train.gradients", "train.bucket_mb"),
 }
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
-shards, their manifest is compared). A new batch size does change what is learned from them; the run says so."""
+shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
 _AT_LEAST: dict[str, float] = {
     **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},

@@ -40,7 +40,7 @@ from .learning.model import restore
 from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
 from .progress import shown
 from .results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
-from .run.checkpoint import find_model, read_model
+from .run.checkpoint import open_model
 from .run.distributed import Precision, all_sum, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
@@ -126,14 +126,16 @@ def main(argv: list[str]) -> None:
         compare(*command.compare)
         return
     check(command)
-    model = None if command.predictions else read_model(find_model(command.run, command.checkpoint))
-    config = model[0]["config"] if model else {}
+    model = None if command.predictions else open_model(command.run, command.checkpoint)
+    config = model[1]["config"] if model else {}
     with processes(command.precision) as accelerator, contextlib.ExitStack() as opened:
         opened.enter_context(watched_peers(accelerator, StopFlag()))
         samples, split = together(accelerator, lambda: open_truth(command, config, accelerator, opened))
         train = together(accelerator, lambda: training_shards(command, config, opened))
         if all_sum(accelerator, torch.tensor(float(train is None), device=accelerator.device)).item():
             train = None  # on some of the nodes
+        # of a run, a node whose disk is damaged would take another checkpoint
+        same_everywhere(accelerator, "the weights", str(model and model[0]))
         same_everywhere(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
         contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
         record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
@@ -206,13 +208,13 @@ def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: co
 
 def open_contestant(
     command: EvaluateCommand,
-    model: tuple[dict[str, Any], dict[str, torch.Tensor]] | None,
+    model: tuple[Path, dict[str, Any], dict[str, torch.Tensor]] | None,
     samples: Samples,
     accelerator: Accelerator,
 ) -> Contestant:
-    """The model (metadata and weights of a checkpoint) or the folder of predictions. Raises UserError."""
+    """The model (as `open_model` gave it) or the folder of predictions. Raises UserError."""
     if model:
-        path, (metadata, tensors) = find_model(command.run, command.checkpoint), model
+        path, metadata, tensors = model
         size = command.size or tuple(metadata["size"])
         network = restore(metadata, tensors).to(accelerator.device).eval()
         about = {"path": str(path), "size": list(size), "flip": command.flip, "precision": accelerator.mixed_precision}

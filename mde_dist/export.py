@@ -37,7 +37,8 @@ from .learning.model import restore
 from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
 from .programs import FORMATS, OLDEST_TORCH, Run, trace
-from .run.checkpoint import MODEL, find_model, read_model
+from .run.checkpoint import open_model
+from .weights import MODEL
 
 BATCHES = (1, 3, 5)
 """Batch sizes that every program is tried with."""
@@ -69,8 +70,7 @@ class ExportCommand:
 def main(argv: list[str]) -> None:
     command = parse(ExportCommand, argv, "python -m mde_dist.export")
     check(command)
-    weights = find_model(command.run, command.checkpoint)
-    metadata, tensors = read_model(weights)
+    weights, metadata, tensors = open_model(command.run, command.checkpoint)
     size = command.size or (metadata["size"][0], metadata["size"][1])
     images, checked_on = real_images(command, metadata["config"], size)
     with torch.inference_mode():

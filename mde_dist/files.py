@@ -3,11 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import UserError
+
+UNSEALED = "0" * 64
+"""Stands where `sealed` puts a sha256."""
 
 
 @contextmanager
@@ -22,7 +25,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         sync_directory(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone, or not to be removed: neither is a reason
+            temporary.unlink()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -66,3 +70,21 @@ def refuse_dead_links(paths: Iterable[Path]) -> None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(data: bytes) -> bytes:
+    """Data with its own sha256 in place of the first UNSEALED in it, for `is_sealed`."""
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def is_sealed(data: bytes, seal: object) -> bool:
+    """Whether data is what `sealed` made of it, where `seal` is the sha256 that it states; None = it states none."""
+    if seal is None:
+        return True
+    place = data.find(seal.encode()) if isinstance(seal, str) and len(seal) == len(UNSEALED) else -1
+    if place < 0:
+        return False
+    digest = hashlib.sha256(memoryview(data)[:place])
+    digest.update(UNSEALED.encode())
+    digest.update(memoryview(data)[place + len(UNSEALED) :])
+    return digest.hexdigest() == seal

@@ -19,7 +19,8 @@ from .learning.guard import Guard
 from .learning.losses import depth_loss
 from .learning.model import build
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from .run.checkpoint import EMA, MODEL, OPTIMIZER, Checkpoint, Tensors, host_copy, model_bytes
+from .run.checkpoint import Checkpoint, host_copy
+from .weights import EMA, MODEL, OPTIMIZER, Tensors, model_bytes
 
 View = tuple[torch.Tensor, torch.Tensor]
 """image float32 (batch, 3, height, width), normalised; depth float32 (batch, height, width), metres, 0 = hole."""

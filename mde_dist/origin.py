@@ -13,8 +13,8 @@ from .data.store import CacheOptions, open_store
 from .errors import UserError
 from .learning.metrics import PROTOCOLS
 from .results import EVALUATIONS, read_record, short
-from .run.checkpoint import EMA, MODEL, read_state_file
 from .run.records import read_records
+from .weights import EMA, MODEL, read_state_file
 
 _DAMAGE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading files raises that may hold anything."""
@@ -105,7 +105,9 @@ def _score(record: Mapping[str, Any], protocol: str, baselines: list[dict[str, A
     """Raises ValueError, KeyError or TypeError."""
     truth, mark = record["ground_truth"], record["fingerprints"][protocol]
     found = {str(who): results[protocol] for who, results in record["results"].items()}
-    found |= {str(b["baseline"]): b for b in baselines if (b["evaluation"], b["images"]) == (protocol, mark["images"])}
+    found |= {
+        str(b["baseline"]): b for b in baselines if (b.get("evaluation"), b["images"]) == (protocol, mark["images"])
+    }
     metrics = PROTOCOLS[protocol].metrics
     columns = {who: {metric: float(values[metric]) for metric in metrics} for who, values in found.items()}
     if not all(math.isfinite(value) for column in columns.values() for value in column.values()):

@@ -24,13 +24,14 @@ import tyro
 from .command import parse, run_command
 from .console import open_console, say
 from .errors import UserError
+from .learning.model import restore
 from .predicting.ahead import in_order, threads
 from .predicting.cloud import Intrinsics
 from .predicting.inputs import Damage, Frame, Inputs, find_inputs
 from .predicting.results import Results
-from .predictor import Predictor, open_predictor, pick_device
+from .predictor import Predictor, pick_device
 from .progress import shown
-from .run.checkpoint import find_model
+from .run.checkpoint import open_model
 from .run.distributed import Precision
 
 _NAMED = 20  # unreadable inputs that are listed
@@ -102,8 +103,9 @@ def main(argv: list[str]) -> None:
     inputs = find_inputs(command.images, command.output)
     results = open_results(command)
     check(command, inputs, results)
-    model, device = find_model(command.run, command.checkpoint), pick_device(command.device)
-    predictor = open_predictor(model, device, command.flip, command.precision)
+    device = pick_device(command.device)
+    _, metadata, tensors = open_model(command.run, command.checkpoint)
+    predictor = Predictor(restore(metadata, tensors), metadata, device, command.flip, command.precision)
     predictor.batch_size = command.batch_size or predictor.batch_size
     for note in inputs.notes:
         say(note)

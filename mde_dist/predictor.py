@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from .data.augment import normalise, resize_image
 from .errors import UserError
 from .learning.model import DepthModel, restore
-from .run.checkpoint import MODEL, read_model
 from .run.distributed import Precision, mixed_precision
+from .weights import MODEL, read_model
 
 SMALLEST = 32  # pixels; the encoder halves five times
 CPU_BATCH, GPU_BATCH = 4, 32  # one by one the threads of a CPU wait for each other too often, more bring nothing

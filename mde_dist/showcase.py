@@ -30,6 +30,8 @@ FOLDER = "panels"
 COUNT = 6
 """Images, evenly spaced over the split."""
 _ROWS = 240  # pixels: larger images are kept smaller
+_DAMAGE = (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError)
+"""What reading files raises that may hold anything; of PNG files PIL makes a SyntaxError."""
 
 
 class Watch:
@@ -119,7 +121,7 @@ def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
         with Image.open(folder / "image.png") as picture:
             same = picture.size == (image.shape[2], image.shape[0] * image.shape[1])
         return same and json.loads((folder / "keys.json").read_text()) == list(keys)
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except _DAMAGE:
         return False
 
 
@@ -138,7 +140,7 @@ def read_showcase(run: Path) -> Showcase | None:
                 found[int(match[1])] = _read(path, len(keys))
         if image.shape[3:] != (3,) or any(maps.shape != image.shape[:3] for maps in (truth, *found.values())):
             raise ValueError("its pictures do not fit each other")
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
     return Showcase(keys, image, to_metres(truth), {samples: to_metres(maps) for samples, maps in found.items()})
 

@@ -6,7 +6,7 @@ import json
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,10 @@ from .learner import Learner, Verdict
 from .learning.breakdown import split_breakdown
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
+from .learning.optim import learning_rate
 from .results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
 from .run.account import Account, peak_flops
-from .run.checkpoint import newest_checkpoint, versions
+from .run.checkpoint import Checkpoint, newest_checkpoint, versions
 from .run.directory import RunDirectory
 from .run.distributed import gather_rows, same_everywhere, share_buffers, together
 from .run.logs import rank_log
@@ -256,7 +257,7 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     learner = Learner(config, accelerator, size)
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
-    directory = RunDirectory(config.run, this_run, as_toml(config), writes)
+    directory = RunDirectory(config.run, this_run, as_toml(config), writes, defaults=as_json(Config()))
     troubles: list[UserError] = []
 
     def complain(error: UserError) -> None:
@@ -281,7 +282,7 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
         account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
         saver = opened.enter_context(Saver(complain))
         about = as_json(config)
-        run_id = hashlib.sha256(json.dumps([str(config.run.resolve()), this_run]).encode()).hexdigest()[:16]
+        run_id = run_id_of(config, this_run)
         trackers = together(
             accelerator,
             lambda: opened.enter_context(
@@ -301,9 +302,32 @@ def resume(directory: RunDirectory, config: Config, learner: Learner) -> State:
     checkpoint = newest_checkpoint(config.debug_from) if config.debug_from else directory.resume()
     if checkpoint is not None:
         directory.note_change(checkpoint, {"train.batch_size": config.train.batch_size})
+        if not config.debug:
+            directory.refuse_less(checkpoint, config.train.samples)
+            directory.note_change(checkpoint, {"train.samples": config.train.samples}, new_rate(checkpoint, config))
         learner.load(checkpoint)
     directory.start()
     return State() if checkpoint is None else checkpoint.state
+
+
+def run_id_of(config: Config, this_run: Mapping[str, Any]) -> str:
+    """A name for trackers that stays as long as the run: a field that a later version adds does not change it."""
+    defaults = as_json(Config())
+    told = {name: value for name, value in this_run.items() if name not in defaults or value != defaults[name]}
+    return hashlib.sha256(json.dumps([str(config.run.resolve()), told]).encode()).hexdigest()[:16]
+
+
+def new_rate(checkpoint: Checkpoint, config: Config) -> str:
+    """What another `train.samples` than that of the checkpoint does to the learning rate, in words."""
+    if config.optim.schedule == "constant":
+        return "; the learning rate is constant: it learns what it would have learned with them from the start"
+    seen, batch_size = checkpoint.state.samples_seen, config.train.batch_size
+    totals = (int(checkpoint.config.get("train.samples", config.train.samples)), config.train.samples)
+    before, now = (learning_rate(config.optim, seen, total, batch_size) for total in totals)
+    return (
+        f"; optim.schedule {config.optim.schedule} ends there: the learning rate goes from {before:.3g} to {now:.3g}, "
+        "and what is learned is not what it would have been with them from the start"
+    )
 
 
 def describe_start(config: Config, accelerator: Accelerator) -> dict[str, Any]:

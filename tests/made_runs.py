@@ -19,8 +19,9 @@ from mde_dist.learning.breakdown import score_with_breakdown, split_breakdown
 from mde_dist.learning.metrics import PROTOCOLS, score, summarise
 from mde_dist.learning.model import ModelConfig, build
 from mde_dist.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json
-from mde_dist.run.checkpoint import MODEL, OPTIMIZER, model_bytes, save_checkpoint
+from mde_dist.run.checkpoint import save_checkpoint
 from mde_dist.showcase import write_showcase
+from mde_dist.weights import MODEL, OPTIMIZER, model_bytes
 
 BEGAN = 1_790_000_000.0
 """When the runs began, seconds since 1970."""

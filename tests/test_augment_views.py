@@ -14,7 +14,7 @@ from mde_dist.data.loader import Batch
 from mde_dist.data.order import uniform
 from mde_dist.data.views import AugmentConfig, look, paste_depth, rectangles, view_size
 from mde_dist.errors import UserError
-from mde_dist.run.checkpoint import read_model
+from mde_dist.weights import read_model
 
 SIZE = (40, 52)
 SEED = 4

@@ -25,7 +25,8 @@ from mde_dist.learning.model import ModelConfig, build
 from mde_dist.markdown import block, code, plain, row
 from mde_dist.origin import find_origin
 from mde_dist.predictor import open_predictor
-from mde_dist.run.checkpoint import EMA, MODEL, OPTIMIZER, model_bytes, read_model, save_checkpoint
+from mde_dist.run.checkpoint import save_checkpoint
+from mde_dist.weights import EMA, MODEL, OPTIMIZER, model_bytes, read_model
 
 HOSTILE = "a`b``c|d'e\"f: {g} [h](i) & \u2028 \x1b[1m\n---\nlicense: mit\n# <script>alert(1)</script></code></details>"
 METRICS = PROTOCOLS["eigen"].metrics

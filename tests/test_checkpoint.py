@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, whatever happens while they are written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,28 +13,26 @@ from safetensors.torch import save
 from torch import nn
 
 from mde_dist.errors import UserError
-from mde_dist.run import checkpoint
+from mde_dist.learning.model import ModelConfig, build
 from mde_dist.run.checkpoint import (
-    EMA,
-    MODEL,
-    OPTIMIZER,
-    STATE,
     Checkpoint,
-    find_model,
     host_copy,
     load_checkpoint,
     load_newest,
-    model_bytes,
-    read_model,
+    newest_checkpoint,
+    open_model,
     save_checkpoint,
 )
 from mde_dist.run.state import State
+from mde_dist.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, model_bytes, read_model, read_tensors
+
+ABOUT = {"config": {"model.backbone": "resnet18"}, "size": [32, 32]}
 
 
-def write(directory: Path, step: int, keep: int = 2, best: int | None = None) -> Path:
+def write(directory: Path, step: int, keep: int = 2, best: int | None = None, average: bool = False, **more) -> Path:
     tensors = {"w": torch.full((3,), float(step))}
-    files = {MODEL: save(tensors, {"mde_dist": "{}"}), OPTIMIZER: save(tensors)}
-    return save_checkpoint(directory, files, record(step), keep, best)
+    files = {name: model_bytes(tensors, ABOUT) for name in ((MODEL, EMA) if average else (MODEL,))}
+    return save_checkpoint(directory, {**files, OPTIMIZER: save(tensors)}, record(step), keep, best, **more)
 
 
 def record(step: int) -> dict:
@@ -145,18 +144,37 @@ def test_dying_at_any_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch, call
 
 def test_a_disk_that_takes_nothing_is_one_line_and_the_old_ones_stay(tmp_path):
     write(tmp_path, 1)
-    files = {MODEL: b"x" * 10, OPTIMIZER: b""}
-    blocked = tmp_path / ".step-00000002.tmp"
-    blocked.write_text("a file where the temporary directory has to go")
+    files = {MODEL: b"x" * 10, f"nowhere/{OPTIMIZER}": b""}
     with pytest.raises(UserError, match="cannot write the checkpoint"):
         save_checkpoint(tmp_path, files, record(2), 2, None)
     assert newest(tmp_path) == (1, [])
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_removed_later(tmp_path, monkeypatch):
+    """As on NFS where a file of it is open: the others go, and the directory stays."""
+    write(tmp_path, 1, keep=1)
+    said = []
+
+    def held(path, ignore_errors=False):
+        (Path(path) / MODEL).unlink(missing_ok=True)
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", held)
+        for step in (2, 2, 3):
+            write(tmp_path, step, keep=1, warn=said.append)
+    assert len(said) == 3 and all("cannot be removed (Directory not empty)" in line for line in said)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000003"]  # nobody takes a half for a whole one
+    assert newest(tmp_path) == (3, [])
+    write(tmp_path, 4, keep=1, warn=said.append)
+    assert steps(tmp_path) == ["step-00000004"] and len(said) == 3
+
+
 def test_nothing_but_safetensors_and_json_is_written(tmp_path):
     target = write(tmp_path, 1)
     assert {path.name for path in target.iterdir()} == {MODEL, OPTIMIZER, STATE}
-    assert json.loads((target / STATE).read_text())["format"] == checkpoint.FORMAT
+    assert json.loads((target / STATE).read_text())["format"] == FORMAT
 
 
 def test_a_model_file_carries_what_rebuilds_it(tmp_path):
@@ -179,24 +197,105 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, content):
         read_model(path)
 
 
-def test_find_model_takes_a_file_or_the_newest_of_a_run(tmp_path):
+def test_a_model_is_named_by_a_file_its_folder_or_a_run(tmp_path):
     write(tmp_path / "checkpoints", 1)
-    write(tmp_path / "checkpoints", 2)
-    assert find_model(tmp_path, None) == tmp_path / "checkpoints/step-00000002" / MODEL
-    assert find_model(None, Path("x")) == Path("x")
+    newest = write(tmp_path / "checkpoints", 2) / MODEL
+    for run, file in ((tmp_path, None), (None, newest), (None, newest.parent)):
+        path, metadata, tensors = open_model(run, file)
+        assert path == newest and metadata["size"] == [32, 32] and tensors["w"].eq(2).all()
     for run, file in ((None, None), (tmp_path, Path("x"))):
         with pytest.raises(UserError, match="either"):
-            find_model(run, file)
+            open_model(run, file)
     with pytest.raises(UserError, match="no checkpoint"):
-        find_model(tmp_path / "nowhere", None)
+        open_model(tmp_path / "nowhere", None)
+
+
+def flip(path: Path, place: int, bit: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+
+
+def test_weights_that_rot_are_named_and_the_whole_ones_before_are_taken(tmp_path, capsys):
+    """In any file, and with the sums of a checkpoint of an older version, which has none of its own."""
+    checkpoints = tmp_path / "checkpoints"
+    whole = [write(checkpoints, step, keep=9, average=step == 3) for step in range(1, 6)]
+    rewrite(whole[2])  # as an older version wrote it
+    flip(whole[4] / MODEL, -1)
+    flip(whole[3] / STATE, whole[3].joinpath(STATE).read_bytes().index(b'"samples_seen": 4') + 16)
+    flip(whole[2] / EMA, -1)
+    (whole[1] / MODEL).unlink()
+    path, _, tensors = open_model(tmp_path, None)
+    assert path == whole[0] / MODEL and tensors["w"].eq(1).all()
+    said = capsys.readouterr().err.splitlines()
+    named = [whole[4] / MODEL, whole[3], whole[2] / EMA, whole[1] / MODEL]
+    assert len(said) == 4 and all(str(name) in line for name, line in zip(named, said, strict=True))
+    for name in (named[0], named[2], whole[3] / MODEL):  # one that is named itself is refused
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            read_model(name)
+        with pytest.raises(UserError, match=f"{name} is damaged"):  # as --model.weights, too
+            build(ModelConfig(weights=str(name)), seed=0)
+    flip(whole[0] / OPTIMIZER, -1)  # of which only training has need
+    assert open_model(tmp_path, None)[0] == path
+    flip(path, -1)
+    with pytest.raises(UserError, match="none of its 5 checkpoints is whole"):
+        open_model(tmp_path, None)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        newest_checkpoint(checkpoints)
+    assert "step-00000005 is not whole" in capsys.readouterr().err
+
+
+def test_a_model_on_its_own_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    data = model_bytes({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
+    assert data == model_bytes({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
+    path = tmp_path / MODEL
+    path.write_bytes(data)
+    expected = read_model(path)
+    assert expected[0].keys() == {"config", "size", "version"}
+    refused = 0
+    for place in range(0, len(data), 3):
+        path.write_bytes(data)
+        flip(path, place, 1 << place % 8)
+        try:
+            metadata, tensors = read_model(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:  # the word "sha256" was struck: all else is as it was
+            assert {name: metadata[name] for name in expected[0]} == expected[0]
+            assert all(tensors[name].equal(value) for name, value in expected[1].items())
+    assert refused >= len(data) // 3 - 2
+    path.write_bytes(data)
+    assert read_tensors(path)["w"].equal(expected[1]["w"])
+    older = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["mde_dist"]
+    path.write_bytes(save(expected[1], {"mde_dist": json.dumps(json.loads(older) | {"sha256": None})}))
+    assert read_model(path)[1]["w"].equal(expected[1]["w"])  # of a version that knew no sums
+
+
+def test_a_state_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    first = write(tmp_path, 1)
+    state = first / STATE
+    data = state.read_bytes()
+    expected = load_checkpoint(first)
+    refused = 0
+    for place in range(0, len(data), 5):
+        state.write_bytes(data)
+        flip(state, place)
+        try:
+            found = load_checkpoint(first)
+        except UserError:
+            refused += 1
+        else:
+            assert (found.state, found.config, found.identity) == (expected.state, expected.config, expected.identity)
+    assert refused >= len(data) // 5 - 2
 
 
 # --- what is read may be anything ---
 
 
 def rewrite(path: Path, **changes) -> None:
-    """Change state.json of a checkpoint; `None` removes an entry."""
-    whole = json.loads((path / STATE).read_text()) | changes
+    """Change state.json of a checkpoint; `None` removes an entry. As an older version it has no sum of its own."""
+    whole = json.loads((path / STATE).read_text()) | {"sha256": None} | changes
     (path / STATE).write_text(json.dumps({name: value for name, value in whole.items() if value is not None}))
 
 
@@ -304,8 +403,7 @@ def test_what_a_writer_left_that_died_goes_with_the_next_checkpoint(tmp_path):
 
 
 def test_the_average_is_preferred_where_there_is_one(tmp_path):
-    target = write(tmp_path / "checkpoints", 1)
-    (target / EMA).write_bytes(b"x")
-    assert find_model(tmp_path, None) == target / EMA
+    target = write(tmp_path / "checkpoints", 1, average=True)
+    assert open_model(tmp_path, None)[0] == target / EMA
     write(tmp_path / "checkpoints", 2)
-    assert find_model(tmp_path, None).name == MODEL
+    assert open_model(tmp_path, None)[0].name == MODEL

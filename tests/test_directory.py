@@ -4,9 +4,14 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import save
+from torch import zeros
 
 from mde_dist.errors import UserError
+from mde_dist.run.checkpoint import save_checkpoint
 from mde_dist.run.directory import RunDirectory, differences
+from mde_dist.run.state import State
+from mde_dist.weights import MODEL, OPTIMIZER
 
 HOLD = """
 import sys, time
@@ -68,3 +73,55 @@ def test_differences_name_what_changed_came_and_went():
     assert differences({"a": 1}, {"a": 1, "c": 2}) == ["c was None, is 2"]
     assert differences({"a": 1, "c": 2}, {"a": 1}) == ["c was 2, is None"]
     assert differences({"a": [1, 2]}, {"a": [1, 2]}) == []
+
+
+DEFAULTS = {"optim.lr": 0.1, "loss.new": 1, "train.samples": 60, "train.batch_size": 12}
+
+
+def with_checkpoint(path, identity, config=None):
+    record = {**vars(State(samples_seen=24, step=2)), "config": config or {}, "identity": identity}
+    files = dict.fromkeys((MODEL, OPTIMIZER), save({"w": zeros(1)}))
+    return save_checkpoint(path / "checkpoints", files, record, 2, None)
+
+
+def directory_of(path, **identity):
+    return RunDirectory(path, {"optim.lr": 0.1, "manifest": "m", **identity}, "", True, DEFAULTS)
+
+
+def test_a_field_that_a_newer_version_adds_has_its_default_in_an_older_run(tmp_path):
+    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m", "train.samples": 36})
+    assert directory_of(tmp_path, **{"loss.new": 1}).resume().state.samples_seen == 24
+    for changes, words in (({"loss.new": 2}, "loss.new was 1, is 2"), ({"optim.lr": 0.2}, "optim.lr was 0.1, is 0.2")):
+        with pytest.raises(UserError, match=words):
+            directory_of(tmp_path, **changes).resume()
+
+
+def test_a_field_that_this_version_does_not_know_is_one_line(tmp_path):
+    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m", "loss.newer": 3})
+    with pytest.raises(UserError, match=r"another version of mde_dist: loss\.newer was 3") as error:
+        directory_of(tmp_path).resume()
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_is_not_begun_anew(tmp_path):
+    """It would drop what is left of them, and every line of metrics.jsonl."""
+    assert directory_of(tmp_path).resume() is None
+    (with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m"}) / MODEL).unlink()
+    said = []
+    with pytest.raises(UserError, match="none of its 1 checkpoints"):
+        directory_of(tmp_path).resume(said.append)
+    assert len(said) == 1 and "step-00000002 is not whole" in said[0]
+
+
+def test_more_samples_than_before_are_said_and_less_than_were_seen_refused(tmp_path):
+    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m"}, {"train.samples": 20})
+    directory, said = directory_of(tmp_path), []
+    found = directory.resume()
+    directory.note_change(found, {"train.samples": 20, "train.batch_size": 12}, "", said.append)
+    assert said == []
+    directory.note_change(found, {"train.samples": 40}, "; so there", said.append)
+    assert said == ["note: train.samples was 20, is 40 from sample 24 on; so there"]
+    for samples in (20, 24, 40):  # 20: it ended with the batch that reached them
+        directory.refuse_less(found, samples)
+    with pytest.raises(UserError, match="has seen 24 already"):
+        directory.refuse_less(found, 22)

@@ -14,7 +14,7 @@ from mde_dist.data.shards import open_split
 from mde_dist.errors import UserError
 from mde_dist.learning.model import ModelConfig, build
 from mde_dist.predictor import open_predictor
-from mde_dist.run.checkpoint import model_bytes
+from mde_dist.weights import model_bytes
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from mde_dist import export
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import DepthModel, ModelConfig
-from mde_dist.run.checkpoint import model_bytes, read_model
+from mde_dist.weights import model_bytes, read_model
 
 SIZE = (50, 70)  # no multiple of 32
 FILES = ("model.onnx", "model.pt2")

@@ -9,13 +9,16 @@ from mde_dist.run.scores import show_scores
 SPEED = {"lr": 1e-4, "images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 
 
+SCORE = {"abs_rel": 0.3, "images": 8}
+
+
 def lines(path):
     return [(r["samples"], "evaluation" in r) for r in read_records(path)]
 
 
 def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    records = [{"samples": n} for n in (10, 20, 30)] + [{"samples": 20, "evaluation": "eigen"}]
+    records = [{"samples": n} for n in (10, 20, 30)] + [{"samples": 20, "evaluation": "eigen", **SCORE}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     keep_until(path, samples_seen=20, evaluated=20)
     assert lines(path) == [(10, False), (20, False), (20, True)]
@@ -23,7 +26,8 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
 
 def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"samples": 20}\n{"samples": 10, "evaluation": "e"}\n{"samples": 20, "evaluation": "e"}\n')
+    evaluations = [{"samples": n, "evaluation": "eigen", **SCORE} for n in (10, 20)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [{"samples": 20}, *evaluations]))
     keep_until(path, samples_seen=20, evaluated=10)
     assert lines(path) == [(20, False), (10, True)]
 
@@ -33,6 +37,50 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     path.write_text('{"samples": 10}\n{"sampl')
     keep_until(path, 100, 100)
     assert path.read_text() == '{"samples": 10}\n'
+
+
+NO_RECORDS = [
+    b"\xff\xfe",
+    b"5",
+    b"{}",
+    b"[]",
+    b"null",
+    b"\0" * 20,
+    b'{"samples": 12, "lo\0\0\0',
+    b'{"samples": "many"}',
+    b'{"samples": true}',
+    b'{"samples": -1}',
+    b'{"samples": 1e3}',
+    b'{"samples": NaN}',
+    b'{"samples": 1' + b"0" * 30 + b"}",
+    b'{"samples": 1' + b"0" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"samples": 10, "start": 3}',
+    b'{"samples": 10, "evaluation": "eigen"}',
+    b'{"samples": 10, "evaluation": "eigen", "abs_rel": "low", "images": 8}',
+    b'{"samples": 10, "evaluation": "eigen", "abs_rel": NaN, "images": 8}',
+    b'{"samples": 10, "evaluation": "eigen", "abs_rel": 1e999, "images": 8}',
+    b'{"samples": 10, "evaluation": 7, "abs_rel": 0.5, "images": 8}',
+    b'{"samples": 0, "baseline": ["x"], "abs_rel": 0.5, "images": 8}',
+]
+
+
+def test_lines_that_are_no_records_stop_nothing_and_are_said_once(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    score = {"samples": 20, "evaluation": "eigen", "delta1": "half", "rmse": 1.0, "by a newer version": "x", **SCORE}
+    whole = [{"samples": 10, "loss": 1.0}, {"samples": 20, "loss": None}, score, {"samples": 20, "start": {}}]
+    good = [json.dumps(record).encode() for record in whole]
+    for bad in NO_RECORDS:
+        path.write_bytes(b"\n".join([good[0], bad, b"", *good]))
+        assert read_records(path) == [whole[0], *whole], bad
+    path.write_bytes(b"\n".join([*NO_RECORDS, *good, b'{"samples": 3']))
+    with Monitor(path, 20, 20, 100):  # a run that goes on
+        pass
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and str(path) in said[0] and "lines 1, 2, 3 and 19 more" in said[0]
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == whole
+    show_scores(tmp_path, read_records(path))
+    assert "model at sample 20 " in capsys.readouterr().out
 
 
 def test_ranks_other_than_0_write_nothing_but_their_log(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from mde_dist.predicting.ahead import threads
 from mde_dist.predicting.inputs import Frame
 from mde_dist.predicting.preview import preview, round_numbers
 from mde_dist.predictor import open_predictor
-from mde_dist.run.checkpoint import model_bytes
+from mde_dist.weights import model_bytes
 
 
 def save_model(folder, size):

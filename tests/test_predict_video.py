@@ -12,7 +12,7 @@ from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import ModelConfig, build
 from mde_dist.predicting.video import VideoFrame, count_frames, import_av, read_video
-from mde_dist.run.checkpoint import model_bytes
+from mde_dist.weights import model_bytes
 
 av = pytest.importorskip("av")
 

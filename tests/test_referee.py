@@ -17,7 +17,7 @@ from mde_dist.data.pack import PackOptions
 from mde_dist.errors import UserError
 from mde_dist.learning.metrics import PROTOCOLS
 from mde_dist.learning.model import ModelConfig, build
-from mde_dist.run.checkpoint import model_bytes
+from mde_dist.weights import model_bytes
 
 SIZE, COUNT = (480, 640), 3
 ALL = ["--protocols", *PROTOCOLS]

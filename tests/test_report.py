@@ -356,8 +356,6 @@ def test_other_shards_than_those_that_were_evaluated_are_not_shown(made, room_sh
     truth = {**run.record["ground_truth"], "manifest": "0" * 64}
     with pytest.raises(UserError, match="other shards"):
         extremes(replace(run, record={**run.record, "ground_truth": truth}))
-    with pytest.raises(UserError, match="no weights"):
-        extremes(replace(run, weights=None))
 
 
 # --- several runs ---

@@ -14,7 +14,7 @@ from ..learning.flops import training_flops
 from ..learning.metrics import PROTOCOLS, Protocol
 from ..learning.model import skeleton
 from ..results import read_record, rows_of
-from ..run.records import read_records
+from ..run.records import number, read_records
 from .table import Table, Training
 
 SEED = 0
@@ -126,8 +126,9 @@ def training_seconds(training: Training) -> float:
     """Of the steps alone, whatever lay between them: evaluations, checkpoints, stops."""
     seconds, before = 0.0, 0
     for record in read_records(training.config.run / "metrics.jsonl"):
-        if "images_per_second" in record:
-            seconds += (record["samples"] - before) / max(record["images_per_second"], 1e-9)
+        speed = number(record.get("images_per_second"))
+        if speed is not None:
+            seconds += (record["samples"] - before) / max(speed, 1e-9)
             before = record["samples"]
     return seconds
 
@@ -140,5 +141,6 @@ def trained_with(trainings: Sequence[Training]) -> str:
             for record in read_records(training.config.run / "metrics.jsonl"):
                 if "start" in record:
                     start = record["start"]
-                    found[f"{start['ranks']} x {start['device']}, {start['precision']}"] = None
+                    ranks, device, precision = (start.get(name, "?") for name in ("ranks", "device", "precision"))
+                    found[f"{ranks} x {device}, {precision}"] = None
     return "; ".join(found)

@@ -24,7 +24,7 @@ from ..command import arguments_of, parse
 from ..config import FREE, Config, checked, flat
 from ..errors import UserError
 from ..results import EVALUATIONS
-from ..run.checkpoint import MODEL
+from ..weights import MODEL
 
 PROG = "python -m mde_dist.train"
 FIXED = {
@@ -35,9 +35,9 @@ FIXED = {
     "train.evaluate_every": "there is one evaluation, at the end",
 }
 """What a table may not set, and why; a base may, and is overruled."""
-_BESIDE = FREE - {"data.shards", "train.batch_size", "train.gradients"} | {"train.evaluate_every"}
+_BESIDE = FREE - {"data.shards", "train.samples", "train.batch_size", "train.gradients"} | {"train.evaluate_every"}
 """Fields of which a table does not tell."""
-_LEARNED_FROM = {"data.shards", "data.eval_shards", "train.batch_size"}
+_LEARNED_FROM = {"data.shards", "data.eval_shards", "train.samples", "train.batch_size"}
 """May change when a run goes on, but not within a table."""
 _SAME = ("evaluate.protocol", "evaluate.limit", "data.eval_split")
 

@@ -5,7 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
-from ..config import Config, as_toml, identity
+from ..config import Config, as_json, as_toml, identity
 from ..data.shards import ShardSet
 from ..errors import UserError
 from ..run.directory import RunDirectory
@@ -26,7 +26,8 @@ def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | 
             raise UserError(f"--run {run}: is not a directory; choose another")
         hashes = [split.manifest.sha256 for split in splits] if splits else ["", ""]
         # as one that writes it tells what is not whole; it is not entered, so it takes no lock
-        directory = RunDirectory(run, identity(config, *hashes), as_toml(config), writes=True)
+        this_run = identity(config, *hashes)
+        directory = RunDirectory(run, this_run, as_toml(config), writes=True, defaults=as_json(Config()))
         directory.refuse_foreign()
         holder = lock_holder(run / ".lock")
         if holder is not None:
@@ -36,6 +37,8 @@ def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | 
         if splits is None:
             return [0, any(run.glob("checkpoints/step-*"))]
         found = directory.resume(notes.append)
+        if found:
+            directory.refuse_less(found, config.train.samples)
         return [found.state.samples_seen if found else 0, found is not None]
 
     answers = panel.ask(look, "choose another --run", _LIMIT)

@@ -8,11 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
+from ..weights import read_tensors
 from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 
 Backbone = Literal["resnet18", "resnet34", "resnet50"]
@@ -157,11 +156,9 @@ def _imagenet(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 def _from_file(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"model.weights {path}: not a safetensors file ({error}); give none, imagenet, or the path of one"
-        ) from None
+        state = read_tensors(path)
+    except UserError as error:
+        raise UserError(f"model.weights: {error}; give none, imagenet, or the path of a safetensors file") from None
     ours = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     return ours or state
 

@@ -16,9 +16,12 @@ from ..data.store import CacheOptions
 from ..errors import UserError
 from ..evaluate import held_out_shards
 from ..learning.metrics import PROTOCOLS, image_metrics
+from ..learning.model import restore
 from ..pictures import colorize, colorize_error
-from ..predictor import Predictor, open_predictor
+from ..predictor import Predictor
 from ..results import rows_of
+from ..run.checkpoint import open_model
+from ..weights import MODEL, read_state_file
 from .history import Run
 from .panels import Scale, Tile, scale_of, tile
 
@@ -73,12 +76,10 @@ def extremes(run: Run) -> Extremes:
     """Raises UserError where shards or weights are not at hand, or not those of the evaluation."""
     if run.record is None or run.protocol is None:
         raise UserError("no image was evaluated yet")
-    if run.weights is None:
-        raise UserError("there are no weights")
     best, worst = ranked(run.record, run.protocol)
     if not best:
         raise UserError("too few images were scored")
-    predictor = open_predictor(run.weights, torch.device("cpu"), precision="fp32")
+    predictor, learned = _predictor(run)
     options = CacheOptions(Path(predictor.config.get("data.cache") or CacheOptions.directory), patience=_PATIENCE)
     split = predictor.config.get("data.eval_split") or "test"
     try:
@@ -93,7 +94,15 @@ def extremes(run: Run) -> Extremes:
         np.stack([case.truth for case in everything]), [np.stack([case.prediction for case in everything])]
     )
     good, bad = ([_case(case, scale) for case in group] for group in seen)
-    return Extremes(good, bad, scale, run.learned)
+    return Extremes(good, bad, scale, learned)
+
+
+def _predictor(run: Run) -> tuple[Predictor, int | None]:
+    """Its published weights, or those of its newest whole checkpoint, and the samples they saw. Raises UserError."""
+    published = run.path / MODEL
+    path, metadata, tensors = open_model(None, published) if run.finished else open_model(run.path, None)
+    learned = run.total if run.finished else read_state_file(path.parent).get("samples_seen")
+    return Predictor(restore(metadata, tensors), metadata, torch.device("cpu"), precision="fp32"), learned
 
 
 def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list[Chosen]]:

@@ -12,15 +12,11 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..learning.metrics import PROTOCOLS
 from ..results import EVALUATIONS, read_record
-from ..run.checkpoint import MODEL, find_model, read_state_file
+from ..run.checkpoint import newest_record
 from ..run.directory import PREEMPTED
-from ..run.records import read_records
+from ..run.records import number, read_lines
 from ..showcase import Showcase, read_showcase
-
-_MOST = 1 << 53
-"""Samples: more are no float."""
-_LARGEST = 1e100
-"""Of a value: sums and ratios of larger ones might not be finite."""
+from ..weights import MODEL
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,6 @@ class Run:
     """The last evaluation, as `evaluate --json` writes it."""
     showcase: Showcase | None
     """Pictures of held-out images while it learned: one prediction of each at least."""
-    weights: Path | None
-    """Its published weights, or those of its newest checkpoint."""
     preempted: bool
     """Stopped by a signal, and waiting to be continued."""
     notes: Sequence[str]
@@ -92,12 +86,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.path / MODEL).is_file()
-
-    @property
-    def learned(self) -> int | None:
-        """Samples seen by `weights`."""
-        return self.total if self.finished else self.state.get("samples_seen")
+        """Whether its weights are published, and it was not given more samples to go on with since."""
+        return (self.path / MODEL).is_file() and not (self.total and 0 < self.samples < self.total)
 
     def manifest(self, split: Literal["manifest", "eval_manifest"]) -> str | None:
         """sha256 of the manifest of the shards that it is trained on, or evaluated on."""
@@ -157,15 +147,14 @@ def read_run(path: Path, name: str) -> Run:
     if not metrics.is_file():
         raise UserError(f"--run {path}: no metrics.jsonl in it; is it a run directory?")
     try:
-        records = read_records(metrics)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{metrics}: cannot be read ({' '.join(str(error).split())})") from None
-    starts, lines = sort_out([record for record in records if isinstance(record, dict)])
-    notes: list[str] = []
+        records, note = read_lines(metrics)
+    except OSError as error:
+        raise UserError(f"{metrics}: cannot be read ({error.strerror})") from None
+    starts, lines = sort_out(records)
+    notes = [note] if note else []
     toml, config = _config(path / "config.toml", notes)
     evaluations = once_each(line for line in lines if line.kind in PROTOCOLS)
     protocol = evaluations[-1].kind if evaluations else None
-    weights = _weights(path)
     return Run(
         path=path,
         name=name,
@@ -176,24 +165,21 @@ def read_run(path: Path, name: str) -> Run:
         baselines=[line for line in lines if line.kind not in ("step", *PROTOCOLS)],
         protocol=protocol,
         starts=starts,
-        state=_state(path),
+        state=newest_record(path),
         record=_record(path / EVALUATIONS / "last.json", protocol, notes),
         showcase=_showcase(path, notes),
-        weights=weights,
         preempted=(path / PREEMPTED).is_file(),
         notes=notes,
     )
 
 
 def sort_out(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], list[Line]]:
-    """The records of a metrics.jsonl, in their order; those that are none of ours are left out."""
+    """The records of a metrics.jsonl, in their order; those of kinds that are not known here are left out."""
     starts: list[Start] = []
     lines: list[Line] = []
     for record in records:
-        samples, start = record.get("samples"), record.get("start")
-        if type(samples) is not int or not 0 <= samples <= _MOST:
-            continue
-        if isinstance(start, dict):
+        samples, start = record["samples"], record.get("start")
+        if start is not None:
             began = number(start.get("time"))
             if began is not None:
                 starts.append(Start(samples, began, start))
@@ -211,15 +197,6 @@ def once_each(lines: Iterator[Line]) -> list[Line]:
     return [found[samples] for samples in sorted(found)]
 
 
-def number(value: object) -> float | None:
-    """A number that can be drawn, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not abs(value) < _LARGEST:  # of nan, too
-        return None
-    return float(value) if abs(value) > 1 / _LARGEST else 0.0
-
-
 def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text()
@@ -235,22 +212,6 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _weights(path: Path) -> Path | None:
-    if (path / MODEL).is_file():
-        return path / MODEL
-    try:
-        return find_model(path, None)
-    except UserError:
-        return None
-
-
-def _state(path: Path) -> Mapping[str, Any]:
-    try:
-        return read_state_file(find_model(path, None).parent)
-    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # there is no whole checkpoint yet
 
 
 def _record(path: Path, protocol: str | None, notes: list[str]) -> Mapping[str, Any] | None:

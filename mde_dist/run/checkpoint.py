@@ -3,32 +3,46 @@
 RUN/checkpoints/step-00001234/model.safetensors      weights, with what rebuilds the model in the metadata
                               optimizer.safetensors  moments by parameter name
                               ema.safetensors        the moving average of the weights, where there is one
-                              state.json             samples_seen, config, manifest hash, best, sizes and sha256
+                              state.json             samples_seen, config, manifest hash, best, sizes and sha256,
+                                                     its own sha256 included
 """
 
 import hashlib
+import itertools
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from .. import __version__
+from ..console import say
 from ..errors import UserError
-from ..files import sync_directory, write_atomic
+from ..files import UNSEALED, sealed, sync_directory, write_atomic
+from ..weights import (
+    EMA,
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    VERSION,
+    Tensors,
+    check_bytes,
+    read_model,
+    read_state_file,
+)
 from .state import State, read_state
 
-FORMAT, VERSION = "mde_dist.checkpoint", 2
-MODEL, OPTIMIZER, EMA, STATE = "model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
-_LARGEST_STATE = 2**24  # bytes of a state.json
-
-Tensors = Mapping[str, torch.Tensor]
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError)
+"""What reading a checkpoint raises that may hold anything."""
 
 
 @dataclass(frozen=True)
@@ -53,49 +67,23 @@ def host_copy(tensors: Tensors) -> dict[str, torch.Tensor]:
     }
 
 
-def model_bytes(tensors: Tensors, metadata: Mapping[str, Any]) -> bytes:
-    """A model's weights and buffers as safetensors; `metadata` (JSON) is what rebuilds it."""
-    # one entry of metadata only: safetensors writes several in random order, and equal models should be equal files
-    return save(dict(tensors), {"mde_dist": json.dumps({"version": __version__, **metadata})})
-
-
 def versions() -> dict[str, Any]:
     """What made a checkpoint."""
     return {"versions": {"mde_dist": __version__, "torch": torch.__version__}}
 
 
-def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(metadata, tensors) of a model.safetensors of ours. Raises UserError."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {})["mde_dist"])
-            _check_metadata(metadata)
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run keeps its weights as RUN/{MODEL}") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{path}: a safetensors file, but not a model of mde_dist (no metadata of its)") from None
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """What a model.safetensors may say of itself. Raises AttributeError, KeyError, TypeError or ValueError."""
-    config = metadata["config"]
-    for name in ("data.shards", "data.eval_shards", "data.train_split", "data.eval_split", "data.cache"):
-        if not isinstance(config.get(name), str | None):
-            raise ValueError(f"{name} is no text")
-    height, width = metadata["size"]
-    if {type(height), type(width)} != {int} or not (0 < height <= 8192 and 0 < width <= 8192):
-        raise ValueError("an impossible size")
-
-
 def save_checkpoint(
-    directory: Path, files: Mapping[str, bytes], record: Mapping[str, Any], keep: int, best: int | None
+    directory: Path,
+    files: Mapping[str, bytes],
+    record: Mapping[str, Any],
+    keep: int,
+    best: int | None,
+    warn: Callable[[str], None] = say,
 ) -> Path:
     """Write `directory`/step-… with `files` and `record`, then drop all but the newest `keep` and the step `best`.
 
-    `record`: the fields of State, and config and identity as in Checkpoint.
+    `record`: the fields of State, and config and identity as in Checkpoint. `warn` takes a line on what could not be
+    dropped: the next call tries it again.
 
     Raises UserError where the disk does not take it; the checkpoints before stay as they are.
     """
@@ -103,26 +91,36 @@ def save_checkpoint(
     # one of this step, saved before an evaluation that was cut off, stays until the new one stands
     attempts = sum(_step(path) == step for path in _by_age(directory))
     target = directory / (f"step-{step:08d}" + (f".{attempts}" if attempts else ""))
-    temporary = directory / f".{target.name}.tmp"
+    temporary = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".step-*.tmp"):  # by a writer that died
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = _out_of_sight(target)
+        temporary.mkdir()
         for name, data in files.items():
             write_atomic(temporary / name, data)
         sums = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-        whole = {"format": FORMAT, "version": VERSION, **record, "files": sums}
-        write_atomic(temporary / STATE, json.dumps(whole, indent=1) + "\n")
+        whole = {"format": FORMAT, "version": VERSION, "sha256": UNSEALED, **record, "files": sums}
+        write_atomic(temporary / STATE, sealed(json.dumps(whole, indent=1).encode() + b"\n"))
         temporary.rename(target)
         sync_directory(directory)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk every byte counts
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk every byte counts
         raise UserError(f"cannot write the checkpoint {target}: {error.strerror}; the earlier ones are whole") from None
-    _prune(directory, keep, best)
+    troubles = list(_prune(directory, keep, best))
+    if troubles:
+        warn(troubles[0])
     return target
 
 
-def _prune(directory: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` and the step `best`, and what writers left that died. Raises UserError."""
+def _prune(directory: Path, keep: int, best: int | None) -> Iterator[str]:
+    """Remove all but the newest `keep` and the step `best`, and what was left of earlier ones.
+
+    Yields a line about each that cannot be removed: a file of it may be open on NFS. It takes another name first, so
+    that nobody takes half of it for a whole one.
+    """
     kept: set[int] = set()
     gone = list(directory.glob(".step-*.tmp"))
     for path in _by_age(directory):
@@ -132,9 +130,17 @@ def _prune(directory: Path, keep: int, best: int | None) -> None:
             kept.add(_step(path))
     for path in gone:
         try:
+            if not path.name.startswith("."):
+                path = path.rename(_out_of_sight(path))
             shutil.rmtree(path)
         except OSError as error:
-            raise UserError(f"the old checkpoint {path} cannot be removed: {error.strerror}") from None
+            yield f"the old checkpoint {path} cannot be removed ({error.strerror}); the next one tries it again"
+
+
+def _out_of_sight(path: Path) -> Path:
+    """A name beside a checkpoint that is none of a checkpoint, and free."""
+    names = (path.with_name(f".{path.name}-{number}.tmp") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def load_newest(directory: Path) -> Iterator[Checkpoint | str]:
@@ -148,37 +154,71 @@ def load_newest(directory: Path) -> Iterator[Checkpoint | str]:
 
 
 def newest_checkpoint(directory: Path) -> Checkpoint:
-    """The newest whole one in a directory of checkpoints. Raises UserError where there is none."""
-    found = [item for item in load_newest(directory) if isinstance(item, Checkpoint)]
-    if not found:
-        raise UserError(f"{directory}: no whole checkpoint in it")
-    return found[0]
+    """The newest whole one in a directory; those that are not are named on stderr. Raises UserError without any."""
+    for item in load_newest(directory):
+        if isinstance(item, Checkpoint):
+            return item
+        _say(item)
+    raise UserError(f"{directory}: no whole checkpoint in it")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint and check every byte. Raises UserError."""
     try:
-        record = read_state_file(path)
+        record = _read_record(path)
         tensors = {name: load(_read_whole(path / name, about)) for name, about in record["files"].items()}
         if not {MODEL, OPTIMIZER} <= tensors.keys() <= {MODEL, OPTIMIZER, EMA}:
             raise ValueError(f"it should name {MODEL} and {OPTIMIZER}")
         return Checkpoint(path, read_state(record), record["config"], record["identity"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError) as error:
-        raise UserError(f"{path} is not whole ({' '.join(str(error).split())[:200]})") from None
+    except _DAMAGE as error:
+        raise _not_whole(path, error) from None
 
 
-def read_state_file(path: Path) -> dict[str, Any]:
-    """state.json with the parts that are needed, of the types that are needed. Raises OSError, ValueError, KeyError."""
-    if (path / STATE).stat().st_size > _LARGEST_STATE:
-        raise ValueError(f"{STATE} is too large")
-    record = json.loads((path / STATE).read_bytes())
-    if not isinstance(record, dict) or (record["format"], record["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"{STATE} is not of format {FORMAT} {VERSION}")
+def newest_record(run: Path) -> dict[str, Any]:
+    """state.json of the newest checkpoint of a run that has a whole one; empty where none has."""
+    for path in _by_age(run / "checkpoints"):
+        try:
+            return _read_record(path)
+        except _DAMAGE:
+            continue
+    return {}
+
+
+def open_model(run: Path | None, checkpoint: Path | None) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """(path, metadata, tensors) of the weights that `--run DIR` or `--checkpoint FILE` (or its folder) names.
+
+    Of a run it is the newest checkpoint that is whole; those that are not are named on stderr. Raises UserError.
+    """
+    if checkpoint is not None and run is None:
+        path = checkpoint / MODEL if checkpoint.is_dir() else checkpoint
+        return path, *read_model(path)
+    if run is None or checkpoint is not None:
+        raise UserError("name what to use: either --run DIR or --checkpoint FILE.safetensors")
+    folders = _by_age(run / "checkpoints")
+    for folder in folders:
+        try:
+            path = _scored(folder)
+            return path, *read_model(path)
+        except UserError as error:
+            _say(f"{error}; looking at the one before")
+    if folders:
+        raise UserError(f"--run {run}: none of its {len(folders)} checkpoints is whole")
+    raise UserError(f"--run {run}: no checkpoint in it; is it a run directory?")
+
+
+def _scored(folder: Path) -> Path:
+    """The weights of a checkpoint that were evaluated: the average, where there is one. Raises UserError."""
+    try:
+        return folder / (EMA if EMA in _read_record(folder)["files"] else MODEL)
+    except _DAMAGE as error:
+        raise _not_whole(folder, error) from None
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """state.json of the checkpoint in a folder of its name. Raises what _DAMAGE holds."""
+    record = read_state_file(path)
     if record["step"] != _step(path):
         raise ValueError(f"{STATE} is of another step")
-    for name in ("config", "identity", "files"):
-        if not isinstance(record[name], dict):
-            raise ValueError(f"{name} is no table")
     return record
 
 
@@ -186,12 +226,13 @@ def _read_whole(path: Path, about: Mapping[str, Any]) -> bytes:
     """The file that `about` describes. Raises OSError, ValueError, KeyError."""
     if path.name not in (MODEL, OPTIMIZER, EMA):
         raise ValueError(f"{path.name!r} has no place in a checkpoint")
-    if path.stat().st_size != about["bytes"]:
-        raise ValueError(f"{path.name} has another size than was written")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != about["sha256"]:
-        raise ValueError(f"{path.name} is not the file that was written")
+    check_bytes(path.name, data, about)
     return data
+
+
+def _not_whole(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not whole ({' '.join(str(error).split())[:200]})")
 
 
 def _by_age(directory: Path) -> list[Path]:
@@ -205,18 +246,7 @@ def _step(path: Path) -> int:
     return int(path.name[5:].split(".")[0])
 
 
-def find_model(run: Path | None, checkpoint: Path | None) -> Path:
-    """The weights that `--run DIR` (its newest checkpoint) or `--checkpoint FILE` (or its folder) names.
-
-    Raises UserError.
-    """
-    if checkpoint is not None and run is None:
-        return checkpoint / MODEL if checkpoint.is_dir() else checkpoint
-    if run is None or checkpoint is not None:
-        raise UserError("name what to use: either --run DIR or --checkpoint FILE.safetensors")
-    # the average is what was evaluated, where there is one
-    models = (path / name for path in _by_age(run / "checkpoints") for name in (EMA, MODEL))
-    found = next((model for model in models if model.is_file()), None)
-    if found is None:
-        raise UserError(f"--run {run}: no checkpoint in it; is it a run directory?")
-    return found
+def _say(text: str) -> None:
+    """A line on stderr, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file=sys.stderr)

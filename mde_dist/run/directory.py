@@ -12,18 +12,21 @@ RUN/logs/            the output of each rank, see logs.py
 RUN/failed/          the state before a batch whose loss or gradient was not finite, to look at with --debug-from
 """
 
+import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, TextIO
 
+from .. import __version__
 from ..console import say
 from ..errors import UserError
 from ..files import write_atomic, writing
-from .checkpoint import MODEL, Checkpoint, load_newest, save_checkpoint
+from ..weights import MODEL
+from .checkpoint import Checkpoint, load_newest, save_checkpoint
 
 PREEMPTED = "PREEMPTED"
 
@@ -31,10 +34,20 @@ PREEMPTED = "PREEMPTED"
 class RunDirectory:
     """Use it in a `with`: it is locked meanwhile. Only the process with `writes` (rank 0) locks and writes."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], toml: str, writes: bool):
-        """`identity`: what makes this run this run, by name; a checkpoint of another one is refused."""
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        toml: str,
+        writes: bool,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        """`identity`: what makes this run this run, by name; a checkpoint of another one is refused. `defaults`: of all
+        fields of the config, for those that an older version did not have."""
         self.path, self._identity, self._toml, self._writes = path, dict(identity), toml, writes
+        self._defaults = defaults
         self._lock: TextIO | None = None
+        self._warned = False
 
     def __enter__(self) -> "RunDirectory":
         if self._writes:
@@ -46,17 +59,27 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()  # which unlocks it; so does the death of the process
 
-    def resume(self, tell: Any = say) -> Checkpoint | None:
-        """The newest whole checkpoint. Raises UserError where it is of another run."""
-        found = None
+    def resume(self, tell: Callable[[str], None] = say) -> Checkpoint | None:
+        """The newest whole checkpoint. Raises UserError where it is of another run, or where none of some is whole."""
+        found, broken = None, 0
         for item in load_newest(self.path / "checkpoints"):
             if isinstance(item, Checkpoint):
                 found = item
-            elif self._writes:
-                tell(item)
+            else:
+                broken += 1
+                if self._writes:
+                    tell(item)
+        if found is None and broken:
+            raise UserError(
+                f"--run {self.path}: none of its {broken} checkpoints can be read (see above); put whole ones back, or "
+                "choose another --run to begin anew"
+            )
         if found is None:
             return None
-        changed = differences(found.identity, self._identity)
+        self._refuse_unknown(found)
+        known = {name: value for name, value in found.identity.items() if name in self._identity}
+        before = {name: self._defaults.get(name) for name in self._identity} | known
+        changed = differences(before, self._identity)
         if changed:
             raise UserError(
                 f"--run {self.path} holds a run of another config: {'; '.join(changed)}; choose another --run for this "
@@ -64,11 +87,23 @@ class RunDirectory:
             )
         return found
 
-    def note_change(self, checkpoint: Checkpoint, values: Mapping[str, Any], tell: Any = say) -> None:
-        """Say which of these config values the checkpoint was made with others of: they may change, but they matter."""
-        before = {name: checkpoint.config.get(name) for name in values}
+    def note_change(
+        self, checkpoint: Checkpoint, values: Mapping[str, Any], then: str = "", tell: Callable[[str], None] = say
+    ) -> None:
+        """Say which of these config values the checkpoint was made with others of: they may change, but they matter.
+        `then`: what follows from it."""
+        before = {name: checkpoint.config.get(name, self._defaults.get(name)) for name in values}
         for change in differences(before, values) if self._writes else ():
-            tell(f"note: {change} from sample {checkpoint.state.samples_seen} on")
+            tell(f"note: {change} from sample {checkpoint.state.samples_seen} on{then}")
+
+    def refuse_less(self, checkpoint: Checkpoint, samples: int) -> None:
+        """Raises UserError where `train.samples` was lowered to less than the checkpoint has seen."""
+        seen, before = checkpoint.state.samples_seen, checkpoint.config.get("train.samples", samples)
+        if samples < seen and samples != before:
+            raise UserError(
+                f"train.samples = {samples}: the run in {self.path} has seen {seen} already; give at least as many, or "
+                "choose another --run"
+            )
 
     def start(self) -> None:
         """Note the config; a run that goes on is not preempted any more."""
@@ -85,8 +120,26 @@ class RunDirectory:
         """Write down the state before a step that failed, where no run goes on from."""
         return self._save("failed", files, record, 1, None)
 
-    def _save(self, name: str, files: Mapping[str, bytes], record: Mapping[str, Any], *keep: Any) -> Path:
-        return save_checkpoint(self.path / name, files, {**record, "identity": self._identity}, *keep)
+    def _save(
+        self, name: str, files: Mapping[str, bytes], record: Mapping[str, Any], keep: int, best: int | None
+    ) -> Path:
+        whole = {**record, "identity": self._identity}
+        return save_checkpoint(self.path / name, files, whole, keep, best, warn=self._warn_once)
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            say(f"warning: {text}")
+        self._warned = True
+
+    def _refuse_unknown(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError where a newer version made it, with fields that nobody here can obey."""
+        unknown = [name for name in checkpoint.identity if name not in {**self._defaults, **self._identity}]
+        if unknown:
+            raise UserError(
+                f"--run {self.path} holds a run of another version of mde_dist: {unknown[0]} was "
+                f"{checkpoint.identity[unknown[0]]}, which this one ({__version__}) does not know; go on with that "
+                "version, or choose another --run"
+            )
 
     def mark_preempted(self, text: str) -> None:
         """For job scripts: this run wants to be continued."""
@@ -120,7 +173,8 @@ class RunDirectory:
             raise UserError(f"--run {self.path}: another training is at work in it ({holder})") from None
         for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # by a process that died while it wrote
             if left.is_file():  # a checkpoint's goes when the next one stands
-                left.unlink()
+                with contextlib.suppress(OSError):
+                    left.unlink()
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

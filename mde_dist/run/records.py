@@ -5,8 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..console import say
 from ..errors import UserError
 from ..files import write_atomic, writing
+
+MOST = 1 << 53
+"""Samples: more are no float."""
+_LARGEST = 1e100
+"""Of a value: sums and ratios of larger ones might not be finite."""
+_NAMED = 3  # bad lines that are named by their number
 
 
 class RecordFile:
@@ -49,22 +56,60 @@ class RecordFile:
 def keep_until(path: Path, samples_seen: int, evaluated: int) -> list[dict[str, Any]]:
     """Drop the lines that the checkpoint to go on from knows nothing of, at sample 0 all of them -> the others.
 
-    A run that was cut off wrote them, and they will be written again.
+    A run that was cut off wrote them, and they will be written again. Lines that are no records go as well; they are
+    said.
     """
     if not path.is_file():
         return []
-    records = read_records(path) if samples_seen else []  # a run that begins anew scores the baselines again
+    records, note = read_lines(path) if samples_seen else ([], "")  # a run that begins anew scores the baselines again
+    if note:
+        say(f"note: {note}")
     kept = [r for r in records if r["samples"] <= (evaluated if "evaluation" in r else samples_seen)]
     write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # cut off in mid-line: the process died while writing it
-    return records
+    """The lines of a metrics.jsonl that are records, in their order. Raises OSError."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a metrics.jsonl, and a line about those of its lines that are none; empty where there are none.
+
+    A record is a table with `samples`, a count. One that has an `evaluation` has `abs_rel` and `images` as numbers, one
+    that has a `start` has a table there. Raises OSError.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    found = [_record(line) for line in lines]
+    bad = [str(place) for place, record in enumerate(found, 1) if record is None]
+    last = _record(rest)  # of a line that was cut off nothing is said: the process died while writing it
+    note = ""
+    if bad:
+        named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if bad[_NAMED:] else "")
+        note = f"{path}: line{'s' if bad[1:] else ''} {named}: no record, left out"
+    return [record for record in (*found, last) if record is not None], note
+
+
+def number(value: object) -> float | None:
+    """A number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not abs(value) < _LARGEST:  # of nan, too
+        return None
+    return float(value) if abs(value) > 1 / _LARGEST else 0.0
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, which may hold anything."""
+    try:
+        record = json.loads(line.decode(), parse_constant=lambda name: None)  # JSON knows no nan
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("samples")) is not int or not 0 <= record["samples"] <= MOST:
+        return None
+    if not isinstance(record.get("start", {}), dict):
+        return None
+    names = [record[name] for name in ("evaluation", "baseline") if name in record]
+    scored = not names or None not in (number(record.get("abs_rel")), number(record.get("images")))
+    return record if scored and all(isinstance(name, str) for name in names) else None

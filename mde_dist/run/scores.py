@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ..console import open_console, say
+from .records import number
 
 BLOG = {"abs_rel": 0.179, "delta1": 0.73}
 """What the recipe that this project started from reports on NYU Depth v2: for orientation, under another protocol."""
@@ -44,13 +45,14 @@ class Scores:
             rows += [(f"model at sample {self.last['samples']}", self.last)]
             rows += [(f"best, at sample {self.best['samples']}", self.best)]
         rows += [(record["baseline"], record) for record in self.baselines]
-        names = [name for name in _METRICS if any(name in record for _, record in rows)]
+        values = [(title, {name: number(record.get(name)) for name in _METRICS}) for title, record in rows]
+        names = [name for name in _METRICS if any(known[name] is not None for _, known in values)]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
         table.add_column("")
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
-        for title, record in rows:
-            table.add_row(title, *(f"{record[name]:.4f}" if name in record else "" for name in names))
+        for title, known in values:
+            table.add_row(title, *("" if known[name] is None else f"{known[name]:.4f}" for name in names))
         blog = (str(BLOG.get(name, "")) for name in names)
         table.add_row("the blog's ResNet18, NYU Depth v2", *blog, style="dim")
         return table

@@ -21,9 +21,9 @@ from mde_dist.errors import UserError
 from mde_dist.learning.metrics import to_size
 from mde_dist.learning.model import restore
 from mde_dist.results import read_record
-from mde_dist.run.checkpoint import read_model
 from mde_dist.run.distributed import check_world
 from mde_dist.showcase import read_showcase
+from mde_dist.weights import read_model
 
 pytestmark = pytest.mark.distributed
 
