@@ -16,6 +16,7 @@ import torch
 from ..config import as_toml
 from ..errors import UserError
 from ..files import write_atomic, writing
+from ..run.launcher import PARENT
 from ..run.preemption import StopFlag
 from ..run.records import read_records
 from .table import Training
@@ -130,6 +131,7 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
     # a launcher dies at signals and leaves the ranks behind, unless told to pass them on
     env["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
     env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    env[PARENT] = str(os.getpid())
     gpus = gpus_of(slot, work.processes)
     if gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

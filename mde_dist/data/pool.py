@@ -1,6 +1,7 @@
 """Jobs over worker processes, with a count of the samples done so far."""
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,15 @@ _counter: Any = None  # samples done, shared by the workers
 def _set_counter(counter: Any) -> None:
     global _counter
     _counter = counter
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def count(samples: int) -> None:

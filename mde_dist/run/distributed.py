@@ -19,6 +19,7 @@ from torch import distributed, nn
 
 from ..console import say
 from ..errors import OtherRankError, RankError, UserError
+from .launcher import watched_launcher
 
 SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
 """The way to start several processes that works with and without GPUs."""
@@ -49,44 +50,47 @@ def processes(
     which a collective that waits for a lost rank ends the run. Raises UserError where the processes would train
     independently of one another.
     """
+    global _hosts
     promised = promised_processes()
     cpu = not torch.cuda.is_available() and not _other_accelerator()
     # the CPU's 1x1 convolutions give channels-last gradients, which DDP copies: right, and too small to matter
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerator = Accelerator(
+    options = [
+        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+        # buffers are needed alike for evaluating and saving only: see `share_buffers`
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=bucket_mb,
+            comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
+        ),
+    ]
+    with watched_launcher() as joined:
         # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
-        cpu=cpu,
-        mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
-            # buffers are needed alike for evaluating and saving only: see `share_buffers`
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                bucket_cap_mb=bucket_mb,
-                comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
-            ),
-        ],
-    )
-    check_world(accelerator.num_processes, promised)
-    if cpu:
-        # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    global _hosts
-    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
-        _hosts = hosts_group(timeout)
-    try:
-        yield accelerator
-    finally:
-        _hosts = None
-        # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
-        accelerator.free_memory()
-        gc.collect()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
+            kwargs_handlers=options,
+        )
+        joined.set()
+        check_world(accelerator.num_processes, promised)
+        if cpu:
+            # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+            _hosts = hosts_group(timeout)
+        try:
+            yield accelerator
+        finally:
+            _hosts = None
+            # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
+            accelerator.free_memory()
+            gc.collect()
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 def promised_processes() -> int:

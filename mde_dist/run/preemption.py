@@ -1,6 +1,5 @@
 """Signals -> a flag. The loop asks all ranks about it once a step, so that every rank stops at the same one."""
 
-import os
 import signal
 import socket
 import threading
@@ -9,22 +8,17 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and by `accelerate launch`
 
 
 class StopFlag:
-    """Raised by a signal to this process or (see peers.py) to another rank, or by the death of the launcher."""
+    """Raised by a signal to this process or (see peers.py) to another rank."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The first one that came."""
         self._interrupted = False
-        # ranks live in sessions of their own: a launcher that is killed leaves them training on, unseen
-        self._launcher = os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
 
     def __bool__(self) -> bool:
-        if self.signal is None and self._launcher is not None and os.getppid() != self._launcher:
-            self.signal = signal.SIGTERM
         return self.signal is not None
 
     @contextmanager
