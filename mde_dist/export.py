@@ -26,9 +26,9 @@ from .card import Program, write_card
 from .command import Size, parse, run_command
 from .console import say
 from .data.augment import resize_image
+from .data.images import IMAGE_SUFFIXES
 from .data.samples import DamagedSample
 from .data.shards import open_split
-from .data.sources import IMAGE_SUFFIXES
 from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards

@@ -71,7 +71,7 @@ class ShardConfig:
     """How depth is stored, always lossless: blosc decodes about 25 times as fast as png, zst seven times and is smaller
     where holes are filled; png is for interchange."""
     jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
-    """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
+    """Of images that are resized, turned upright, or are no baseline JPEG; the others keep their own bytes."""
     dry_run: bool = False
     """Pack nothing: say what the source was recognised as, in which units and with how many holes, draw eight pairs,
     and name what packing would refuse (exit code 2 then)."""
@@ -191,9 +191,10 @@ def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> 
     show_splits(console, manifest, output)
     for name, split in manifest.raw["splits"].items():
         if split["reencoded_images"]:
-            say(
-                f"{name}: {split['reencoded_images']:,} images stored as new JPEG (resized, or no baseline JPEG before)"
-            )
+            why = "resized, turned, or no baseline JPEG before"
+            say(f"{name}: {split['reencoded_images']:,} images stored as new JPEG ({why})")
+        if split["turned_images"]:
+            say(f"{name}: {split['turned_images']:,} images turned as their EXIF data say; depth is taken as upright")
         if split["skipped"]:
             say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
     pairs = sum(split.samples for split in manifest.splits.values())

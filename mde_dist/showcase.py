@@ -118,7 +118,7 @@ def write_showcase(
 def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
     """Whether it is these images that are kept already."""
     try:
-        with Image.open(folder / "image.png") as picture:
+        with Image.open(folder / "image.png", formats=["PNG"]) as picture:
             same = picture.size == (image.shape[2], image.shape[0] * image.shape[1])
         return same and json.loads((folder / "keys.json").read_text()) == list(keys)
     except _DAMAGE:
@@ -147,7 +147,7 @@ def read_showcase(run: Path) -> Showcase | None:
 
 def _read(path: Path, count: int) -> np.ndarray:
     """A picture of several, one above the other -> (count, height, width, …)."""
-    with Image.open(path) as picture:
+    with Image.open(path, formats=["PNG"]) as picture:
         pixels = np.asarray(picture)
     pixels = pixels.astype(np.uint8 if pixels.ndim == 3 else np.uint16)
     return pixels.reshape(count, -1, *pixels.shape[1:])

@@ -66,6 +66,13 @@ def doubts(source: Source, probes: Mapping[str, Probe]) -> list[str]:
                 f"{name}: a median depth of {median:.2f} m is possible, but unusual ({low:g}..{high:g} m); look at the "
                 f"unit, and give another as --depth-scale {name}=VALUE"
             )
+        turned = probes[name].orientations
+        if turned:
+            kinds = ", ".join(map(str, sorted(set(turned))))
+            found.append(
+                f"{name}: {len(turned)} of the {probes[name].tried} images tried are turned by their EXIF data "
+                f"(orientation {kinds}); they are turned upright, and depth is taken as upright already"
+            )
         bad = probes[name].bad
         if bad:
             found.append(f"{name}: {len(bad)} of the {probes[name].tried} pairs tried cannot be used: {bad[0]}")

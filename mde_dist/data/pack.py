@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from .. import __version__
 from ..errors import UserError
-from ..files import atomic_file, sha256_of, sync_directory, write_atomic
+from ..files import atomic_file, leads_nowhere, sha256_of, sync_directory, write_atomic
 from . import depth
 from .holdout import VAL, hold_out
 from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
@@ -33,6 +33,8 @@ from .statistics import Statistics
 from .tars import index_rows, scan
 from .writer import ShardWriter
 
+_DECODING = 2  # of images; counted up where the same source gives other pixels, or a part file other arrays
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -41,7 +43,7 @@ class PackOptions:
     samples_per_shard: int = 256
     codec: str = "blosc"
     jpeg_quality: int = 95
-    """Of images that are resized or are no baseline JPEG; the others keep their own bytes."""
+    """Of images that are resized, turned, or are no baseline JPEG; the others keep their own bytes."""
     limit: int | None = None
     """Pairs per split, the first ones of the source."""
     skip_bad: bool = False
@@ -65,7 +67,7 @@ def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, lis
     for name, split in source.splits.items():
         pairs = list(split.pairs[: options.limit])
         absent = {pair.key: source.missing(pair) for pair in pairs}
-        missing[name] = [f"{files[0]} is missing" for files in absent.values() if files]
+        missing[name] = [_why_absent(files[0]) for files in absent.values() if files]
         if missing[name] and not options.skip_bad:
             raise UserError(
                 f"split {name}: {missing[name][0]} ({len(missing[name])} of {len(pairs)} pairs lack a file); "
@@ -80,6 +82,10 @@ def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, lis
             group = tuple(pairs[start : start + options.samples_per_shard])
             jobs.append(Job(f"{name}-{number:06d}", name, group))
     return jobs, missing
+
+
+def _why_absent(path: Path) -> str:
+    return f"{path} is {'a link that leads nowhere' if leads_nowhere(path) else 'missing'}"
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
             else:
                 meta = {"scene": pair.scene, "source": pair.image, "split": job.split}
                 writer.write(pair.key, jpeg, depth.encode(millimetres, work.options.codec), meta)
-                statistics.add(millimetres, reencoded=jpeg is not raw.jpeg)
+                statistics.add(millimetres, reencoded=jpeg is not raw.jpeg, turned=raw.orientation != 1)
             count(1)
     return index_rows(tar, scan(tar).samples), bad
 
@@ -221,7 +227,8 @@ def _fingerprint(work: Work, job: Job) -> str:
     options = [work.size, work.options.codec, work.options.jpeg_quality]
     pairs = [[pair.key, pair.scene, *work.source.stamp(pair)] for pair in job.pairs]
     scale = repr(work.source.splits[job.split].scale)
-    return hashlib.sha256(json.dumps([FORMAT, VERSION, __version__, options, scale, pairs]).encode()).hexdigest()
+    versions = [FORMAT, VERSION, __version__, _DECODING]
+    return hashlib.sha256(json.dumps([*versions, options, scale, pairs]).encode()).hexdigest()
 
 
 def _fit(path: Path, raw: RawPair, size: tuple[int, int], options: PackOptions) -> tuple[bytes, np.ndarray]:
@@ -271,6 +278,7 @@ def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dic
             "depth_scale": str(split.scale),
             "depth_map": split.depth_map,
             "reencoded_images": int(statistics.reencoded[0]),
+            "turned_images": int(statistics.turned[0]),
             "skipped": skipped,
             **work.records.get(name, {}),
         }

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import refuse_dead_links
+from .images import IMAGE_FORMATS
 from .manifest import MAX_SIDE
 from .samples import Samples
 
@@ -129,7 +130,7 @@ def _find(place: Path) -> tuple[list[Path], list[str]]:
 
 def _is_coloured(path: Path) -> bool:
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
+        with Image.open(path, formats=IMAGE_FORMATS) as picture:
             return picture.mode in ("RGB", "RGBA", "P", "LA", "CMYK")
     except (OSError, ValueError, Image.DecompressionBombError):
         return False  # said when it is read

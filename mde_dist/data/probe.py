@@ -38,6 +38,8 @@ class Probe:
     """Pairs that were read, or could not be."""
     bad: tuple[str, ...]
     """Why some could not be read."""
+    orientations: tuple[int, ...] = ()
+    """EXIF orientations of the images that are not stored upright."""
 
 
 def probe(source: Source) -> dict[str, Probe]:
@@ -70,6 +72,7 @@ def probe(source: Source) -> dict[str, Probe]:
             tuple(sorted({pair.depth_format for pair in raw})),
             len(chosen),
             tuple(bad),
+            tuple(pair.orientation for pair in raw if pair.orientation != 1),
         )
     return probes
 

@@ -17,17 +17,20 @@ class Statistics:
     valid: np.ndarray
     """int64 (height, width): maps with a measurement at the pixel."""
     reencoded: np.ndarray
-    """int64 (1,): images that were resized or were no baseline JPEG."""
+    """int64 (1,): images that were resized, turned, or were no baseline JPEG."""
+    turned: np.ndarray
+    """int64 (1,): images that were turned upright as their EXIF data say."""
 
     @classmethod
     def empty(cls, size: tuple[int, int]) -> "Statistics":
-        return cls(*(np.zeros(shape, np.int64) for shape in ((65536,), size, size, (1,))))
+        return cls(*(np.zeros(shape, np.int64) for shape in ((65536,), size, size, (1,), (1,))))
 
-    def add(self, millimetres: np.ndarray, reencoded: bool) -> None:
+    def add(self, millimetres: np.ndarray, reencoded: bool, turned: bool = False) -> None:
         self.histogram += np.bincount(millimetres.reshape(-1), minlength=65536)
         self.total += millimetres
         self.valid += millimetres > 0
         self.reencoded += reencoded
+        self.turned += turned
 
     def merge(self, other: Mapping[str, np.ndarray]) -> None:
         for name, array in vars(self).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.sources import IMAGE_SUFFIXES
+from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError
 from .ahead import in_order, threads
 from .images import Unreadable, is_depth_map, read_image

@@ -14,13 +14,11 @@ From a file's bytes to a recognised data set, each of these imports only from th
 """
 
 from .pairs import BadPair, DepthMap, Pair, RawPair, Source, Split
-from .pictures import IMAGE_SUFFIXES, reason
 from .recognise import EXPECTED, LAYOUTS, open_source
 from .rendered import ROOMS_SPLITS, rooms
 
 __all__ = [
     "EXPECTED",
-    "IMAGE_SUFFIXES",
     "LAYOUTS",
     "ROOMS_SPLITS",
     "BadPair",
@@ -30,6 +28,5 @@ __all__ = [
     "Source",
     "Split",
     "open_source",
-    "reason",
     "rooms",
 ]

@@ -8,7 +8,7 @@ from .choice import Choice
 from .lists import find_list, pairs_of
 from .pairs import Source, Split
 from .pictures import PictureReader
-from .tree import FolderTree, Tree
+from .tree import FolderTree, Tree, is_named
 
 EXPECTED = "data/nyu2_train.csv or data/nyu2_test.csv"
 
@@ -17,7 +17,7 @@ def densedepth(tree: Tree, choice: Choice) -> Source | None:
     bases = [tree, tree.below("nyu_data")]
     if isinstance(tree, FolderTree) and tree.root.name == "data":
         bases.append(FolderTree(tree.root.parent))  # rows start above `data`
-    has = [base for base in bases if any(base.is_file(f"data/nyu2_{split}.csv") for split in ("train", "test"))]
+    has = [base for base in bases if any(is_named(base, f"data/nyu2_{split}.csv") for split in ("train", "test"))]
     if not has and not (choice.lists and choice.layout == "densedepth"):
         return None
     base, splits = has[0] if has else tree, {}

@@ -2,20 +2,27 @@
 
 from ...errors import UserError
 from ..depth import DepthScale
+from ..images import IMAGE_SUFFIXES, UnreadableImage
 from .choice import Choice
 from .lists import FileList, pairs_of
 from .pairs import Source, Split
-from .pictures import IMAGE_SUFFIXES, PictureReader, depth_bits
-from .tree import Tree, Unreadable
+from .pictures import PictureReader, depth_bits
+from .tree import Tree, Unreadable, whole_folders
 
 EXPECTED = "images/NAME.* with depth/NAME.png, or one such folder per split"
 
 
 def folder(tree: Tree, choice: Choice) -> Source | None:
-    bases = {"train": ""} if "images" in tree.folders("") else {name: name for name in tree.folders("")}
-    splits = {}
+    whole = "images" in {*tree.folders(""), *tree.files("")}  # files: a link that leads nowhere is one
+    bases = {"train": ""} if whole else {name: name for name in tree.folders("")}
+    splits, notes = {}, []
     for split, base in bases.items():
-        if not {"images", "depth"} <= set(tree.folders(base)):
+        try:
+            within_it = {*tree.folders(base), *tree.files(base)}
+        except UserError as error:
+            notes.append(f"{error}, and was left out")
+            continue
+        if not within_it & {"images", "depth"} or not {"images", "depth"} <= set(whole_folders(tree, base)):
             continue
         choice.none("a plain folder")
         within = f"{base}/" if base else ""
@@ -26,7 +33,10 @@ def folder(tree: Tree, choice: Choice) -> Source | None:
         scale = choice.given(split) or _guess(tree, [row[1] for row in rows], split)
         pairs = pairs_of(FileList(tree.root / base, rows), "", f"{within}images")
         splits[split] = Split(pairs, scale)
-    return Source("folder", tree.root, splits, PictureReader(tree)) if splits else None
+    if not splits:
+        return None
+    whole_folders(tree, "")  # one that leads nowhere would be a split that is missed
+    return Source("folder", tree.root, splits, PictureReader(tree), tuple(notes))
 
 
 def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:
@@ -34,7 +44,7 @@ def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:
     name = next((name for name in names if tree.is_file(name)), names[0])
     try:
         bits = depth_bits(tree, name)
-    except (OSError, Unreadable, ValueError, SyntaxError, Warning):
+    except (Unreadable, UnreadableImage):
         bits = None
     if bits is None:
         raise UserError(f"{tree.root / name}: missing or unreadable; every image needs a depth map of its name")

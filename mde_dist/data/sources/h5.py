@@ -20,7 +20,7 @@ from .choice import Choice
 from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
 from .lists import FileList, find_base, find_list, inside, key_of
 from .pairs import BadPair, Pair, RawPair, Source, Split
-from .tree import FolderTree, Tree, Unreadable, check_size
+from .tree import FolderTree, Tree, Unreadable, check_size, whole_folders
 
 EXPECTED = "train/SCENE/00001.h5 and val/official/00001.h5, or train-000000.tar and val-000000.tar of such files"
 _NAMES = {"train": "train", "test": "val"}  # our split -> its name here
@@ -64,7 +64,7 @@ def _walked(tree: Tree, split: str) -> FileList | None:
         above = "/".join(filter(None, (base, name)))
         rows = [
             [f"{name}/{scene}/{file}"]
-            for scene in tree.folders(above)
+            for scene in whole_folders(tree, above)
             for file in tree.files(f"{above}/{scene}")
             if file.endswith(".h5")
         ]
@@ -141,7 +141,7 @@ def _tars(tree: Tree, choice: Choice) -> Source | None:
     for folder in ("", "data"):
         names = [name for name in tree.files(folder) if re.fullmatch(r"(train|val|test)-\d+\.tar", name)]
         tars = [str(PurePosixPath(folder, name)) for name in names]
-        if tars and _holds_h5(tree.root / tars[0]):
+        if any(_holds_h5(tree.root / tar) for tar in tars):
             break
     else:
         return None

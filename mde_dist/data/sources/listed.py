@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from ..depth import MILLIMETRES
+from ..images import IMAGE_SUFFIXES
 from .choice import Choice
 from .lists import FileList, find_base, find_list, pairs_of
 from .pairs import AS_GIVEN, Source, Split
-from .pictures import IMAGE_SUFFIXES, PictureReader
-from .tree import Tree
+from .pictures import PictureReader
+from .tree import Tree, is_named, whole_folders
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,13 @@ def _walk(tree: Tree) -> dict[str, FileList]:
     found = {}
     for split in ("train", "test"):
         rows = []
-        for scene in tree.folders(split):
+        for scene in whole_folders(tree, split):
             for name in tree.files(f"{split}/{scene}"):
                 if re.fullmatch(r"rgb_\d+\.png", name):
                     names = [name, *(name.replace("rgb_", what) for what in ("depth_", "filled_"))]
                     rows.append([f"{split}/{scene}/{name}" for name in names])
-        if rows and tree.is_file(rows[0][1]):
-            if not tree.is_file(rows[0][2]):
+        if rows and is_named(tree, rows[0][1]):
+            if not is_named(tree, rows[0][2]):
                 rows = [row[:2] for row in rows]
             found[split] = FileList(tree.root / split, rows)
     return found

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ...errors import UserError
 from .pairs import Pair
-from .tree import MAX_FILE, FolderTree, Tree, Unreadable
+from .tree import MAX_FILE, FolderTree, Tree, Unreadable, is_named
 
 Row = list[str]
 _FIRST_ROWS = 8  # with which the folder is sought that paths start from
@@ -28,10 +28,13 @@ class FileList:
 
 
 def find_list(tree: Tree, names: Iterable[str], given: Path | None = None, comma: bool = False) -> FileList | None:
-    """The list `given`, or else the first of `names` that is there; None where none is. Raises UserError."""
+    """The list `given`, or else the first of `names` that is there; None where none is.
+
+    Raises UserError, also where the first is a link that leads nowhere.
+    """
     if given is not None:
         return parse_list(given, _unpacked(given, _read(FolderTree(given.parent), given.name)), comma)
-    found = next((name for name in names if tree.is_file(name)), None)
+    found = next((name for name in names if is_named(tree, name)), None)
     return None if found is None else parse_list(tree.root / found, _read(tree, found), comma)
 
 
@@ -80,7 +83,7 @@ def find_base(tree: Tree, listed: FileList, bases: Sequence[str], column: int = 
     deeper = (str(PurePosixPath(folder, base)) for folder in tree.folders("") for base in bases)
     for base in itertools.chain(bases, deeper):
         for row in listed.rows[:_FIRST_ROWS]:
-            if len(row) > column and tree.is_file(str(PurePosixPath(base, row[column].lstrip("/")))):
+            if len(row) > column and is_named(tree, str(PurePosixPath(base, row[column].lstrip("/")))):
                 return base
     return bases[0]
 

@@ -45,10 +45,12 @@ class RawPair:
     image: np.ndarray
     depth: np.ndarray
     jpeg: bytes | None = None
-    """The source's own bytes where they are a baseline RGB JPEG, so that they can be stored as they are."""
+    """The source's own bytes where they are an upright baseline RGB JPEG, so that they can be stored as they are."""
     image_format: str = ""
     depth_format: str = ""
     """How they are stored, in words: `JPEG`, `8-bit PNG`, `float32 array`."""
+    orientation: int = 1
+    """EXIF orientation of the image's file, 1..8; `image` is upright always."""
 
 
 class Reader(Protocol):
@@ -77,12 +79,21 @@ class Source:
     """What was decided while it was recognised, a line each, for the user to check."""
 
     def read(self, pair: Pair, scale: DepthScale) -> RawPair:
-        """Read and check one pair, which may be all holes. Raises BadPair with the path and what is wrong."""
+        """Read and check one pair, which may be all holes. Raises BadPair with the path and what is wrong.
+
+        The image is turned as its EXIF data say; the depth map is taken to be upright already.
+        """
         raw = self.reader.read(pair, scale)
         if raw.image.shape[:2] != raw.depth.shape:
+            shown = _hxw(raw.image.shape)
+            if raw.orientation >= 5:  # a quarter turn
+                shown += (
+                    f" when it is turned as its EXIF data say (orientation {raw.orientation}), and nothing says "
+                    "whether the depth is to be turned as well; store both upright, without that entry"
+                )
             raise BadPair(
                 f"{self.place(pair.depth)} is {_hxw(raw.depth.shape)}, but its image {self.place(pair.image)} is "
-                f"{_hxw(raw.image.shape)}"
+                f"{shown}"
             )
         return raw
 

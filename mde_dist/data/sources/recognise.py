@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ...errors import UserError
+from ...files import leads_nowhere
 from ..depth import DepthScale
 from ..manifest import NAME as MANIFEST
 from . import densedepth, folder, h5, labeled, listed
@@ -73,8 +74,10 @@ def _find(root: Path, choice: Choice) -> Source:
             source = LAYOUTS[name](tree, choice)
             if source:
                 return source
+    dead = [name for name in tree.files("") if leads_nowhere(tree.root / name)]
+    links = f" ({', '.join(dead[:3])}{' …' * (len(dead) > 3)} in it: links that lead nowhere)" if dead else ""
     raise UserError(
-        f"--source {root} is not a data set that mde_dist knows; it looked for "
+        f"--source {root} is not a data set that mde_dist knows{links}; it looked for "
         + "; ".join(f"{name}: {EXPECTED[name]}" for name in names)
     )
 
@@ -87,7 +90,8 @@ def _trees(root: Path) -> list[Tree]:
     elif root.exists():
         tree = ZipTree(root)
     else:
-        raise UserError(f"--source {root}: no such folder")
+        what = "a link that leads nowhere" if leads_nowhere(root) else "no such folder"
+        raise UserError(f"--source {root}: {what}")
     if tree.is_file(MANIFEST):
         raise UserError(f"--source {root} holds packed shards already: train on them with --data.shards {root}")
     only = tree.folders("")

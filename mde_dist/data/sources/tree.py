@@ -8,10 +8,11 @@ import threading
 import zipfile
 import zlib
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ...errors import UserError
+from ...files import leads_nowhere, refuse_dead_links
 
 MAX_FILE = 64 * 2**20
 """Bytes of the largest file that is read whole; the largest picture of a data set is far below."""
@@ -49,10 +50,14 @@ class Tree(Protocol):
         """What changes when the file does. Raises OSError."""
 
     def files(self, folder: str) -> list[str]:
-        """Names of the files directly in a folder, sorted; none where there is no such folder."""
+        """Names of the files directly in a folder, sorted; none where there is no such folder.
+
+        Links that lead nowhere are among them: what they stood for is not to be missed in silence. Raises UserError
+        where the folder cannot be listed.
+        """
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly in a folder, sorted."""
+        """Names of the folders directly in a folder, sorted. Raises UserError where the folder cannot be listed."""
 
     def below(self, folder: str) -> "Tree":
         """The part of the tree below a folder."""
@@ -77,7 +82,8 @@ class FolderTree:
                 check_size(status.st_size)
                 return file.read(status.st_size)  # it reserves what it is asked for
         except (OSError, ValueError) as error:
-            raise Unreadable(getattr(error, "strerror", None) or str(error)) from None
+            why = getattr(error, "strerror", None) or str(error)
+            raise Unreadable("a link that leads nowhere" if leads_nowhere(path) else why) from None
 
     def stamp(self, name: str) -> list[int]:
         status = (self.root / name).stat()
@@ -92,12 +98,46 @@ class FolderTree:
     def _list(self, folder: str, files: bool) -> list[str]:
         try:
             with os.scandir(self.root / folder) as entries:
-                return sorted(entry.name for entry in entries if (entry.is_file() if files else entry.is_dir()))
-        except (OSError, ValueError):
+                return sorted(entry.name for entry in entries if (_is_file(entry) if files else _is_folder(entry)))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return []
+        except OSError as error:
+            raise UserError(f"{self.root / folder} cannot be listed ({error.strerror or error})") from None
 
     def below(self, folder: str) -> "FolderTree":
         return FolderTree(self.root / folder) if folder else self
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file() or (entry.is_symlink() and leads_nowhere(Path(entry.path)))
+    except OSError:  # a link in a circle, or into a folder that is closed
+        return True
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_named(tree: Tree, name: str) -> bool:
+    """True for a file of the tree, and for a link of its name that leads nowhere."""
+    return tree.is_file(name) or leads_nowhere(tree.root / name)
+
+
+def whole_folders(tree: Tree, folder: str) -> list[str]:
+    """The folders of a folder whose folders are splits or scenes. Raises UserError where a link leads nowhere that may
+    be one of them: its pairs would be missed in silence."""
+    links = (tree.root / folder / name for name in tree.files(folder) if not PurePosixPath(name).suffix)
+    refuse_dead_links(link for link in links if not _is_of_annex(link))
+    return tree.folders(folder)
+
+
+def _is_of_annex(link: Path) -> bool:
+    """True for a link of git-annex, which stands for a file always."""
+    return link.is_symlink() and "/annex/objects/" in str(link.readlink())
 
 
 class ZipTree:

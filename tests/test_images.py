@@ -1,0 +1,240 @@
+"""One image, whoever reads it: what is packed, scored and previewed is what predict sees, and no program is started."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from trees import SIZE, jpeg_bytes, millimetres, packed, picture, silent, write
+
+from mde_dist.data.manifest import NAME
+from mde_dist.data.pack import PackOptions, pack
+from mde_dist.data.predictions import open_predictions
+from mde_dist.data.shards import open_split
+from mde_dist.data.source_samples import SourceSamples
+from mde_dist.data.sources import BadPair, RawPair, open_source
+from mde_dist.errors import UserError
+from mde_dist.export import from_files
+from mde_dist.predicting.images import Unreadable, read_image
+from mde_dist.source import open_checked
+
+SEED = 7
+GREY = picture(SEED)[..., 0]
+CLEAR = np.s_[:, : SIZE[1] // 2]
+"""Where pictures are transparent."""
+
+
+def saved(image: np.ndarray | Image.Image, form: str, orientation: int = 1, **options: object) -> bytes:
+    image, buffer = image if isinstance(image, Image.Image) else Image.fromarray(image), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(buffer, form, exif=exif, **options)
+    return buffer.getvalue()
+
+
+def rgb(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    pixels = pixels.copy()
+    pixels[CLEAR] = 255
+    return pixels
+
+
+def with_alpha(pixels: np.ndarray) -> np.ndarray:
+    alpha = np.full(SIZE, 255, np.uint8)
+    alpha[CLEAR] = 0
+    return np.dstack([pixels, alpha])
+
+
+def big_endian() -> Image.Image:
+    return Image.frombytes("I;16B", SIZE[::-1], (GREY.astype(np.uint16) * 257).astype(">u2").tobytes())
+
+
+def palette() -> bytes:
+    image, buffer = Image.fromarray((np.arange(SIZE[0] * SIZE[1]) % 2).reshape(SIZE).astype(np.uint8)), io.BytesIO()
+    image.putpalette([9, 9, 9, 50, 60, 70])
+    image.save(buffer, "PNG", transparency=0)
+    return buffer.getvalue()
+
+
+def several(form: str) -> bytes:
+    first, second = Image.fromarray(picture(SEED)), Image.fromarray(picture(SEED + 1))
+    buffer = io.BytesIO()
+    first.save(buffer, form, save_all=True, append_images=[second], quality=90)
+    return buffer.getvalue()
+
+
+CASES: dict[str, tuple[str, bytes, np.ndarray, int]] = {
+    # suffix, file, RGB as a viewer shows it, by how much the mean of a lossy format may differ
+    "16-bit grey PNG": ("png", saved(GREY.astype(np.uint16) * 257, "PNG"), rgb(GREY), 0),
+    "16-bit grey TIFF": ("tif", saved(GREY.astype(np.uint16) * 257, "TIFF"), rgb(GREY), 0),
+    "big-endian TIFF": ("tif", saved(big_endian(), "TIFF"), rgb(GREY), 0),
+    "RGBA": ("png", saved(with_alpha(picture(SEED)), "PNG"), on_white(picture(SEED)), 0),
+    "LA": ("png", saved(with_alpha(GREY), "PNG"), on_white(rgb(GREY)), 0),
+    "RGBA WEBP": ("webp", saved(with_alpha(picture(SEED)), "WEBP", lossless=True), on_white(picture(SEED)), 0),
+    "palette": ("png", palette(), np.resize(np.array([[255, 255, 255], [50, 60, 70]], np.uint8), (*SIZE, 3)), 0),
+    "BMP": ("bmp", saved(picture(SEED), "BMP"), picture(SEED), 0),
+    "MPO": ("jpg", several("MPO"), picture(SEED), 6),
+    "APNG": ("png", several("PNG"), picture(SEED), 0),
+    "TIFF of two pages": ("tif", several("TIFF"), picture(SEED), 0),
+    "CMYK JPEG": ("jpg", saved(Image.fromarray(picture(SEED)).convert("CMYK"), "JPEG"), picture(SEED), 6),
+    "JPEG named PNG": ("png", jpeg_bytes(picture(SEED)), picture(SEED), 6),
+}
+
+
+def data_set(root: Path, suffix: str, data: bytes, depth: np.ndarray | None = None) -> Path:
+    write(root / f"images/a.{suffix}", data)
+    write(root / "depth/a.png", millimetres(SEED) if depth is None else depth)
+    return root
+
+
+def read(root: Path) -> RawPair:
+    """The only pair, as it is packed."""
+    source = open_source(root)
+    return source.read(source.splits["train"].pairs[0], source.splits["train"].scale)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_packed_is_what_a_viewer_shows_and_predict_sees(tmp_path: Path, case: str) -> None:
+    suffix, data, expected, off = CASES[case]
+    raw = read(data_set(tmp_path, suffix, data))
+    assert np.abs(raw.image.astype(int) - expected).mean() <= off
+    np.testing.assert_array_equal(raw.image, read_image(tmp_path / f"images/a.{suffix}"))
+
+
+def test_what_nothing_says_the_white_of_is_refused(tmp_path: Path) -> None:
+    for values in (np.full(SIZE, 0.5, np.float32), np.full(SIZE, 65536, np.int32), np.full(SIZE, -1, np.int32)):
+        with pytest.raises(BadPair, match="nothing says which of them is white"):
+            read(data_set(tmp_path, "tif", saved(values, "TIFF")))
+
+
+# --- orientation ---
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_image_is_packed_upright_over_upright_depth(tmp_path: Path, orientation: int, form: str) -> None:
+    data = saved(picture(SEED), form, orientation=orientation, lossless=True)
+    with Image.open(io.BytesIO(data)) as judge:
+        upright = np.asarray(ImageOps.exif_transpose(judge).convert("RGB"))
+    data_set(tmp_path, "jpg" if form == "JPEG" else form.lower(), data, millimetres(SEED, upright.shape[:2]))
+    raw = read(tmp_path)
+    assert np.abs(raw.image.astype(int) - upright).max() <= (3 if form == "JPEG" else 0)  # two decoders
+    assert raw.orientation == orientation
+    assert (raw.jpeg is not None) == (form == "JPEG" and orientation == 1)
+
+
+def test_shards_show_it_upright_to_every_reader(tmp_path: Path) -> None:
+    upright = picture(SEED)
+    data_set(tmp_path / "tree", "jpg", saved(upright[::-1, ::-1], "JPEG", orientation=3, quality=95))
+    write(tmp_path / "tree/images/b.jpg", jpeg_bytes(picture(SEED)))
+    write(tmp_path / "tree/depth/b.png", millimetres(SEED))
+    packed(tmp_path / "tree", tmp_path / "shards")
+    assert json.loads((tmp_path / "shards" / NAME).read_text())["splits"]["train"]["turned_images"] == 1
+    with open_split(tmp_path / "shards", "train") as shards:
+        for sample in range(2):
+            image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
+            shards.read_into(sample, image, depth)
+            assert np.abs(image.astype(int) - upright).mean() < 6
+            np.testing.assert_array_equal(depth, millimetres(SEED))
+    source = open_source(tmp_path / "tree")
+    with SourceSamples(source, "train", SIZE) as samples:  # evaluate --source
+        samples.read_into(0, image, depth)
+        assert np.abs(image.astype(int) - upright).mean() < 6
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_depth_of_the_stored_size_cannot_be_told_to_match(tmp_path: Path, orientation: int) -> None:
+    root = data_set(tmp_path / "tree", "jpg", saved(picture(SEED), "JPEG", orientation=orientation))
+    with pytest.raises(BadPair) as error:
+        read(root)
+    said = str(error.value)
+    assert "24x32" in said
+    assert "32x24" in said
+    assert f"orientation {orientation}" in said
+    assert "\n" not in said
+    write(root / "images/b.jpg", jpeg_bytes(picture(0)))
+    write(root / "depth/b.png", millimetres(0))
+    manifest = pack(open_source(root), tmp_path / "out", PackOptions(skip_bad=True), 1, silent)
+    assert manifest.splits["train"].samples == 1
+    assert manifest.raw["splits"]["train"]["skipped"] == [said]
+
+
+def test_turned_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = data_set(tmp_path, "jpg", saved(picture(SEED), "JPEG", orientation=3))
+    open_checked(root, None, ())
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "orientation" in line)
+    assert "1 of the 1 images" in line
+    assert "orientation 3" in line
+    assert "depth is taken as upright" in line
+
+
+@pytest.mark.parametrize("damage", ["no byte order", "no entries", "strange type", "orientation 77"])
+def test_damaged_exif_data_are_no_damage_to_the_pixels(tmp_path: Path, damage: str) -> None:
+    data = saved(picture(SEED), "JPEG", orientation=6)
+    start = data.index(b"Exif\0\0") + 6
+    entry = data.index(struct.pack(">H", 0x0112), start)
+    place, change = {
+        "no byte order": (start, b"XX"),
+        "no entries": (start, bytes(12)),
+        "strange type": (entry + 2, b"\xff\xff"),
+        "orientation 77": (entry + 8, b"\0M"),
+    }[damage]
+    raw = read(data_set(tmp_path, "jpg", data[:place] + change + data[place + len(change) :]))
+    assert raw.image.shape == (*SIZE, 3)
+    assert raw.orientation == 1
+
+
+# --- formats ---
+
+POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 32 24
+%%EndComments
+1 0 0 setrgbcolor 0 0 32 24 rectfill showpage
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is there once somebody has started Ghostscript."""
+    marker, program = tmp_path / "started", tmp_path / "bin/gs"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {marker}\necho 10.0\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    with pytest.raises(Exception), Image.open(io.BytesIO(POSTSCRIPT)) as trap:  # noqa: B017  it answers with no picture
+        trap.load()
+    assert marker.exists(), "PIL starts no Ghostscript any more: the trap is not set"
+    marker.unlink()
+    return marker
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_postscript_is_no_image_and_starts_no_program(tmp_path: Path, started: Path, suffix: str) -> None:
+    root = data_set(tmp_path / "tree", suffix, POSTSCRIPT)
+    file = root / f"images/a.{suffix}"
+    with pytest.raises(UserError, match="not a readable image") as error:
+        open_checked(root, None, ())  # shard, its dry run, evaluate --source
+    assert str(file) in str(error.value)
+    with pytest.raises(Unreadable, match="not a readable image"):
+        read_image(file)  # predict
+    with pytest.raises(UserError, match="not a readable image"):
+        from_files([root / "images"])  # export
+    write(file, picture(0))
+    samples = SourceSamples(open_source(root), "train", SIZE)
+    write(root / "depth/a.png", POSTSCRIPT)
+    with pytest.raises(UserError, match=r"depth/a\.png"):
+        open_checked(root, None, ())
+    with pytest.raises(UserError, match="not a readable depth map"):
+        open_checked(root, None, ("0.001",))
+    with pytest.raises(UserError, match="not a readable depth map"):
+        open_predictions(root / "depth", samples)
+    assert not started.exists()
