@@ -15,6 +15,7 @@ import tyro
 
 from .console import say
 from .errors import OtherRankError, RankError, UserError
+from .urls import without_keys
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     With `--debug` the traceback is shown as well.
     """
     argv = sys.argv[1:]
+    sys.argv[1:] = map(without_keys, argv)  # trackers note down what stands there
     try:
         main(argv)
     except UserError as error:
@@ -133,4 +135,5 @@ def _call(kind: type[T], arguments: list[str], prog: str, where: str, default: A
             raise
     lines = [line.strip("│╭╮╰╯ ") for line in complaint.getvalue().splitlines()]
     words = [line for line in lines if line.strip("─ ") and not re.search(r"─{3}|full helptext|helptext:", line)]
-    raise UserError(where + re.sub(r"\s+", " ", " ".join(words)) + f" (all options: {prog} --help)")
+    said = without_keys(re.sub(r"\s+", " ", " ".join(words)))  # it quotes what was given
+    raise UserError(f"{where}{said} (all options: {prog} --help)")

@@ -16,6 +16,7 @@ from .learning.losses import LossConfig
 from .learning.model import ModelConfig
 from .learning.optim import OptimConfig
 from .run.distributed import Gradients, Precision
+from .urls import hide_key
 
 SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
@@ -32,7 +33,7 @@ class DataConfig:
 
     shards: str = SAMPLE_SHARDS
     """Directory made by `python -m mde_dist.shard`, or where it lies on a server: http(s)://… or s3://… (with the extra
-    `s3`). The default one is rendered and packed if it is not there."""
+    `s3`). The query of a signed URL is noted down nowhere. The default directory is rendered and packed if need be."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
@@ -57,6 +58,11 @@ class DataConfig:
     """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
     patience: float = PATIENCE
     """Seconds without a byte from the server after which the run ends; until then it is asked again and again."""
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "eval_shards"):  # what is written and said of a config has no key in it
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, hide_key(getattr(self, name)))
 
     @property
     def cache_options(self) -> CacheOptions:

@@ -27,7 +27,7 @@ from .console import open_console, say
 from .data.loader import Batch
 from .data.manifest import NAME
 from .data.predictions import Match, Predictions, open_predictions
-from .data.remote import is_remote
+from .data.remote import NotThere
 from .data.samples import Samples
 from .data.shards import ShardSet, open_split
 from .data.source_samples import SourceSamples
@@ -55,6 +55,7 @@ from .scoring import (
     score_split,
 )
 from .source import Layout, open_checked
+from .urls import hide_key, is_remote
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class EvaluateCommand:
     """Also write a table with one row per image to this file."""
     compare: tuple[Path, Path] | None = None
     """Instead of scoring: tell whether two files of --json differ by more than chance."""
+
+    def __post_init__(self) -> None:
+        if self.shards is not None:
+            object.__setattr__(self, "shards", hide_key(self.shards))
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,10 @@ def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: co
     split = config.get("data.train_split", "train")
     for place in (config.get("data.shards"), command.shards):  # a checkpoint may be far from where it was trained
         if place and (is_remote(place) or Path(place, NAME).is_file()):
-            manifest, store = open_store(place, cache_options(command))
+            try:
+                manifest, store = open_store(place, cache_options(command))
+            except NotThere:  # it has moved, or its URL was a signed one
+                continue
             if split in manifest.splits:
                 return opened.enter_context(ShardSet(manifest, store, split))
     return None

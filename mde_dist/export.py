@@ -38,6 +38,7 @@ from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
 from .programs import FORMATS, OLDEST_TORCH, Run, trace
 from .run.checkpoint import open_model
+from .urls import hide_key
 from .weights import MODEL
 
 BATCHES = (1, 3, 5)
@@ -65,6 +66,10 @@ class ExportCommand:
     """Directory or URL of shards with images to check on; by default those that it was evaluated on."""
     images: tuple[Path, ...] = ()
     """Instead of shards: image files, or folders of them, to check on."""
+
+    def __post_init__(self) -> None:
+        if self.shards is not None:
+            object.__setattr__(self, "shards", hide_key(self.shards))
 
 
 def main(argv: list[str]) -> None:

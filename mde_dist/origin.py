@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .data.manifest import Manifest
-from .data.remote import is_remote
 from .data.store import CacheOptions, open_store
 from .errors import UserError
 from .learning.metrics import PROTOCOLS
 from .results import EVALUATIONS, read_record, short
 from .run.records import read_records
+from .urls import is_remote
 from .weights import EMA, MODEL, read_state_file
 
 _DAMAGE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)

@@ -27,12 +27,12 @@ from .console import open_console, say
 from .data.holdout import hold_out
 from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
-from .data.remote import is_remote
 from .data.sources import DepthMap
 from .errors import UserError
 from .keep import index_shards, show_splits, training_command, verify_shards
 from .progress import shown
 from .source import Layout, given_scales, open_checked
+from .urls import is_remote
 
 
 @dataclass(frozen=True)

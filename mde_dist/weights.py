@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from . import __version__
 from .errors import UserError
 from .files import UNSEALED, is_sealed, sealed
+from .urls import public_url
 
 FORMAT, VERSION = "mde_dist.checkpoint", 2
 MODEL, OPTIMIZER, EMA, STATE = "model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
@@ -38,6 +39,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         metadata = json.loads(text)
         _check_metadata(metadata)
+        _hide_keys(metadata["config"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: a safetensors file, but not a model of mde_dist (no metadata of its)") from None
     metadata.pop("sha256", None)
@@ -67,6 +69,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     for name in ("config", "identity", "files"):
         if not isinstance(record[name], dict):
             raise ValueError(f"{name} is no table")
+    _hide_keys(record["config"])
     return record
 
 
@@ -126,3 +129,8 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
     height, width = metadata["size"]
     if {type(height), type(width)} != {int} or not (0 < height <= 8192 and 0 < width <= 8192):
         raise ValueError("an impossible size")
+
+
+def _hide_keys(config: dict[str, Any]) -> None:
+    """Older versions wrote signed URLs down as they were given."""
+    config |= {name: public_url(value) for name, value in config.items() if isinstance(value, str)}

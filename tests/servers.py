@@ -66,6 +66,8 @@ class FileServer:
         """Path -> the Range header of each request."""
         self.targets: list[str] = []
         """Request targets as they came, with their query."""
+        self.key: str | None = None
+        """What the query has to be, as that of a signed URL; anything else is answered with 403."""
         self.release = threading.Event()
         self.lock = threading.Lock()
         self._plans: list[_Plan] = []
@@ -128,13 +130,16 @@ class _Handler(BaseHTTPRequestHandler):
             files.ranges[path].append(wanted)
             files.targets.append(self.path)
             fault = files.fault_for(path)
+            refused = files.key is not None and urlsplit(self.path).query != files.key
         if fault.stall:
             files.release.wait()
         if fault.reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             raise ConnectionResetError
-        if fault.redirect is not None:
+        if refused:
+            self._answer(403, {}, b"", fault)
+        elif fault.redirect is not None:
             self._answer(302, {"Location": fault.redirect}, b"", fault)
         elif fault.status is not None:
             self._answer(fault.status, {}, b"", fault)

@@ -25,12 +25,12 @@ from mde_dist.data.remote import (
     Patience,
     Remote,
     Temporary,
-    is_remote,
     open_remote,
     read_whole,
     with_retries,
 )
 from mde_dist.errors import UserError
+from mde_dist.urls import is_remote
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 

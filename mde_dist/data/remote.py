@@ -15,6 +15,7 @@ from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from ..errors import RankError, UserError
+from ..urls import public_url, whole_url
 
 SCHEMES = ("http", "https", "s3")
 PATIENCE = 40.0
@@ -48,11 +49,6 @@ class Closed(Exception):
     """The caller's `closing` was set meanwhile."""
 
 
-def is_remote(location: str) -> bool:
-    """Whether a location is a URL (of whatever scheme), as opposed to a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
-
-
 class Remote(ABC):
     """The files of one directory on a server. Threads may share it."""
 
@@ -76,8 +72,8 @@ class Remote(ABC):
 
 def open_remote(location: str, timeout: float = TIMEOUT) -> Remote:
     """The directory at a URL; nothing is asked of the server yet. `timeout`: seconds. Raises UserError."""
-    scheme, _, rest = location.partition("://")
-    kind, shown = scheme.lower(), _shown(f"{scheme}://{rest.rpartition('@')[2]}")  # no password in a message
+    location = whole_url(location)
+    kind, shown = location.partition("://")[0].lower(), public_url(location)
     if kind not in SCHEMES:
         raise UserError(f"{shown}: cannot be read from; give a directory or {'://, '.join(SCHEMES)}://")
     try:
@@ -89,6 +85,8 @@ def open_remote(location: str, timeout: float = TIMEOUT) -> Remote:
         raise UserError(f"{shown}: user:password@ in a URL is not supported; leave it out")
     if not parts.hostname:
         raise UserError(f"{shown}: names no {'bucket' if kind == 's3' else 'host'}")
+    if kind == "s3" and shown != location:
+        raise UserError(f"{shown}: an s3:// URL takes no query; the AWS settings hold the key")
     return _S3(location, timeout) if kind == "s3" else _Http(location, timeout)
 
 
@@ -174,7 +172,7 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
         if new != old:
             fp.close()
             what = "give the https URL instead" if (old, new) == ("http", "https") else f"only {old} is followed"
-            raise NotThere(f"{_shown(req.full_url)}: sent on to {_line(_shown(newurl))}; {what}")
+            raise NotThere(f"{public_url(req.full_url)}: sent on to {_line(public_url(newurl))}; {what}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -195,7 +193,7 @@ class _Http(Remote):
             self._opener.add_handler(handler)
 
     def url(self, name: str) -> str:
-        return _shown(self._address(name))
+        return public_url(self._address(name))
 
     def _address(self, name: str) -> str:
         scheme, host, directory, query, _ = self._parts
@@ -315,15 +313,13 @@ def _refusal(url: str, status: int, reason: str) -> Exception:
         return Temporary(said)
     if status == 416:
         return PastEnd()
-    return NotThere(f"{url}: the server says {said}; check the URL and that it may be read from here")
+    # with a key that is wrong, that has expired or that is missing, servers answer one of these
+    signed = status in (400, 401, 403, 409) and url.startswith("http")
+    hint = "; a signed URL is given whole, with a query that still holds: no run notes it down" if signed else ""
+    return NotThere(f"{url}: the server says {said}; check the URL and that it may be read from here{hint}")
 
 
 def _line(what: object) -> str:
     """What a server or library said, fit for one line of a terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(what))
     return " ".join(text.split())[:200] or type(what).__name__
-
-
-def _shown(url: str) -> str:
-    """A URL without its query, which may hold a key."""
-    return url.partition("?")[0]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
+from ..urls import is_remote
 from .cache import Cache
 from .manifest import NAME, FileInfo, Manifest, command_for, parse_manifest
-from .remote import PATIENCE, Remote, is_remote, open_remote, read_whole
+from .remote import PATIENCE, Remote, open_remote, read_whole
 
 _MAX_MANIFEST = 2**28  # bytes; that of 48,000 samples has 40 KB
 

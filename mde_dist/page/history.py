@@ -16,6 +16,7 @@ from ..run.checkpoint import newest_record
 from ..run.directory import PREEMPTED
 from ..run.records import number, read_lines
 from ..showcase import Showcase, read_showcase
+from ..urls import without_keys
 from ..weights import MODEL
 
 
@@ -199,7 +200,7 @@ def once_each(lines: Iterator[Line]) -> list[Line]:
 
 def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text()
+        text = without_keys(path.read_text())  # which older versions wrote with keys
         return text, dict(_flat(tomllib.loads(text)))
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})")
