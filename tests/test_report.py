@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,40 @@ def page_of(runs: list[Path]) -> tuple[list[str], str]:
 
 
 # --- curves ---
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit"),
+    [
+        ({}, "m²"),  # a config from before there was a choice
+        ({"kind": "mse"}, "m²"),
+        ({"kind": "l1"}, "m"),
+        ({"kind": "berhu"}, "m"),
+        ({"kind": "log_l1"}, ""),
+        ({"kind": "silog"}, ""),
+        ({"kind": "l1", "gradient": 0.5}, ""),
+        ({"kind": "mse", "gradient": 0.0}, "m²"),
+    ],
+)
+def test_a_loss_has_the_unit_of_its_kind(made, loss, unit):
+    run = read_run(made / "calm", "calm")
+    config = {**run.config, **{f"loss.{name}": value for name, value in loss.items()}}
+    (chart,) = (c for c in training_charts([(0, replace(run, config=config))]) if c.title.startswith("Training loss"))
+    assert chart.unit == unit
+    said = plot(chart).summary
+    assert f" {unit} at" in said if unit else not re.search(r"\d m²? at", said)
+
+
+def test_losses_of_two_kinds_share_no_axis(made):
+    one, other = read_runs([made / "calm", made / "restarted"])
+    other = replace(other, config={**other.config, "loss.kind": "silog"})
+    same = training_charts([(0, one), (1, one)])
+    differ = training_charts([(0, one), (1, other)])
+    assert [(c.unit, [curve.run for curve in c.curves]) for c in same][0] == ("m²", [0, 1])
+    losses = [c for c in differ if c.title.startswith("Training loss")]
+    assert [(c.unit, [curve.run for curve in c.curves]) for c in losses] == [("m²", [0]), ("", [1])]
+    assert len({c.title for c in losses}) == 2
+    assert [c.title for c in differ if c not in losses] == [c.title for c in same[1:]]
 
 
 def test_three_restarts_leave_no_gap_and_no_point_twice(made):

@@ -23,7 +23,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "poly"] = "cosine"
     """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
     warmup: int = 240
-    """Samples over which the rate rises linearly from 0."""
+    """Samples over which the rate rises linearly: each step has the share of them that is seen with its own batch."""
     final: float = 0.01
     """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
     power: float = 0.9
@@ -50,7 +50,7 @@ def learning_rate(config: OptimConfig, samples_seen: int, total: int, batch_size
     """Rate for the step that starts after `samples_seen` of `total` samples, over a global batch."""
     highest = config.lr * (math.sqrt(batch_size / config.lr_batch) if config.lr_batch else 1)
     if samples_seen < config.warmup:
-        return highest * (samples_seen + 1) / config.warmup
+        return highest * min(1.0, (samples_seen + batch_size) / config.warmup)
     if config.schedule == "constant":
         return highest
     done = min(1.0, (samples_seen - config.warmup) / max(1, total - config.warmup))

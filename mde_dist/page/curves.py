@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from ..learning.losses import UNITS, LossConfig
 from ..learning.metrics import HIGHER_IS_BETTER, PROTOCOLS
 from .history import Line, Place, Run
 
@@ -83,7 +84,6 @@ class _Kind:
 
 
 _TRAINING = (
-    _Kind("loss", "Training loss", "m²", log=True),
     _Kind("lr", "Learning rate"),
     _Kind("grad_norm", "Gradient norm", log=True),
 )
@@ -131,8 +131,24 @@ def _references(runs: Sequence[Run], metric: str) -> list[tuple[str, float]]:
 
 
 def training_charts(runs: Sequence[Place]) -> list[Chart]:
-    """Loss, learning rate and gradient norm over samples seen."""
-    return _step_charts(runs, _TRAINING, "samples")
+    """Loss, learning rate and gradient norm over samples seen. Losses of two kinds have a chart each."""
+    by_loss: dict[tuple[str, str], list[Place]] = {}
+    for place, run in runs:
+        by_loss.setdefault(_loss_of(run), []).append((place, run))
+    charts = []
+    for (words, unit), same in by_loss.items():
+        title = "Training loss" if len(by_loss) == 1 else f"Training loss ({words})"
+        charts += _step_charts(same, [_Kind("loss", title, unit, log=True)], "samples")
+    return charts + _step_charts(runs, _TRAINING, "samples")
+
+
+def _loss_of(run: Run) -> tuple[str, str]:
+    """The loss of a run in words, and its unit. A config from before a field has its default."""
+    kind, focus, gradient = (
+        run.config.get(f"loss.{name}", getattr(LossConfig, name)) for name in ("kind", "focus", "gradient")
+    )
+    words = f"{kind}, focus {focus}" if kind == "silog" else str(kind)
+    return (f"{words}, gradient {gradient}", "") if gradient else (words, UNITS.get(str(kind), ""))
 
 
 def speed_charts(runs: Sequence[Place]) -> list[Chart]:

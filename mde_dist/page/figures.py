@@ -30,8 +30,8 @@ def draw_charts(path: Path, charts: Sequence[Chart], title: str) -> None:
     for axis in axes[len(charts) :]:
         axis.set_visible(False)
     if any(len(chart.curves) > 1 for chart in charts):
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=9, frameon=False)
+        drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(drawn.values(), drawn, loc="lower center", ncols=4, fontsize=9, frameon=False)
     save_figure(path, figure)
 
 

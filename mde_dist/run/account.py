@@ -1,5 +1,6 @@
 """Where the time goes: images/s, waiting for data, the slowest rank, memory, use of the device, time left."""
 
+import re
 import resource
 import sys
 import time
@@ -10,28 +11,34 @@ from typing import Any
 import torch
 
 PEAK_TFLOPS = {
-    # dense, as the makers publish them: (bf16, fp32 without TF32); the first name found in the device's name counts
+    # dense, as the makers publish them: (bf16, fp32 without TF32)
     "B200": (2250.0, 75.0),
     "GH200": (989.0, 67.0),
     "H200": (989.0, 67.0),
+    "H200 NVL": (835.0, 60.0),
+    "H100": (989.0, 67.0),
     "H100 NVL": (835.0, 60.0),
     "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
     "A100": (312.0, 19.5),
     "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
     "L4": (121.0, 30.3),
     "A10G": (70.0, 31.5),
     "A10": (125.0, 31.2),
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71.0, 35.6),
 }
+_SAYS_NOTHING = re.compile(r"NVIDIA|GeForce|Tesla|SXM\d?|PCIe|HBM3e?|\d+GB?", re.IGNORECASE)
+"""Words of a device's name that change nothing about its peak. What another one may mean is not known: a laptop's RTX
+4090, an RTX 3090 Ti and a MIG slice of an A100 have other peaks."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s that a device can do at `precision` (bf16, else fp32); None where it is not known."""
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for name, (bf16, fp32) in PEAK_TFLOPS.items():
-        if name in device_name:
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device)) if device.type == "cuda" else []
+    for name, (bf16, fp32) in sorted(PEAK_TFLOPS.items(), key=lambda item: -len(item[0].split())):
+        named = name.split()
+        if set(named) <= set(words) and all(_SAYS_NOTHING.fullmatch(word) for word in words if word not in named):
             return (bf16 if precision == "bf16" else fp32) * 1e12
     return None
 
