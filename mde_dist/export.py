@@ -46,6 +46,8 @@ BATCHES = (1, 3, 5)
 ABSOLUTE, RELATIVE = 1e-3, 1e-4
 """A program's depth may differ from the model's by 1 mm, the step in which depth maps are stored, and 0.01 %. Sums of
 float32 in another order differ by a thousandth of that."""
+FARTHEST = 1000.0
+"""Metres. No depth sensor measures farther. Damaged weights give 1e30 m, of which 0.01 % would allow anything."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ def main(argv: list[str]) -> None:
     images, checked_on = real_images(command, metadata["config"], size)
     with torch.inference_mode():
         expected = estimate(restore(metadata, tensors).eval(), images)
-    if not expected.isfinite().all():
-        raise UserError(f"{weights}: gives depths that are not finite, on {checked_on}")
+    check_depth(expected, f"{weights} on {checked_on}")
     with whole_folder(command.output.absolute()) as folder:
         write_atomic(folder / MODEL, weights.read_bytes())
         exported = trace(metadata, tensors, size)
@@ -173,6 +174,17 @@ def evenly(count: int) -> list[int]:
 def batches(images: torch.Tensor) -> list[int]:
     """Batch sizes to try with so many images."""
     return sorted({min(size, len(images)) for size in BATCHES})
+
+
+def check_depth(depth: torch.Tensor, what: str) -> None:
+    """Refuse metres that no model which has learned anything gives. Raises UserError."""
+    low, high = depth.min().item(), depth.max().item()  # nan where one of them is
+    if not 0 < low <= high <= FARTHEST:
+        found = f"from {low:.3g} m to {high:.3g} m" if depth.isfinite().all() else "that are not finite"
+        raise UserError(
+            f"{what}: gives depths {found}; above 0 m and up to {FARTHEST:g} m make sense; nothing was written; see "
+            "whether the file is damaged"
+        )
 
 
 def compare(run: Run, images: torch.Tensor, expected: torch.Tensor, file: str) -> float:

@@ -213,13 +213,24 @@ def test_a_program_that_differs_from_the_model_is_not_handed_on(checkpoint, outp
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_model_that_is_broken_is_not_handed_on(checkpoint, output, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("head.bias", torch.nan, "that are not finite"),
+        ("head.bias", 1e30, r"from 1e\+30 m to 1e\+30 m"),
+        ("head.bias", 1200.0, r"from 1\.\d+e\+03 m"),
+        ("head.bias", -1e30, "from 0 m to 0 m"),
+        ("encoder.layer4.1.conv2.weight", 3e37, ""),
+    ],
+)
+def test_a_model_that_is_broken_is_not_handed_on(checkpoint, output, tmp_path, name, value, words):
     metadata, tensors = read_model(checkpoint)
-    tensors["head.bias"] *= torch.nan
+    tensors[name].view(-1)[0] = value
     (tmp_path / "broken.safetensors").write_bytes(model_bytes(tensors, metadata))
-    with pytest.raises(UserError, match=r"broken\.safetensors: gives depths that are not finite"):
+    with pytest.raises(UserError, match=rf"broken\.safetensors on 5 images of .*: gives depths .*{words}") as error:
         export.main(["--checkpoint", str(tmp_path / "broken.safetensors"), "--output", str(output)])
-    assert not output.exists()
+    assert "\n" not in str(error.value)
+    assert files_below(tmp_path) == {"broken.safetensors"}
 
 
 def test_a_torch_that_writes_pickle_is_refused(model, checkpoint, output, monkeypatch):

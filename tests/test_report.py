@@ -105,7 +105,7 @@ def test_losses_of_two_kinds_share_no_axis(made):
     other = replace(other, config={**other.config, "loss.kind": "silog"})
     same = training_charts([(0, one), (1, one)])
     differ = training_charts([(0, one), (1, other)])
-    assert [(c.unit, [curve.run for curve in c.curves]) for c in same][0] == ("m²", [0, 1])
+    assert (same[0].unit, [curve.run for curve in same[0].curves]) == ("m²", [0, 1])
     losses = [c for c in differ if c.title.startswith("Training loss")]
     assert [(c.unit, [curve.run for curve in c.curves]) for c in losses] == [("m²", [0]), ("", [1])]
     assert len({c.title for c in losses}) == 2

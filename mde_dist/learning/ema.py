@@ -25,7 +25,7 @@ class Ema:
         decay = min(math.exp(-batch / self._samples), step / (step + 9))
         weight = (1 - decay) * (1 - left_out)
         (floats, counts), (new_floats, new_counts) = self._mine, _numbers(model)
-        # not lerp, which takes a weight on the device as one per tensor, and on CUDA each of these is a kernel of its own
+        # lerp takes weights on the device as a list only, and on CUDA then starts a kernel for each tensor
         moved = torch._foreach_sub(new_floats, floats)
         torch._foreach_mul_(moved, weight)
         torch._foreach_add_(floats, moved)
