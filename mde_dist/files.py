@@ -59,6 +59,12 @@ def leads_nowhere(path: Path) -> bool:
     return path.is_symlink() and not os.path.exists(path)  # noqa: PTH110  Path's raises where it may not look
 
 
+def was_folder(path: Path) -> bool:
+    """True for a link that leads nowhere and may have led to a folder: it has no suffix and is none of git-annex, whose
+    links stand for files."""
+    return not path.suffix and leads_nowhere(path) and "/annex/objects/" not in str(path.readlink())
+
+
 def refuse_dead_links(paths: Iterable[Path]) -> None:
     """Raises UserError where one of the paths leads nowhere: what it stands for would be left out in silence."""
     dead = [path for path in paths if leads_nowhere(path)]

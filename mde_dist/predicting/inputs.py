@@ -1,5 +1,6 @@
 """Files, folders and videos as they are named on the command line -> frames to predict, each with a name of its own."""
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError
+from ..files import leads_nowhere, was_folder
 from .ahead import in_order, threads
 from .images import Unreadable, is_depth_map, read_image
 from .video import VIDEO_SUFFIXES, VideoFrame, count_frames, import_av, read_video
@@ -100,24 +102,31 @@ def find_inputs(paths: Sequence[Path], output: Path) -> Inputs:
 
 
 def _in_folder(folder: Path, output: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """(file, name) of each image in a folder, by name, and lines about what was left out. Raises UserError."""
+    """(file, name) of each image in a folder, by name, and lines about what was left out. Raises UserError.
+
+    What is there by name and cannot be read is among them: reading it says why.
+    """
     target, root = output.resolve(), folder.resolve()
     if target == root:
         raise UserError(
             f"--output {output} is the folder of the images; name another one, where results are by themselves"
         )
-    files = [
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)  # thumbnails, and what systems keep
-        and not root.joinpath(path.relative_to(folder)).is_relative_to(target)  # earlier results
-        and path.is_file()
-    ]
+    closed: list[str] = []
+    files, linked = [], []
+    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
+        here = Path(place)
+        # neither thumbnails and what systems keep, nor earlier results
+        folders[:] = [one for one in folders if one[0] != "." and root / here.relative_to(folder) / one != target]
+        linked += [here / one for one in folders if (here / one).is_symlink()]
+        paths = (here / one for one in names if one[0] != ".")
+        files += [path for path in paths if os.path.isfile(path) or leads_nowhere(path)]  # noqa: PTH113  raises nothing
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     depth = [path for path in images if is_depth_map(path)]
     notes = _left_out(folder, "depth maps (16-bit grey PNG)", "that they are read as images", depth)
     notes += _left_out(folder, "videos", "that their frames are predicted", [path for path in files if is_video(path)])
-    taken = sorted({*images} - {*depth})
+    notes += _left_out(folder, "links to folders", "that their images are predicted", linked)
+    unread = [*map(Path, closed), *filter(was_folder, files)]
+    taken = sorted({*images, *unread} - {*depth})
     return [(path, path.relative_to(folder).with_suffix("")) for path in taken], notes
 
 

@@ -8,11 +8,11 @@ import threading
 import zipfile
 import zlib
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 from ...errors import UserError
-from ...files import leads_nowhere, refuse_dead_links
+from ...files import leads_nowhere, refuse_dead_links, was_folder
 
 MAX_FILE = 64 * 2**20
 """Bytes of the largest file that is read whole; the largest picture of a data set is far below."""
@@ -130,14 +130,9 @@ def is_named(tree: Tree, name: str) -> bool:
 def whole_folders(tree: Tree, folder: str) -> list[str]:
     """The folders of a folder whose folders are splits or scenes. Raises UserError where a link leads nowhere that may
     be one of them: its pairs would be missed in silence."""
-    links = (tree.root / folder / name for name in tree.files(folder) if not PurePosixPath(name).suffix)
-    refuse_dead_links(link for link in links if not _is_of_annex(link))
+    names = (tree.root / folder / name for name in tree.files(folder))
+    refuse_dead_links(path for path in names if was_folder(path))
     return tree.folders(folder)
-
-
-def _is_of_annex(link: Path) -> bool:
-    """True for a link of git-annex, which stands for a file always."""
-    return link.is_symlink() and "/annex/objects/" in str(link.readlink())
 
 
 class ZipTree:
