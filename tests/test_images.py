@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from trees import SIZE, jpeg_bytes, millimetres, packed, picture, silent, write
+from trees import SIZE, jpeg_bytes, millimetres, packed, picture, sample_members, silent, write, write_tar
 
+from mde_dist import shard
 from mde_dist.data.manifest import NAME
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.predictions import open_predictions
@@ -149,6 +151,22 @@ def test_shards_show_it_upright_to_every_reader(tmp_path: Path) -> None:
     with SourceSamples(source, "train", SIZE) as samples:  # evaluate --source
         samples.read_into(0, image, depth)
         assert np.abs(image.astype(int) - upright).mean() < 6
+
+
+def test_an_orientation_within_shards_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed by 0.1, or elsewhere: the loader shows what is stored, as plain WebDataset does."""
+    turned = saved(picture(1), "JPEG", orientation=3)
+    members = [*sample_members("a", 0), ("b.depth.blosc", sample_members("b", 1)[0][1]), ("b.jpg", turned)]
+    write_tar(tmp_path / "train-000000.tar", members)
+    for arguments in (["--index", str(tmp_path)], ["--verify", str(tmp_path)]):
+        with contextlib.suppress(SystemExit):
+            shard.main([*arguments, "--workers", "1"])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "EXIF orientation" in line)
+        assert line.startswith("train: 1 images")
+    with open_split(tmp_path, "train") as shards:
+        image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
+        shards.read_into(1, image, depth)
+    assert np.abs(image.astype(int) - picture(1)).mean() < 6
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

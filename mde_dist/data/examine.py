@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import sha256_of
+from .images import jpeg_orientation
 from .manifest import INDEX, MEMBERS, ShardInfo, write_split
 from .pool import Progress, count, run_jobs
 from .shards import decode_pair
@@ -89,12 +90,13 @@ def _unreadable(file: int, sample: TarSample, codec: str, size: tuple[int, int],
     """Why a sample cannot be used; if it can, it goes into the statistics."""
     image, target = np.empty((*size, 3), np.uint8), np.empty(size, np.uint16)
     try:
-        decode_pair(sample.read(file, "image"), sample.read(file, "depth"), codec, image, target)
+        jpeg = sample.read(file, "image")
+        decode_pair(jpeg, sample.read(file, "depth"), codec, image, target)
     except ValueError as error:
         return str(error)
     if not target.any():
         return "depth has no valid pixel"
-    statistics.add(target, reencoded=False)
+    statistics.add(target, reencoded=False, turned=jpeg_orientation(jpeg) != 1)
     return None
 
 
@@ -124,8 +126,9 @@ def unique(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list
 
 def record(directory: Path, split: str, reports: Sequence[Report], codec: str, revision: str) -> dict[str, Any]:
     """Write index and mean map of a split that is these shards; its record for the manifest. Raises OSError."""
-    shards = [(report.info, report.rows) for report in reports]
-    return write_split(directory, split, shards, statistics_of(reports), codec, revision)
+    shards, statistics = [(report.info, report.rows) for report in reports], statistics_of(reports)
+    turned = {"exif_orientations": int(statistics.turned[0])}
+    return write_split(directory, split, shards, statistics, codec, revision) | turned
 
 
 def statistics_of(reports: Sequence[Report]) -> Statistics:

@@ -19,7 +19,7 @@ class Statistics:
     reencoded: np.ndarray
     """int64 (1,): images that were resized, turned, or were no baseline JPEG."""
     turned: np.ndarray
-    """int64 (1,): images that were turned upright as their EXIF data say."""
+    """int64 (1,): images whose file has an EXIF orientation that is not upright."""
 
     @classmethod
     def empty(cls, size: tuple[int, int]) -> "Statistics":
