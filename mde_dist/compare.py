@@ -61,12 +61,24 @@ def why_not(mark: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     if other is None:
         return "only one of them has the protocol"
     words = {
-        "protocol": "the protocol's numbers differ",
-        "images": f"{mark['images']} images against {other.get('images')}",
+        "images": f"{mark.get('images')} images against {other.get('images')}",
         "ground_truth": "the ground truth differs (other images, other depth maps, or another size)",
-        "version": f"made by mde_dist {mark['version']} and {other.get('version')}",
+        "protocol": "the protocol's numbers differ",
     }
-    return ", ".join(text for name, text in words.items() if mark[name] != other.get(name))
+    found = [text for name, text in words.items() if mark.get(name) != other.get(name)]
+    if _definitions(mark) != _definitions(other):
+        found.append(
+            f"the metrics are defined otherwise ({_definitions(mark)} and {_definitions(other)}); score both with the "
+            "same version of mde_dist"
+        )
+    return ", ".join(found) or "their fingerprints differ"
+
+
+def _definitions(mark: Mapping[str, Any]) -> str:
+    """The version of the metrics' definitions, in words. In records of mde_dist 0.1 it is that of the package."""
+    if "definitions" in mark:
+        return f"version {mark['definitions']}"
+    return f"version 1, of mde_dist {mark.get('version')}"
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, seed: int) -> list[Difference]:

@@ -5,7 +5,8 @@
     python -m mde_dist.evaluate --predictions DIR --source NYUV2 --json result.json --csv images.csv
     python -m mde_dist.evaluate --compare A.json B.json
 
-Two results can be compared where their fingerprints are the same: protocol, number of images, ground truth, version.
+Two results can be compared where their fingerprints are the same: protocol, number of images, ground truth, version of
+the metrics' definitions.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from accelerate import Accelerator
 from .command import Size, parse, run_command
 from .compare import compare
 from .console import open_console, say
+from .data.depth import COUNTS_PER_METRE
 from .data.loader import Batch
 from .data.manifest import NAME
 from .data.predictions import Match, Predictions, open_predictions
@@ -237,7 +239,10 @@ def open_contestant(
 
 
 def _read(predictions: Predictions, device: torch.device, batch: Batch) -> torch.Tensor:
-    """Predictions of any sizes -> float64 (batch, height, width) metres at the size of the truth. Raises UserError."""
+    """Predictions of any sizes -> float64 (batch, height, width), in the unit and at the size of the truth.
+
+    Raises UserError.
+    """
     maps = (torch.from_numpy(predictions.read(int(sample))).to(device) for sample in batch.sample)
     return torch.cat([to_size(one[None], batch.depth) for one in maps])
 
@@ -256,7 +261,7 @@ def evaluate(
     """
     protocols = [PROTOCOLS[name] for name in command.protocols]
     measures = [breakdown_measure(protocols[0]), *map(protocol_measure, protocols[1:])]
-    measures += [Measure(SIGNALS, signals), Measure(DIGEST, digests)]
+    measures += [Measure(SIGNALS, partial(signals, per_metre=COUNTS_PER_METRE)), Measure(DIGEST, digests)]
     with progress_of("scoring", accelerator) as progress:
         options = (command.batch_size, command.threads)
         first, *others, signs, prints = score_split(

@@ -21,7 +21,7 @@ from .data.shards import ShardSet
 from .errors import UserError
 from .files import write_atomic, writing
 from .learning.breakdown import summarise_breakdown
-from .learning.metrics import PROTOCOLS, SCORE_COLUMNS, TERMS, Protocol, image_metrics, summarise
+from .learning.metrics import DEFINITIONS, PROTOCOLS, SCORE_COLUMNS, TERMS, Protocol, image_metrics, summarise
 
 FORMAT, VERSION = "mde_dist.evaluation", 1
 EVALUATIONS = "evaluations"
@@ -49,9 +49,8 @@ class Truth:
 
 
 def digests(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """float64 (batch, DIGEST): 192 bits of the sha256 of each truth in uint16 millimetres, in parts held exactly."""
-    millimetres = (depth * 1000).round().cpu().numpy().astype("<u2")
-    found = [hashlib.sha256(image.tobytes()).digest() for image in millimetres]
+    """float64 (batch, DIGEST): 192 bits of the sha256 of each truth, uint16 counts, in parts held exactly."""
+    found = [hashlib.sha256(counts.tobytes()).digest() for counts in depth.cpu().numpy().astype("<u2")]
     parts = [[int.from_bytes(digest[6 * k : 6 * k + 6], "big") for k in range(DIGEST)] for digest in found]
     return torch.tensor(parts, dtype=torch.float64, device=depth.device)
 
@@ -71,9 +70,13 @@ def truth_of(samples: Samples, split: str, rows: torch.Tensor) -> Truth:
 
 
 def fingerprint(protocol: Protocol, images: int, truth: Truth) -> dict[str, Any]:
-    """Everything that two results must have in common to be compared."""
+    """Everything that two results must have in common to be compared.
+
+    The version is that of the definitions of the metrics: records of other releases can be compared. mde_dist 0.1 had
+    its own version in place of it.
+    """
     numbers = json.loads(json.dumps(asdict(protocol)).replace("Infinity", "null"))  # JSON has no infinity
-    return {"protocol": numbers, "images": images, "ground_truth": truth.sha256, "version": __version__}
+    return {"protocol": numbers, "images": images, "ground_truth": truth.sha256, "definitions": DEFINITIONS}
 
 
 def short(mark: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .data.augment import prepare_depth, prepare_images
+from .data.augment import depth_counts, prepare_images
+from .data.depth import COUNTS_PER_METRE
 from .data.loader import Batch, Draw, Loader, Stopped
 from .data.prefetch import Prefetch
 from .data.samples import Samples
@@ -21,7 +22,7 @@ from .predictor import estimate
 from .run.distributed import agree, all_sum
 
 Predict = Callable[[Batch], torch.Tensor]
-"""A batch of images -> depth (batch, h, w) metres, of any size."""
+"""A batch of images -> depth float64 (batch, h, w), of any size; in the unit of the truth, COUNTS_PER_METRE a metre."""
 
 
 @contextmanager
@@ -46,17 +47,19 @@ class Measure:
 
     columns: int
     of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    """(prediction (batch, h, w) metres, truth float32 (batch, height, width) metres) -> float64 (batch, columns)."""
+    """(prediction (batch, h, w), truth (batch, height, width) as stored, 0 = hole) -> float64 (batch, columns).
+
+    Both float64, COUNTS_PER_METRE a metre."""
 
 
 def protocol_measure(protocol: Protocol) -> Measure:
     """The rows that `learning.metrics.summarise` takes."""
-    return Measure(SCORE_COLUMNS, partial(score, protocol=protocol))
+    return Measure(SCORE_COLUMNS, partial(score, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 
 def breakdown_measure(protocol: Protocol) -> Measure:
     """The same, and where the errors are: the rows that `learning.breakdown.split_breakdown` takes."""
-    return Measure(COLUMNS, partial(score_with_breakdown, protocol=protocol))
+    return Measure(COLUMNS, partial(score_with_breakdown, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 
 def model_predict(
@@ -66,7 +69,8 @@ def model_predict(
 
     def predict(batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
-            return estimate(model, prepare_images(batch, size), flip)
+            metres = estimate(model, prepare_images(batch, size), flip)
+        return metres.double() * COUNTS_PER_METRE
 
     return predict
 
@@ -102,7 +106,7 @@ def score_split(
             yield np.zeros_like(drawn), drawn
 
     def score_batch(batch: Batch) -> None:
-        truth, prediction = prepare_depth(batch), predict(batch)
+        truth, prediction = depth_counts(batch), predict(batch)
         with one_thread():
             for sample, p, g in zip(batch.sample, prediction.split(1), truth.split(1), strict=True):
                 row = torch.cat([measure.of(p, g)[0] for measure in measures])
@@ -149,9 +153,9 @@ def score_baselines(
 
     An image counts once per baseline for `progress(done, images)`.
     """
-    mean_map = torch.from_numpy(train.mean_map()).to(accelerator.device)
+    mean_map = torch.from_numpy(train.mean_map().astype(np.float64)).to(accelerator.device)
     maps = {
-        "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"]),
+        "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"] * COUNTS_PER_METRE),
         "mean map of training": mean_map,
     }
     return _score_blind(accelerator, samples, maps, protocols, limit, stop, progress)
@@ -165,7 +169,7 @@ def score_mean(
     progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
     """As `score_baselines` where no training data are at hand: the mean of the very truth that is scored."""
-    mean = torch.full(samples.size, metres, device=accelerator.device)
+    mean = torch.full(samples.size, metres * COUNTS_PER_METRE, dtype=torch.float64, device=accelerator.device)
     return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols, progress=progress)
 
 
@@ -178,7 +182,7 @@ def _score_blind(
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
-    """Per name and protocol the rows of predicting one map, (height, width) metres, for every image."""
+    """Per name and protocol the rows of predicting one map, (height, width) in counts, for every image."""
     measures = [protocol_measure(protocol) for protocol in protocols]
     tables: dict[str, list[torch.Tensor]] = {}
     for name, blind in maps.items():

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from .data.augment import prepare_depth, prepare_images
-from .data.depth import metres_to_millimetres, png_bytes, to_metres
+from .data.augment import depth_counts, prepare_images
+from .data.depth import MILLIMETRES, png_bytes, to_metres, to_millimetres
 from .data.loader import Batch
 from .errors import UserError
 from .files import atomic_file, write_atomic, writing
@@ -57,9 +57,9 @@ class Watch:
         return watched
 
     def _remember(self, batch: Batch, prediction: torch.Tensor, wanted: Sequence[int]) -> None:
-        truth = prepare_depth(batch)[wanted]
+        truth = depth_counts(batch)[wanted]
         # every so many pixels of the maps, not a mean: that would run over holes and edges
-        maps = torch.stack([truth, to_size(prediction[wanted], truth).float()], 1)[..., :: self._every, :: self._every]
+        maps = torch.stack([truth, to_size(prediction[wanted], truth)], 1).float()[..., :: self._every, :: self._every]
         both = torch.cat([prepare_images(batch, self._size)[wanted], maps], dim=1)
         self._seen |= {int(batch.sample[place]): one for place, one in zip(wanted, both, strict=True)}
 
@@ -72,7 +72,7 @@ class Watch:
         self._seen.clear()
         found = all_sum(accelerator, table).cpu().numpy()
         images = np.rint(found[:, :3] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-        return images, metres_to_millimetres(found[:, 3]), metres_to_millimetres(found[:, 4])
+        return images, to_millimetres(found[:, 3], MILLIMETRES), to_millimetres(found[:, 4], MILLIMETRES)
 
 
 def strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:

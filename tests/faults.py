@@ -32,7 +32,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "forward": (DepthModel, "forward"),
     "backward": (Accelerator, "backward"),
     "optimizer": (torch.optim.AdamW, "step"),
-    "evaluation": (scoring, "prepare_depth"),  # once a batch
+    "evaluation": (scoring, "depth_counts"),  # once a batch
     "file of a checkpoint": (checkpoint, "write_atomic"),
     "rename of a checkpoint": (Path, "rename"),
     "flush of a directory": (checkpoint, "sync_directory"),

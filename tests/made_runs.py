@@ -139,7 +139,7 @@ def _evaluate(path: Path, images: HeldOut, samples: int, protocol: str, seed: in
     both = torch.from_numpy(prediction), torch.from_numpy(truth)
     rules, size = PROTOCOLS[protocol], truth.shape[1:]
     rows, where = split_breakdown(score_with_breakdown(*both, rules))
-    sha256 = sha256_of_truth(images.keys, size, digests(*both))
+    sha256 = sha256_of_truth(images.keys, size, digests(both[0], torch.from_numpy(metres_to_millimetres(truth))))
     known = Truth(images.place, "test", size, images.manifest, images.keys, images.scenes, sha256)
     about = {"path": str(path), "samples": samples}
     write_json(path / EVALUATIONS / "last.json", as_record({"model": [rows]}, [rules], known, about, [], where))

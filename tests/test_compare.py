@@ -24,12 +24,13 @@ def truth_of(depth, keys=None):
 
 
 def depths(seed=0, images=IMAGES):
-    return torch.from_numpy(np.random.default_rng(seed).integers(500, 9000, (images, *SIZE))).float() / 1000
+    """Millimetres."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(500, 9000, (images, *SIZE))).double()
 
 
 def record(prediction, depth, names=("eigen", "densedepth"), keys=None, **about):
     protocols = [PROTOCOLS[name] for name in names]
-    rows = [score(prediction, depth, protocol) for protocol in protocols]
+    rows = [score(prediction, depth, protocol, 1000) for protocol in protocols]
     return as_record({"model": rows}, protocols, truth_of(depth, keys), {"path": "model", **about}, [])
 
 
@@ -51,7 +52,7 @@ def test_intervals_are_those_of_resampling_one_image_after_the_other(name):
     depth = depths()
     a, b = (record(noisy(depth, seed, spread), depth, [name]) for seed, spread in ((1, 0.2), (2, 0.3)))
     protocol, random, drawn = PROTOCOLS[name], np.random.default_rng(7), []
-    first, second = (score(noisy(depth, seed, spread), depth, protocol) for seed, spread in ((1, 0.2), (2, 0.3)))
+    first, second = (score(noisy(depth, seed, spread), depth, protocol, 1000) for seed, spread in ((1, 0.2), (2, 0.3)))
     for _ in range(1000):
         chosen = torch.from_numpy(random.integers(0, IMAGES, IMAGES))
         means = [summarise(rows[chosen], protocol).metrics for rows in (first, second)]
@@ -110,7 +111,7 @@ def test_the_order_of_the_images_does_not_matter(tmp_path):
 
 def other_truth(depth):
     changed = depth.clone()
-    changed[3, 2, 1] += 0.001
+    changed[3, 2, 1] += 1
     return changed
 
 
@@ -121,7 +122,8 @@ def other_truth(depth):
         (lambda a, depth: record(depth, depth, keys=[f"x{k}" for k in range(IMAGES)]), "the ground truth differs"),
         (lambda a, depth: record(depth[:20], depth[:20]), "30 images against 20, the ground truth differs"),
         (lambda a, depth: record(depth, depth, ["full"]), "only one of them has the protocol"),
-        (lambda a, depth: edited(a, "version", "9.9"), "made by mde_dist .* and 9.9"),
+        (lambda a, depth: edited(a, "definitions", 9), "defined otherwise .*9.*score both with the same version"),
+        (lambda a, depth: of_0_1(a), "defined otherwise .*mde_dist 0.1.0.*score both with the same version"),
         (lambda a, depth: edited(a, "protocol", {"name": "eigen", "clamp": [0, 8]}), "the protocol's numbers differ"),
     ],
 )
@@ -133,6 +135,22 @@ def test_results_of_different_fingerprints_are_not_compared(tmp_path, capsys, ch
         evaluate.main(["--compare", *map(str, paths)])
     assert "cannot be compared" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def of_0_1(a):
+    """As mde_dist 0.1 wrote it."""
+    for mark in a["fingerprints"].values():
+        del mark["definitions"]
+        mark["version"] = "0.1.0"
+    return a
+
+
+def test_results_of_another_release_are_compared(tmp_path):
+    """The package's version is no part of a fingerprint, and two results of 0.1 have the same definitions."""
+    depth = depths()
+    a, b = (record(noisy(depth, seed, 0.2), depth, ["eigen"]) for seed in (1, 2))
+    assert set(compare(*written(tmp_path, a=a, b=json.loads(json.dumps(b)) | {"made_by": "mde_dist 7.0"}))) == {"eigen"}
+    assert set(compare(*written(tmp_path, a=of_0_1(a), b=of_0_1(b)))) == {"eigen"}
 
 
 def edited(a, name, value):
@@ -162,7 +180,7 @@ def test_the_fingerprint_holds_all_that_decides():
 def test_a_truth_that_differs_in_one_pixel_is_another(value, image, row, column):
     depth = depths()
     changed = depth.clone()
-    changed[image, row, column] = value / 1000
+    changed[image, row, column] = value
     same = bool((changed == depth).all())
     assert (truth_of(changed).sha256 == truth_of(depth).sha256) == same
 
@@ -187,7 +205,7 @@ def test_the_table_of_images_has_a_row_each(tmp_path):
     depth = depths()
     depth[4] = 0
     protocols = [PROTOCOLS["eigen"], PROTOCOLS["blog"]]
-    rows = [score(noisy(depth, 1, 0.2), depth, protocol) for protocol in protocols]
+    rows = [score(noisy(depth, 1, 0.2), depth, protocol, 1000) for protocol in protocols]
     write_csv(tmp_path / "images.csv", protocols, rows, truth_of(depth))
     lines = [line.split(",") for line in (tmp_path / "images.csv").read_text().splitlines()]
     head = ["key", "scene", "eigen_pixels", *(f"eigen_{m}" for m in METRICS)]

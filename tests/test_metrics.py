@@ -1,7 +1,8 @@
-"""Metrics against plain NumPy and against numbers worked out by hand."""
+"""Metrics against plain NumPy, against numbers worked out by hand, and the deltas against arithmetic of integers."""
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -20,14 +21,15 @@ from mde_dist.learning.metrics import (
 from mde_dist.learning.metrics import score as score_terms
 
 EIGEN, FULL, BLOG, DENSEDEPTH, LSQ = (PROTOCOLS[name] for name in ("eigen", "full", "blog", "densedepth", "lsq"))
+PLAIN = replace(FULL, clamp=None, valid=(0.0, math.inf))
 LIMITS = {"blog": (0, np.inf), "densedepth": (0, np.inf)}
-CLAMPS = {"densedepth": 0.1}
+CLAMPS = {"densedepth": 100}
 CROPS = {"eigen": (45, 471, 41, 601), "lsq": (45, 471, 41, 601), "densedepth": (20, 460, 24, 616)}
 
 
-def score(prediction, depth, protocol):
+def score(prediction, depth, protocol, per_metre=1):
     """Per image the number of valid pixels and the metrics, float64 (batch, 1 + metrics)."""
-    rows = score_terms(prediction, depth, protocol)
+    rows = score_terms(prediction, depth, protocol, per_metre)
     return torch.cat([rows[:, :1], image_metrics(rows, protocol)], dim=1)
 
 
@@ -36,21 +38,21 @@ def maps(values):
     return torch.tensor([[values]], dtype=torch.float64)
 
 
-def named(prediction, depth, protocol=FULL):
+def named(prediction, depth, protocol=FULL, per_metre=1):
     """Scores of a single image by name."""
-    (row,) = score(prediction, depth, protocol).tolist()
+    (row,) = score(prediction, depth, protocol, per_metre).tolist()
     return {"count": row[0], **dict(zip(protocol.metrics, row[1:], strict=True))}
 
 
 def pixels(prediction, depth, protocol):
-    """Of one image the predictions and truths that a protocol compares, float64 lists, as FACTS.md's table says."""
+    """Of one image in millimetres the predictions and truths that a protocol compares, float64 lists."""
     p, g = prediction.astype(np.float64), depth.astype(np.float64)
     inside = np.ones(g.shape, bool)
     if protocol in CROPS and g.shape == (480, 640):
         top, bottom, left, right = CROPS[protocol]
         inside[:] = False
         inside[top:bottom, left:right] = True
-    low, high = LIMITS.get(protocol, (1e-3, 10))
+    low, high = LIMITS.get(protocol, (1, 10_000))
     mask = inside & (g > low) & (g < high)
     p, g = p[mask], g[mask]
     if protocol == "blog":
@@ -63,16 +65,16 @@ def pixels(prediction, depth, protocol):
             )
             p = np.where(finite, scale * np.where(finite, p, 0) + shift, p)
     p = np.where(np.isnan(p), 0, p)
-    return np.minimum(np.maximum(p, CLAMPS.get(protocol, 1e-3)), 10), g
+    return np.minimum(np.maximum(p, CLAMPS.get(protocol, 1)), 10_000), g
 
 
 def formulas(p, g, protocol):
-    """The metrics of FACTS.md over lists of pixels, in float64."""
+    """The metrics over lists of pixels in millimetres, in float64; the deltas as whole numbers have them."""
     abs_rel = np.mean(np.abs(p - g) / g)
-    ratio = np.array([max(a / b, b / a) if a > 0 else np.inf for a, b in zip(p, g, strict=True)])
-    deltas = [np.mean(ratio < 1.25**k) for k in (1, 2, 3)]
+    deltas = [np.mean((4**k * p < 5**k * g) & (4**k * g < 5**k * p)) for k in (1, 2, 3)]
     if protocol == "blog":
         return [abs_rel, deltas[0]]
+    p, g = p / 1000, g / 1000
     d = np.log(p) - np.log(g)
     return [
         abs_rel,
@@ -95,14 +97,18 @@ def by_numpy(prediction, depth, protocol):
 
 
 def random_pair(seed, size, batch=2, holes=0.3, wild=0.1):
-    """Predictions near the truth, with holes, depths out of range, and some predictions that are none."""
+    """Millimetres, float64 (batch, *size): predictions near the truth, a tenth of them 5/4 or 4/5 of it, with holes,
+    depths out of range, and some predictions that are none."""
     rng = np.random.default_rng(seed)
-    depth = rng.uniform(0.2, 12, (batch, *size))
-    prediction = depth * rng.lognormal(0, 0.35, depth.shape)
+    depth = 20 * rng.integers(10, 600, (batch, *size)) + rng.choice([0, 3], (batch, *size))
+    metres = (depth / 1000 * rng.lognormal(0, 0.35, depth.shape)).astype(np.float32)  # of a model
+    prediction = metres.astype(np.float64) * 1000
+    tie = (rng.random(depth.shape) < 0.1) & (depth % 20 == 0)
+    prediction[tie] = np.where(rng.random(depth.shape) < 0.5, depth * 5 // 4, depth * 4 // 5)[tie]
     depth[rng.random(depth.shape) < holes] = 0
-    strange = np.array([np.nan, np.inf, -np.inf, -1.0, 0.0, 1e-9, 50.0, -3.0])
+    strange = np.array([np.nan, np.inf, -np.inf, -1000.0, 0.0, 1e-6, 50_000.0, -3000.0])
     prediction = np.where(rng.random(depth.shape) < wild, rng.choice(strange, depth.shape), prediction)
-    return prediction.astype(np.float32), depth.astype(np.float32)
+    return prediction, depth.astype(np.float64)
 
 
 @pytest.mark.parametrize("protocol", ["full", "blog", "densedepth-whole", "lsq-whole"])
@@ -118,7 +124,7 @@ def random_pair(seed, size, batch=2, holes=0.3, wild=0.1):
 def test_every_metric_is_that_of_numpy(protocol, seed, size, batch, holes, wild):
     prediction, depth = random_pair(seed, size, batch, holes, wild)
     name = protocol.removesuffix("-whole")  # without the crop, which has a test of its own
-    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), replace(PROTOCOLS[name], crop=None))
+    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), replace(PROTOCOLS[name], crop=None), 1000)
     assert got.dtype == torch.float64
     # silog is a difference of two means: what is left of it below 1e-5 is rounding
     np.testing.assert_allclose(got.numpy(), by_numpy(prediction, depth, name), rtol=1e-7, atol=1e-5)
@@ -128,7 +134,7 @@ def test_every_metric_is_that_of_numpy(protocol, seed, size, batch, holes, wild)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_metric_of_whole_maps_is_that_of_numpy(protocol):
     prediction, depth = random_pair(1, (480, 640), batch=2)
-    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), PROTOCOLS[protocol])
+    got = score(torch.from_numpy(prediction), torch.from_numpy(depth), PROTOCOLS[protocol], 1000)
     np.testing.assert_allclose(got.numpy(), by_numpy(prediction, depth, protocol), rtol=1e-10, atol=1e-10)
 
 
@@ -167,16 +173,16 @@ def test_deltas_are_strict_and_symmetric():
 
 
 def test_perfect_prediction():
-    depth = torch.from_numpy(random_pair(3, (7, 9))[1]).clamp(max=9.9)
+    depth = torch.from_numpy(random_pair(3, (7, 9))[1]).clamp(max=9900)
     for protocol in (FULL, BLOG):
-        for row in score(depth, depth, protocol).tolist():
+        for row in score(depth, depth, protocol, 1000).tolist():
             values = dict(zip(protocol.metrics, row[1:], strict=True))
             assert all(values[name] == (1.0 if name.startswith("delta") else 0.0) for name in values)
 
 
 def test_silog_forgives_scale_and_nothing_else_does():
-    depth = torch.from_numpy(random_pair(3, (7, 9), batch=1)[1]).clamp(max=8.0)
-    got = named(depth * 1.2, depth)
+    depth = torch.from_numpy(random_pair(3, (7, 9), batch=1)[1]).clamp(max=8000)
+    got = named(depth * 1.2, depth, per_metre=1000)
     assert got["silog"] == pytest.approx(0, abs=1e-4)
     assert got["abs_rel"] == pytest.approx(0.2, rel=1e-6)
     assert got["rmse_log"] == pytest.approx(math.log(1.2), rel=1e-6)
@@ -225,10 +231,10 @@ def test_an_image_without_valid_pixels_is_unscored_and_harms_no_other(protocol):
     prediction, depth = (torch.from_numpy(array) for array in random_pair(5, (48, 64), batch=3))
     depth[1] = 0
     prediction[1] = math.nan
-    rows = score(prediction, depth, protocol)
+    rows = score(prediction, depth, protocol, 1000)
     assert rows[1].tolist() == [0.0] * (1 + len(protocol.metrics))
-    assert torch.equal(rows[::2], score(prediction[::2], depth[::2], protocol))
-    summary = summarise(score_terms(prediction, depth, protocol), protocol)
+    assert torch.equal(rows[::2], score(prediction[::2], depth[::2], protocol, 1000))
+    summary = summarise(score_terms(prediction, depth, protocol, 1000), protocol)
     assert (summary.images, summary.unscored) == (2, (1,))
     assert all(math.isfinite(value) for value in summary.metrics.values())
 
@@ -247,10 +253,46 @@ def test_range_of_the_ground_truth_is_strict(dtype):
     assert score(truth, truth, BLOG)[0, 0].item() == 7
 
 
-def test_a_depth_of_one_millimetre_is_not_scored_as_it_comes_from_a_batch():
-    # uint16 1 mm -> float32 is a hair above the double 1e-3, which the published code compares in float32
-    truth = torch.tensor([[[1, 2, 10_000]]], dtype=torch.int32).float() / 1000
-    assert score(truth, truth, FULL)[0, 0].item() == 1
+@pytest.mark.parametrize("protocol", ["eigen", "full", "lsq"])
+def test_one_millimetre_and_ten_metres_are_not_scored(protocol):
+    counts = torch.tensor([[[1, 2, 9_999, 10_000, 0]]], dtype=torch.float64)
+    whole = replace(PROTOCOLS[protocol], crop=None)
+    assert score(counts, counts, whole, 1000)[0, 0].item() == 2
+    # in metres as the published code compares them: as float32, where 1 mm is a hair above the double 1e-3
+    metres = counts.float() / 1000
+    assert score(metres, metres, whole)[0, 0].item() == 2
+
+
+# --- ties ---
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_tie_is_below(k):
+    """All whole millimetres that a uint16 holds whose ratio is 1.25^k exactly, either way."""
+    n = torch.arange(1, 65535 // 5**k + 1, dtype=torch.float64)
+    for p, g in ((n * 5**k, n * 4**k), (n * 4**k, n * 5**k)):
+        assert named(p[None, None], g[None, None], PLAIN, 1000)[f"delta{k}"] == 0
+
+
+def exact_delta(p, g, k):
+    """Of floats as the rational numbers that they are."""
+    bound = Fraction(5, 4) ** k
+    below = [
+        a > 0 and max(Fraction(a) / Fraction(b), Fraction(b) / Fraction(a)) < bound for a, b in zip(p, g, strict=True)
+    ]
+    return Fraction(sum(below), len(below))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 65535), st.integers(1, 65535)), min_size=1, max_size=30), st.integers(1, 13000)
+)
+def test_the_deltas_are_those_of_whole_numbers(pairs, quarter):
+    pairs += [(5 * quarter, 4 * quarter), (4 * quarter, 5 * quarter)]
+    p, g = (torch.tensor([[column]], dtype=torch.float64) for column in zip(*pairs, strict=True))
+    got = named(p, g, PLAIN, 1000)
+    for k in (1, 2, 3):
+        assert got[f"delta{k}"] == pytest.approx(float(exact_delta(*zip(*pairs, strict=True), k)), abs=1e-12)
 
 
 @pytest.mark.parametrize("truth", [math.nan, math.inf, -1.0, -math.inf])
@@ -379,17 +421,17 @@ def test_batch_composition_does_not_matter(protocol):
     prediction, depth = (torch.from_numpy(array) for array in random_pair(8, (96, 128), batch=5))
     small = prediction[:, ::4, ::4].contiguous()
     for p in (prediction, small):
-        whole = score(p, depth, protocol)
-        alone = torch.cat([score(p[k : k + 1], depth[k : k + 1], protocol) for k in range(5)])
+        whole = score(p, depth, protocol, 1000)
+        alone = torch.cat([score(p[k : k + 1], depth[k : k + 1], protocol, 1000) for k in range(5)])
         order = torch.tensor([3, 0, 4, 1, 2])
-        assert torch.equal(score(p[order], depth[order], protocol), whole[order])
+        assert torch.equal(score(p[order], depth[order], protocol, 1000), whole[order])
         np.testing.assert_allclose(alone.numpy(), whole.numpy(), rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_are_left_alone():
     prediction, depth = (torch.from_numpy(array) for array in random_pair(8, (6, 8)))
     kept = prediction.clone(), depth.clone()
-    score(prediction, depth, FULL)
+    score(prediction, depth, FULL, 1000)
     assert torch.equal(prediction.nan_to_num(7.5), kept[0].nan_to_num(7.5))
     assert torch.equal(depth, kept[1])
 
@@ -442,7 +484,7 @@ def test_summary_is_the_mean_of_the_scored_rows(seed, images, empty):
 def test_pooled_metrics_are_those_of_all_pixels_in_one_list(seed, images, holes):
     prediction, depth = random_pair(seed, (9, 11), images, holes)
     protocol = replace(DENSEDEPTH, crop=None)
-    rows = score_terms(torch.from_numpy(prediction), torch.from_numpy(depth), protocol)
+    rows = score_terms(torch.from_numpy(prediction), torch.from_numpy(depth), protocol, 1000)
     summary = summarise(rows, protocol)
     lists = [pixels(p, g, "densedepth") for p, g in zip(prediction, depth, strict=True)]
     p, g = (np.concatenate(parts) for parts in zip(*lists, strict=True))
@@ -488,7 +530,7 @@ def test_densedepth_holds_predictions_within_its_range(prediction, taken_as):
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 100), st.floats(-50, 50), st.booleans())
 def test_lsq_does_not_see_scale_and_shift(seed, scale, shift, inverted):
     prediction, depth = random_pair(seed, (12, 16), 2, 0.3, 0.0)
-    prediction, depth = torch.from_numpy(prediction).double(), torch.from_numpy(depth)
+    prediction, depth = torch.from_numpy(prediction) / 1000, torch.from_numpy(depth) / 1000
     other = prediction * (-scale if inverted else scale) + shift
     protocol = replace(LSQ, crop=None)
     first, second = (score(p, depth, protocol).numpy() for p in (prediction, other))

@@ -58,7 +58,8 @@ def opened(place, samples=None, **options):
 
 
 def read_all(predictions):
-    return np.stack([predictions.read(sample) for sample in range(len(predictions))])
+    """Metres."""
+    return np.stack([predictions.read(sample) for sample in range(len(predictions))]) / 1000
 
 
 def truth():
@@ -130,7 +131,7 @@ def test_one_file_with_all_maps_is_taken_in_order(tmp_path, encode):
     path = tmp_path / f"all.{'npy' if encode is npy else 'npz'}"
     path.write_bytes(encode(truth()))
     predictions, notes = opened(path)
-    np.testing.assert_array_equal(read_all(predictions), truth())
+    np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
     assert "matched by their order" in notes[0]
     with pytest.raises(UserError, match=r"holds 4 predictions, the split has 3 images"):
         opened(path, Listed(NAMES[:3]))
@@ -139,7 +140,7 @@ def test_one_file_with_all_maps_is_taken_in_order(tmp_path, encode):
 def test_by_order_files_are_sorted_as_people_count(tmp_path):
     names = [f"pred_{number}.npy" for number in (1, 2, 10, 11)]
     predictions, _ = opened(write_all(tmp_path / "p", names, npy), match="order")
-    np.testing.assert_array_equal(read_all(predictions), truth())
+    np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True, min_size=1, max_size=20), st.sampled_from(["", "0", "000"]))
@@ -172,7 +173,7 @@ def test_a_longer_match_beats_a_shorter_one(tmp_path):
     write(tmp_path / "p/b_1/5.npy", npy(depth(1)))
     write(tmp_path / "p/a_1/5.npy", npy(depth(0)))
     predictions, notes = opened(tmp_path / "p", samples)
-    np.testing.assert_array_equal(predictions.read(0), depth(0))
+    np.testing.assert_array_equal(predictions.read(0), depth(0) * 1000)
     assert "1 files have the name of none" in notes[1]
 
 
@@ -184,7 +185,7 @@ def test_pictures_for_the_eye_are_left_out(tmp_path):
     assert notes[1:] == ["4 coloured pictures beside them were left out"]
     write_all(folder, [f"{name[:-4]}.npy" for name in NAMES], npy)
     predictions, _ = opened(folder)  # arrays say more than pictures
-    np.testing.assert_array_equal(read_all(predictions), truth())
+    np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
 
 
 # --- what does not fit is one line ---

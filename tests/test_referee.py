@@ -68,8 +68,8 @@ def result(data):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_metric_under_every_protocol_is_that_of_numpy(data, result, name):
-    truths = [millimetres(number).astype(np.float32) / np.float32(1000) for number in range(COUNT)]
-    found = [prediction(number) for number in range(COUNT)]
+    truths = [millimetres(number) for number in range(COUNT)]
+    found = [prediction(number).astype(np.float64) * 1000 for number in range(COUNT)]
     if name == "densedepth":  # all pixels of all images in one list
         lists = [pixels(p, g, name) for p, g in zip(found, truths, strict=True)]
         expected = formulas(*(np.concatenate(parts) for parts in zip(*lists, strict=True)), name)
@@ -84,8 +84,8 @@ def test_the_table_of_images_is_that_of_numpy(data, result):
     with (data / "images.csv").open() as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
-        truth = millimetres(number).astype(np.float32) / np.float32(1000)
-        count, *metrics = by_numpy(prediction(number)[None], truth[None], "eigen")[0]
+        found = prediction(number).astype(np.float64) * 1000
+        count, *metrics = by_numpy(found[None], millimetres(number)[None], "eigen")[0]
         assert row["key"] == f"{number:04d}"
         assert int(row["eigen_pixels"]) == count
         assert float(row["eigen_rmse"]) == pytest.approx(metrics[2], rel=1e-9)
@@ -135,6 +135,36 @@ def test_a_broken_prediction_ends_all_ranks_with_one_line(data, tmp_path):
     assert done.stderr.count("error") == 1
     assert "0002.npy is 40x640, its image 480x640: not the same view" in done.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+# --- ties ---
+
+
+@pytest.mark.parametrize("kind", ["16-bit PNG", "PNG in fifths of a millimetre", "shards"])
+def test_ratios_of_exactly_five_quarters_are_not_below_it(tmp_path, kind):
+    """Every pixel is 5/4 or 4/5 of the truth, in whole millimetres, but for some that miss it by one."""
+    rng = np.random.default_rng(0)
+    truth = 20 * rng.integers(40, 360, SIZE)
+    found = np.where(rng.random(SIZE) < 0.5, truth * 5 // 4, truth * 4 // 5)
+    near = rng.random(SIZE) < 0.1
+    found[near] += rng.choice([-1, 1], SIZE)[near]
+    write(tmp_path / "source/test/images/a.jpg", jpeg_bytes(picture(0, SIZE)))
+    write(tmp_path / "source/test/depth/a.png", truth.astype(np.uint16))
+    (tmp_path / "predictions").mkdir()
+    options = []
+    if kind == "PNG in fifths of a millimetre":
+        write(tmp_path / "predictions/a.png", (np.minimum(found, 13_000) * 5).astype(np.uint16))
+        options = ["--prediction-scale", "0.0002"]
+    else:
+        write(tmp_path / "predictions/a.png", found.astype(np.uint16))
+    if kind == "shards":
+        packed(tmp_path / "source", tmp_path / "shards")
+    against = "shards" if kind == "shards" else "source"
+    results = scored(tmp_path, "--protocols", "eigen", "full", *options, against=against)["results"]["model"]
+    below = (4 * found < 5 * truth) & (4 * truth < 5 * found)
+    assert 0.04 < below.mean() < 0.06  # half of the near ones
+    assert results["full"]["delta1"] == pytest.approx(below.mean(), abs=1e-12)
+    assert results["eigen"]["delta1"] == pytest.approx(below[45:471, 41:601].mean(), abs=1e-12)
 
 
 # --- images without a valid pixel ---

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .depth import first_valid, footprints
+from .depth import COUNTS_PER_METRE, first_valid, footprints
 from .loader import Batch
 from .order import uniform
 from .views import AugmentConfig, look, on_device, paste_depth, rectangles
@@ -25,7 +25,12 @@ def prepare_images(batch: Batch, size: tuple[int, int]) -> torch.Tensor:
 
 def prepare_depth(batch: Batch) -> torch.Tensor:
     """-> float32 (batch, height, width) metres as stored, 0 = hole."""
-    return batch.depth.float() / 1000
+    return batch.depth.float() / COUNTS_PER_METRE
+
+
+def depth_counts(batch: Batch) -> torch.Tensor:
+    """-> float64 (batch, height, width): the counts as stored, COUNTS_PER_METRE a metre, 0 = hole; for scores."""
+    return batch.depth.double()
 
 
 def prepare(

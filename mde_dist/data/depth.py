@@ -1,6 +1,7 @@
 """Metres <-> stored bytes: the one place that knows depth units and codecs.
 
 In memory depth is float32 metres; in a shard and in a batch it is uint16 millimetres. 0 means "no measurement" in both.
+Scores are taken of the counts themselves: most of them have no exact float in metres.
 """
 
 import io
@@ -14,6 +15,8 @@ import numpy as np
 from numcodecs import blosc, zstd
 from PIL import Image, UnidentifiedImageError
 
+COUNTS_PER_METRE = 1000
+"""Of the uint16 that a shard and a batch hold."""
 CODECS = ("blosc", "zst", "png")
 _LZ4HC_LEVEL = 4  # sizes hardly fall beyond it, packing times double with every two levels
 _ZSTD_LEVEL = 3  # levels 1 to 9 decode at the same speed; 3 packs fast

@@ -7,6 +7,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..files import refuse_dead_links
+from .depth import COUNTS_PER_METRE
 from .images import IMAGE_FORMATS
 from .manifest import MAX_SIDE
 from .samples import Samples
@@ -45,9 +47,11 @@ class Predictions:
         self._maps, self._size = maps, size
         self._stack: np.ndarray | None = None
         self._dtype = self._stored(0).dtype
-        self._scale = scale or _usual_scale(maps[0].file, self._dtype)
+        metres = scale or _usual_scale(maps[0].file, self._dtype)
+        # as a fraction of decimals: 0.0002 m a step is a fifth of a millimetre, and 0.2 has no exact float
+        self._counts = Fraction(str(metres)) * COUNTS_PER_METRE
         why = "given by --prediction-scale" if scale else "usual for 16-bit PNG; --prediction-scale says otherwise"
-        self.units = "floats, taken as metres" if self._scale == 1 else f"metres = v * {self._scale:.6g} ({why})"
+        self.units = "floats, taken as metres" if metres == 1 else f"metres = v * {metres:.6g} ({why})"
         """How stored values become metres, in words."""
 
     def __len__(self) -> int:
@@ -59,7 +63,10 @@ class Predictions:
         return str(found.file) if found.row is None else f"{found.file}, map {found.row}"
 
     def read(self, sample: int) -> np.ndarray:
-        """-> float64 (h, w) metres, of any size that has the aspect of the ground truth. Raises UserError."""
+        """-> float64 (h, w), of any size that has the aspect of the ground truth; COUNTS_PER_METRE a metre, as it has.
+
+        A stored value whose depth is a whole count becomes exactly that. Raises UserError.
+        """
         stored, name = self._stored(sample), self.name(sample)
         if stored.dtype != self._dtype:
             raise UserError(f"{name} holds {stored.dtype} values, but {self.name(0)} holds {self._dtype}")
@@ -73,7 +80,7 @@ class Predictions:
                 f"{name} is {height}x{width}, its image {rows}x{columns}: not the same view; predictions may have any "
                 "size, but must show the whole image"
             )
-        return stored.astype(np.float64) * self._scale
+        return stored.astype(np.float64) * self._counts.numerator / self._counts.denominator
 
     def _stored(self, sample: int) -> np.ndarray:
         found = self._maps[sample]

@@ -157,7 +157,7 @@ class ShardSet(Samples):
         return self._store.locate(info, self._closing)
 
     def mean_map(self) -> np.ndarray:
-        """Per-pixel mean depth of the split, float32 metres (height, width)."""
+        """Per-pixel mean depth of the split, uint16 millimetres (height, width)."""
         stored, info = np.empty(self.size, np.uint16), self.info.mean_map
         try:
             data = self._store.locate(info, self._closing).read_bytes()
@@ -166,7 +166,7 @@ class ShardSet(Samples):
             depth.decode(data, self.manifest.codec, stored)
         except (OSError, ValueError) as error:
             raise self._broken(info, error) from None
-        return depth.to_metres(stored)
+        return stored
 
     def _number(self, sample: int) -> int:
         """The shard of a sample."""

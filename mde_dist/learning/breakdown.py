@@ -14,14 +14,16 @@ _BINS, _CELLS = len(EDGES) - 1, GRID[0] * GRID[1]
 COLUMNS = SCORE_COLUMNS + 3 * _BINS + 2 * _CELLS
 
 
-def score_with_breakdown(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+def score_with_breakdown(
+    prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1
+) -> torch.Tensor:
     """-> float64 (batch, COLUMNS): rows of `learning.metrics.score`, and beside them sums over the same pixels.
 
     Per bin of true distance the number of pixels, their |p-g|/g and their p-g in metres; per cell of the image the
     number of pixels and their |p-g|/g. Arguments as of `learning.metrics.score`.
     """
-    images = compared(prediction, depth, protocol)
-    return torch.stack([torch.cat([score_row(p, g), _sums(p, g, mask)]) for p, g, mask in images])
+    images = compared(prediction, depth, protocol, per_metre)
+    return torch.stack([torch.cat([score_row(p, g, per_metre), _sums(p, g, mask, per_metre)]) for p, g, mask in images])
 
 
 def split_breakdown(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,13 +31,13 @@ def split_breakdown(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[:, :SCORE_COLUMNS], rows[:, SCORE_COLUMNS:]
 
 
-def _sums(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _sums(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor, per_metre: float) -> torch.Tensor:
     error = p - g
     relative, one = error.abs() / g, torch.ones_like(g)
-    distance = g.long().clamp(0, _BINS - 1)
+    distance = (g / per_metre).long().clamp(0, _BINS - 1)
     row, column = mask.nonzero(as_tuple=True)
     cell = row * GRID[0] // mask.shape[0] * GRID[1] + column * GRID[1] // mask.shape[1]
-    by_distance = [torch.bincount(distance, weights, _BINS) for weights in (one, relative, error)]
+    by_distance = [torch.bincount(distance, weights, _BINS) for weights in (one, relative, error / per_metre)]
     by_cell = [torch.bincount(cell, weights, _CELLS) for weights in (one, relative)]
     return torch.cat([*by_distance, *by_cell])
 

@@ -6,6 +6,9 @@ log10 = mean |log10 p - log10 g|; silog = 100 sqrt(mean d^2 - (mean d)^2); delta
 The score of a split is the mean over its images, or over all its pixels where the protocol pools them.
 
 Every metric is a function of a few means over pixels (`TERMS`): these are kept per image, and all else follows.
+
+Depth comes in any unit, of which a metre has `per_metre`. It is scored in the unit of the stored counts: 1.1 m has no
+exact float, so that a ratio of exactly 5/4 would fall to either side of 1.25; 1100 mm has one.
 """
 
 import math
@@ -18,6 +21,10 @@ import torch.nn.functional as F
 
 METRICS = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "delta1", "delta2", "delta3")
 HIGHER_IS_BETTER = ("delta1", "delta2", "delta3")
+DEFINITIONS = 2
+"""Version of what the metrics mean, in the fingerprint of a result; raised when a number changes for the same input.
+1, of mde_dist 0.1: the truth rounded to float32 metres, so that half of the ratios of exactly 5/4 were below 1.25.
+2: the truth as it is stored."""
 TERMS = ("abs_rel", "sq_rel", "square", "log", "log_square", "log10", "delta1", "delta2", "delta3")
 """Means over the valid pixels of an image: |p-g|/g, (p-g)^2/g, (p-g)^2, d, d^2, |log10 p - log10 g|, the deltas."""
 SCORE_COLUMNS = 1 + len(TERMS)
@@ -61,22 +68,26 @@ PROTOCOLS = {
 }
 
 
-def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    """-> float64 (batch, SCORE_COLUMNS): number of valid pixels, then the terms of each image.
+def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1) -> torch.Tensor:
+    """-> float64 (batch, SCORE_COLUMNS): number of valid pixels, then the terms of each image, in metres.
 
-    prediction: (batch, h, w) metres (any unit where the protocol aligns it), brought bilinearly to the ground truth's
-    size; depth: (batch, height, width) metres, 0 = hole. An image without a valid pixel is a row of 0, never nan.
+    prediction: (batch, h, w), brought bilinearly to the ground truth's size; depth: (batch, height, width), 0 = hole;
+    both in a unit of which a metre has `per_metre`, so that counts come as they are stored (a protocol that aligns the
+    prediction takes it in any unit). An image without a valid pixel is a row of 0, never nan.
     """
-    return torch.stack([score_row(p, g) for p, g, _ in compared(prediction, depth, protocol)])
+    images = compared(prediction, depth, protocol, per_metre)
+    return torch.stack([score_row(p, g, per_metre) for p, g, _ in images])
 
 
 def compared(
-    prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol
+    prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """What a protocol compares in each image: predictions, as it holds them, and truths of the scored pixels, float64
-    (pixels,) metres; and where these pixels are, bool (height, width). Arguments as of `score`."""
-    # compared in the depth's own precision: 1 mm as float32 is a hair above 1e-3 as float64
-    scored = (depth > protocol.valid[0]) & (depth < protocol.valid[1])
+    (pixels,) in the unit of the arguments, which are those of `score`; and where these pixels are, bool (height,
+    width)."""
+    # compared in the depth's own precision: 1 mm as float32 metres is a hair above 1e-3 as float64
+    low, high = (metres * per_metre for metres in protocol.valid)
+    scored = (depth > low) & (depth < high)
     if protocol.crop is not None:
         rows, columns = crop_slices(protocol.crop, depth.shape[-2], depth.shape[-1])
         inside = torch.zeros_like(scored[0])
@@ -84,25 +95,25 @@ def compared(
         scored &= inside
     for p, g, mask in zip(to_size(prediction, depth), depth, scored, strict=True):
         truth = g[mask].double()
-        yield (_held(p[mask], truth, protocol) if len(truth) else truth), truth, mask
+        yield (_held(p[mask], truth, protocol, per_metre) if len(truth) else truth), truth, mask
 
 
-def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol, per_metre: float) -> torch.Tensor:
     """Predictions (pixels,) as a protocol takes them."""
     if protocol.align == "scale and shift":
         p = align(p, g)
     if protocol.clamp is not None:
-        low, high = protocol.clamp
+        low, high = (metres * per_metre for metres in protocol.clamp)
         return torch.nan_to_num(p, nan=low, posinf=high, neginf=low).clamp(low, high)
     # a value that is not finite is no prediction: as wrong as predicting nothing at all
     return torch.where(is_number(p), p, 0.0)
 
 
-def score_row(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def score_row(p: torch.Tensor, g: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
     """The row of `score` of one image from what is `compared` in it."""
     if not len(g):
         return torch.zeros(SCORE_COLUMNS, dtype=torch.float64, device=g.device)
-    terms = _pixel_terms(p, g)
+    terms = _pixel_terms(p, g, per_metre)
     return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in TERMS)])
 
 
@@ -136,16 +147,14 @@ def align(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, scale * (p - p_mean) + g_mean, p)
 
 
-def _pixel_terms(p: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
-    positive = p > 0
-    safe = torch.where(positive, p, 1.0)
-    d = (safe / g).log()
-    ratio = torch.where(positive, torch.maximum(safe / g, g / safe), math.inf)
+def _pixel_terms(p: torch.Tensor, g: torch.Tensor, per_metre: float) -> dict[str, torch.Tensor]:
+    d = (torch.where(p > 0, p, per_metre) / g).log()
     error = p - g
     square, distance = error.square(), error.abs()
-    terms = {"abs_rel": distance / g, "sq_rel": square / g, "square": square}
+    terms = {"abs_rel": distance / g, "sq_rel": square / g / per_metre, "square": square / per_metre**2}
     terms |= {"log": d, "log_square": d.square(), "log10": d.abs() / math.log(10)}
-    return terms | {f"delta{k}": (ratio < 1.25**k).double() for k in (1, 2, 3)}
+    # 1.25, its square and its cube have a few bits each, so the products of counts are exact; p <= 0 is below neither
+    return terms | {f"delta{k}": ((p < 1.25**k * g) & (g < 1.25**k * p)).double() for k in (1, 2, 3)}
 
 
 def image_metrics(rows: torch.Tensor, protocol: Protocol) -> torch.Tensor:

@@ -41,14 +41,15 @@ for _factor in (256, 5000, 6000):  # of 16-bit PNGs in the wild
 _KNOWN_WITHIN = 1.15  # factor, which leaves room for the bias of a model
 
 
-def signals(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+def signals(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
     """-> float64 (batch, SIGNALS): what `diagnose` takes of each image; nan where there is nothing to take.
 
-    prediction (batch, h, w) as the model gave it, depth (batch, height, width) metres, 0 = hole. Columns: median of
-    prediction / truth; correlation of prediction and truth over the pixels; that of 1 / prediction and truth; mean of
-    the truth; logarithms of the means of prediction and of truth in the cells of GRID.
+    prediction (batch, h, w) as the model gave it, depth (batch, height, width), 0 = hole, both in a unit of which a
+    metre has `per_metre`. Columns: median of prediction / truth; correlation of prediction and truth over the pixels;
+    that of 1 / prediction and truth; mean of the truth, metres; logarithms of the means of prediction and of truth,
+    metres, in the cells of GRID.
     """
-    prediction, depth = to_size(prediction, depth), depth.double()
+    prediction, depth = to_size(prediction, depth) / per_metre, depth.double() / per_metre
     mean = _masked_mean(depth, depth > 0)
     step = max(1, depth.shape[-1] // _COLUMNS)
     prediction, depth = (x[:, ::step, ::step] for x in (prediction, depth))
