@@ -115,8 +115,9 @@ def finish(work: Work, table: Table, command: AblateCommand, output: Path) -> No
     if command.part:
         say(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
     elif found := gather(table):
+        made = report.write(found, table, work.failed, output)
         report.show(found, table)
-        for path in report.write(found, table, work.failed, output):
+        for path in made:
             say(f"made: {path}")
     for name in work.elsewhere:
         say(f"{name}: another such command is at work at it")

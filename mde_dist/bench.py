@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     result = module.bench(options)
     if result is None:  # a rank that has nothing to show
         return
-    result.show()
     if options.json is not None:
         result.save(options.json)
+    result.show()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .console import say
+from .console import lasting, say
 from .errors import OtherRankError, RankError, UserError
 from .urls import without_keys
 
@@ -51,13 +51,27 @@ Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
 """Part K of N, from 0; written `0/8`."""
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None:
     """Run a command's `main(argv)` and turn a UserError into one line on stderr and exit code 2.
 
     Every rank meets the same mistakes in config and data, so only rank 0 speaks; a RankError names its rank,
-    and where one rank stops the others, they keep silent.
-    With `--debug` the traceback is shown as well.
+    and where one rank stops the others, they keep silent. With `--debug` the traceback is shown as well.
+
+    A command goes on to its end when its output is lost: the pipe's reader or the terminal is gone, the disk is full.
+    After a full disk the exit code is 2, unless all that matters is `logged` elsewhere.
     """
+    (sys.stdout, output), (sys.stderr, _) = lasting(sys.stdout), lasting(sys.stderr)
+    code = _run(main)
+    sys.stdout.flush()
+    if not code and output is not None and output.lost is not None and not logged:
+        say(f"error: what was printed is not whole: {output.lost.strerror}", file=sys.stderr)
+        code = 2
+    if code:
+        sys.exit(code)
+
+
+def _run(main: Callable[[list[str]], None]) -> str | int | None:
+    """-> the exit code."""
     argv = sys.argv[1:]
     sys.argv[1:] = map(without_keys, argv)  # trackers note down what stands there
     try:
@@ -67,14 +81,17 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         if isinstance(error, OtherRankError):
-            sys.exit(2)
+            return 2
         if rank == "0" or isinstance(error, RankError):
             where = f" (rank {rank})" if "RANK" in os.environ and isinstance(error, RankError) else ""
             say(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         say("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:

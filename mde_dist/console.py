@@ -1,7 +1,14 @@
-"""The terminal: what it is shown holds names of files, runs and rows, which are neither markup nor commands to it."""
+"""The terminal: what it is shown holds names of files, runs and rows, which are neither markup nor commands to it.
 
+And it may go, or lack letters, while a command is at work.
+"""
+
+import contextlib
+import errno
+import io
+import os
 import re
-from io import TextIOBase
+import select
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -26,7 +33,7 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def say(*lines: str, file: TextIO | TextIOBase | None = None) -> None:
+def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
     """Print lines, those behind the first one indented, as long as they are: paths and commands stay whole for copying.
 
     `file`: by default stdout.
@@ -45,3 +52,39 @@ def open_console(file: TextIO | None = None, soft_wrap: bool = False) -> Console
     What it is given as str, cells and titles included, is shown letter by letter: `[b]` and `:smile:` are names.
     """
     return _PlainConsole(file=file, markup=False, emoji=False, highlight=False, soft_wrap=soft_wrap)
+
+
+class Output(io.FileIO):
+    """Standard output or error. What it does not take is dropped: nothing that is printed ends a command."""
+
+    lost: OSError | None = None
+    """Why something was dropped; of a reader or a terminal that is gone nothing is said."""
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # another program has made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                self.lost = error
+            return len(data)
+
+
+def lasting(stream: TextIO | None) -> tuple[TextIO, Output | None]:
+    """sys.stdout or sys.stderr -> one like it to which printing never raises, and its handle.
+
+    It writes what its encoding lacks as backslash and number. Where it was closed before the start it goes nowhere:
+    its handle must not be that of the next file. What is no stream of the system's (of a test, a notebook) is left.
+    """
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="replace"), None  # noqa: PTH123  it stays open
+    if not isinstance(stream, io.TextIOWrapper) or not isinstance(stream.buffer, io.BufferedWriter | io.FileIO):
+        return stream, None
+    with contextlib.suppress(OSError):
+        stream.flush()
+    handle = Output(stream.fileno(), "w", closefd=False)
+    buffer = handle if stream.write_through else io.BufferedWriter(handle)  # python -u
+    by_line, at_once = stream.line_buffering, stream.write_through
+    errors = "backslashreplace"
+    return io.TextIOWrapper(buffer, stream.encoding, errors, line_buffering=by_line, write_through=at_once), handle

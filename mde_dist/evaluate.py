@@ -147,11 +147,11 @@ def main(argv: list[str]) -> None:
         contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
         record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
         if accelerator.is_main_process:
-            show(record, f"{contestant.title} on {samples.place} {split}")
             if command.json:
                 write_json(command.json, record)
             if command.csv:
                 write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
+            show(record, f"{contestant.title} on {samples.place} {split}")
             for line in summary(command):
                 say(line)
         del contestant  # and with it the model, before the process group goes: see `processes`

@@ -30,9 +30,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file, or leave what was there."""
+    """Write a whole file, text as UTF-8, or leave what was there."""
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        # the bytes of a path that are no text here, as under LC_ALL=C, are written as they are
+        file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from .page.figures import draw_charts
 from .page.history import Run, read_runs
 from .page.pages import Report, charts_of, collect, render
 from .page.panels import last_panels
-from .pictures import draw_panels
+from .pictures import draw_panels, own_style
 from .run.scores import show_scores
 
 NAME = "report.html"
@@ -67,14 +67,15 @@ def write(runs: Sequence[Run], output: Path | None = None, tell: Callable[[str],
     page = output or (runs[0].path / NAME if len(runs) == 1 else Path(NAME))
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise UserError(f"--output {page}: must be the name of a file in a folder that is there")
-    report = collect(runs)
-    for line in report.missing:
-        tell(f"note: {line}")
-    words = ["python", "-m", "mde_dist.report", "--run", *(str(run.path) for run in runs)]
-    text = render(report, words + (["--output", str(output)] if output else []))
-    with writing(page):
-        write_atomic(page, text)
-        return [page, *draw_pictures(report, page)]
+    with own_style():  # the ticks of the page are matplotlib's, too
+        report = collect(runs)
+        for line in report.missing:
+            tell(f"note: {line}")
+        words = ["python", "-m", "mde_dist.report", "--run", *(str(run.path) for run in runs)]
+        text = render(report, words + (["--output", str(output)] if output else []))
+        with writing(page):
+            write_atomic(page, text)
+            return [page, *draw_pictures(report, page)]
 
 
 def draw_pictures(report: Report, page: Path) -> Iterator[Path]:

@@ -120,7 +120,7 @@ def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
     try:
         with Image.open(folder / "image.png", formats=["PNG"]) as picture:
             same = picture.size == (image.shape[2], image.shape[0] * image.shape[1])
-        return same and json.loads((folder / "keys.json").read_text()) == list(keys)
+        return same and json.loads((folder / "keys.json").read_text("utf-8")) == list(keys)
     except _DAMAGE:
         return False
 
@@ -131,7 +131,7 @@ def read_showcase(run: Path) -> Showcase | None:
     if not (folder / "keys.json").is_file():
         return None
     try:
-        keys = [str(key) for key in json.loads((folder / "keys.json").read_text())]
+        keys = [str(key) for key in json.loads((folder / "keys.json").read_text("utf-8"))]
         image = _read(folder / "image.png", len(keys))
         truth = _read(folder / "truth.png", len(keys))
         found = {}

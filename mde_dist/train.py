@@ -161,17 +161,28 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
 
 
 def publish(trainer: Trainer) -> None:
-    """Publish the weights with their card, draw what there is to see, and say where everything is. Raises UserError."""
-    from . import report  # takes matplotlib, which no run has to wait for before its first step
+    """Publish the weights with their card, draw what there is to see, and say where everything is.
 
+    Raises UserError where the weights cannot be written; what fails after that is a warning.
+    """
     run = trainer.directory.path
     made = [trainer.directory.publish_model(trainer.learner.published())]
-    for make in (lambda: [write_card(run)], lambda: report.draw(run)):
+
+    def draw() -> None:
+        from . import report  # no run has to wait for it before its first step
+
+        made.extend(report.draw(run))
+
+    for make in (
+        lambda: made.append(write_card(run)),
+        draw,
+        lambda: show_scores(run, read_records(run / "metrics.jsonl")),
+    ):
         try:
-            made += make()
-        except UserError as error:  # what was learned is safe
-            say(f"warning: {error}")
-    show_scores(run, read_records(run / "metrics.jsonl"))
+            make()
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            say(f"warning: the weights are whole, but after that: {kind}{' '.join(str(error).split())}")
     for path in made:
         say(f"made: {path}")
     say(f"next: python -m mde_dist.evaluate --run {run} --protocols eigen full blog")
@@ -180,4 +191,4 @@ def publish(trainer: Trainer) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, logged=True)

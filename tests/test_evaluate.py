@@ -63,6 +63,16 @@ def test_the_scores_are_those_of_an_independent_computation(checkpoint, room_sha
         assert (got["abs_rel"], got["delta1"]) == pytest.approx(expected, rel=tolerance, abs=tolerance), name
 
 
+def test_results_are_written_before_they_are_printed(checkpoint, tmp_path, monkeypatch):
+    def printed(*_):
+        assert json.loads((tmp_path / "result.json").read_text()) and (tmp_path / "images.csv").read_text()
+        raise UserError("no terminal")
+
+    monkeypatch.setattr(evaluate, "show", printed)
+    with pytest.raises(UserError, match="no terminal"):
+        results(checkpoint, tmp_path, "--csv", str(tmp_path / "images.csv"))
+
+
 def test_the_batch_size_does_not_show_in_the_printed_digits(checkpoint, tmp_path):
     scores = [
         results(checkpoint, tmp_path, "--protocols", "eigen", "--batch-size", size)["results"]["model"]["eigen"]

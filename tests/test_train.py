@@ -72,7 +72,7 @@ def test_sigkill_and_the_same_command_end_bit_for_bit_as_undisturbed(undisturbed
     assert files_below(directory) == files_below(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_from_it(undisturbed, room_shards, tmp_path, number):
     directory = tmp_path / "run"
     options = small(data_shards=room_shards)

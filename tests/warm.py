@@ -151,7 +151,7 @@ class Warm:
         end = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > end:
-                self.send_signal(signal.SIGQUIT)  # see `become`
+                self.send_signal(signal.SIGRTMIN)  # see `become`
                 time.sleep(1)
                 self.kill()
                 raise TimeoutError(f"still at work after {timeout} s: {' '.join(self.args)}\n{self.output()}")
@@ -334,9 +334,9 @@ def report_ended(running: dict[int, int], connection: Connection) -> None:
 
 def become(request: dict[str, Any]) -> None:
     """Make this forked process what a freshly started one would be, and execute the command."""
-    faulthandler.register(signal.SIGQUIT)  # writes the stacks of all threads to stderr
+    faulthandler.register(signal.SIGRTMIN)  # writes the stacks of all threads to stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["env"])

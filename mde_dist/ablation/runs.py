@@ -178,6 +178,6 @@ def _samples_seen(training: Training) -> int:
 
 def _last_words(training: Training, code: int) -> str:
     """The line in which a training said why it has ended."""
-    lines = log_of(training).read_text(errors="replace").splitlines()
+    lines = log_of(training).read_text("utf-8", errors="replace").splitlines()
     said = [line for line in lines if line.startswith("error")]
     return f"{said[-1] if said else f'it ended with exit code {code}'} (log: {log_of(training)})"

@@ -25,7 +25,7 @@ def take_pairs(shards: ShardSet, pairs: int, work: Path) -> Path:
     identity = {"index": shards.info.index.sha256, "pairs": pairs}
     folder, note = work / "pairs", work / "pairs.json"
     if note.is_file():
-        if json.loads(note.read_text()) != identity:
+        if json.loads(note.read_text("utf-8")) != identity:
             raise UserError(f"{work} holds other pairs, or another number of them; name another place with --work")
         return folder
     with writing(folder), Members(shards) as members:

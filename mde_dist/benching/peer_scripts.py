@@ -83,7 +83,13 @@ def call(interpreter: str, script: Path, cores: Sequence[int], *arguments: objec
     with (
         on_cores(cores),
         subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
         ) as process,
     ):
         try:

@@ -29,7 +29,7 @@ def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> It
     command = [sys.executable, "-m", __name__, module, name, json.dumps(arguments)]
     with on_cores(cores):  # inherited, and so in force before its libraries count the cores
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own_environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=own_environment()
         )
     with process:
         questions, answers = process.stdin, process.stdout

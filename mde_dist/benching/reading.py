@@ -185,7 +185,7 @@ def loader(
 def _from_storage() -> int | None:
     """Bytes that this process had fetched from storage so far; None where the system does not say."""
     try:
-        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text("utf-8").splitlines())
         return int(fields["read_bytes"])
     except (OSError, ValueError, KeyError):
         return None
@@ -194,7 +194,7 @@ def _from_storage() -> int | None:
 def peak_resident() -> int:
     """Bytes of memory that this process had at most; not, as getrusage has it, those of the process that started it."""
     try:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         import resource

@@ -150,7 +150,7 @@ def cores_at_hand() -> list[int]:
 
 def _place_among_siblings(core: int) -> int:
     try:
-        text = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+        text = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text("utf-8")
         siblings = [int(number) for number in text.strip().replace("-", ",").split(",")]
     except (OSError, ValueError):
         return 0
@@ -170,7 +170,7 @@ def device_name(device: torch.device) -> str:
 def cpu_name() -> str:
     """Model of the processor."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

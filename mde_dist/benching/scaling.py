@@ -94,13 +94,13 @@ def command(ranks: int, arguments: Sequence[str]) -> list[str]:
 
 
 def to_its_end(line: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(line, capture_output=True, text=True, env=own_environment())
+    return subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", env=own_environment())
 
 
 def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict[str, Any]:
     """What `bench train` found. Raises UserError where it failed."""
     told, found = folder / f"{ranks}.toml", folder / f"{ranks}.json"
-    told.write_text(as_toml(replace(config, debug=False, debug_from=None)))
+    told.write_text(as_toml(replace(config, debug=False, debug_from=None)), "utf-8")
     arguments = ["--config", str(told), "--json", str(found)]
     arguments += ["--seconds", str(options.seconds), "--rounds", str(options.rounds)]
     done = to_its_end(command(ranks, arguments))
@@ -110,7 +110,7 @@ def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict
         raise UserError(
             f"bench train, ranks {ranks}, ended with exit code {done.returncode}: {error.removeprefix('error: ')}"
         )
-    return json.loads(found.read_text())
+    return json.loads(found.read_text("utf-8"))
 
 
 def row(measured: Sequence[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
             found[name] = "not installed"
     if torch.cuda.is_available():
         found["CUDA"] = str(torch.version.cuda)
-    if _DRIVER.is_file() and (driver := re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text(errors="replace"))):
+    if _DRIVER.is_file() and (driver := re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text("utf-8", errors="replace"))):
         found["driver"] = driver[0]
     return found
 

@@ -69,8 +69,8 @@ def lock_holder(lock: Path) -> str | None:
     None where nobody does, or the list does not tell: it knows the processes of this machine.
     """
     try:
-        inode, text = lock.stat().st_ino, lock.read_text(errors="replace").strip()
-        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        inode, text = lock.stat().st_ino, lock.read_text("utf-8", errors="replace").strip()
+        lines = [line.split() for line in Path("/proc/locks").read_text("utf-8").splitlines()]
     except OSError:
         return None
     # "1: FLOCK ADVISORY WRITE pid major:minor:inode start end"; the device is another one on stacked file systems

@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.ticker import MaxNLocator
-
+from ..pictures import load_matplotlib
 from .curves import Chart
 
 
@@ -28,7 +27,8 @@ def linear(low: float, high: float, most: int = 5, percent: bool = False) -> Axi
     """From `low` to `high`; a range without extent is given some."""
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         low, high = (0.0, 1.0) if low == high == 0 else (low - abs(low) * 0.1, high + abs(high) * 0.1)
-    found = MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    locator = load_matplotlib().ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10])
+    found = locator.tick_values(low, high)
     inside = [float(value) for value in found if low <= value + 1e-9 * (high - low) and value <= high * (1 + 1e-12)]
     return Axis(low, high, [(value, _percent(value) if percent else plain(value, high)) for value in inside])
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from ..pictures import literal, save_figure
+from ..pictures import figure_file, literal
 from .axes import along_axis, value_axis
 from .curves import Chart
 from .plots import plot
 from .styles import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLUMNS = 3
 
@@ -20,22 +20,22 @@ def draw_charts(path: Path, charts: Sequence[Chart], title: str) -> None:
     """All charts in one picture, three in a row."""
     rows = -(-len(charts) // _COLUMNS)
     height = 2.9 * rows + 0.8
-    figure = Figure(figsize=(12, height), dpi=90)
-    # by hand: matplotlib's own search for a layout takes longer than all the rest
-    figure.subplots_adjust(0.05, 0.8 / height, 0.985, 1 - 0.75 / height, wspace=0.2, hspace=0.48)
-    figure.suptitle(literal(title), y=1 - 0.15 / height)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).reshape(-1)
-    for axis, chart in zip(axes, charts, strict=False):
-        _draw(axis, chart)
-    for axis in axes[len(charts) :]:
-        axis.set_visible(False)
-    if any(len(chart.curves) > 1 for chart in charts):
-        drawn = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(drawn.values(), drawn, loc="lower center", ncols=4, fontsize=9, frameon=False)
-    save_figure(path, figure)
+    with figure_file(path, (12, height), dpi=90) as figure:
+        # by hand: matplotlib's own search for a layout takes longer than all the rest
+        figure.subplots_adjust(0.05, 0.8 / height, 0.985, 1 - 0.75 / height, wspace=0.2, hspace=0.48)
+        figure.suptitle(literal(title), y=1 - 0.15 / height)
+        axes = figure.subplots(rows, _COLUMNS, squeeze=False).reshape(-1)
+        for axis, chart in zip(axes, charts, strict=False):
+            _draw(axis, chart)
+        for axis in axes[len(charts) :]:
+            axis.set_visible(False)
+        if any(len(chart.curves) > 1 for chart in charts):
+            pairs = (pair for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+            drawn = {label: line for line, label in pairs}
+            figure.legend(drawn.values(), drawn, loc="lower center", ncols=4, fontsize=9, frameon=False)
 
 
-def _draw(axis: Axes, chart: Chart) -> None:
+def _draw(axis: "Axes", chart: Chart) -> None:
     (x_axis, along), y_axis = along_axis(chart), value_axis(chart)
     for curve in chart.curves:
         look = style(curve.run)

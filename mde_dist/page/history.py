@@ -200,7 +200,7 @@ def once_each(lines: Iterator[Line]) -> list[Line]:
 
 def _config(path: Path, notes: list[str]) -> tuple[str, dict[str, Any]]:
     try:
-        text = without_keys(path.read_text())  # which older versions wrote with keys
+        text = without_keys(path.read_text("utf-8"))  # which older versions wrote with keys
         return text, dict(_flat(tomllib.loads(text)))
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} cannot be read ({getattr(error, 'strerror', None) or error})")

@@ -145,8 +145,8 @@ def render(report: Report, command: Sequence[str]) -> str:
     )
     runs, several = report.runs, len(report.runs) > 1
     styles = [style(number) for number in range(len(runs))]
-    css = (_FOLDER / "style.css").read_text() + environment.get_template("runs.css.j2").render(styles=styles)
-    js = (_FOLDER / "script.js").read_text()
+    css = (_FOLDER / "style.css").read_text("utf-8") + environment.get_template("runs.css.j2").render(styles=styles)
+    js = (_FOLDER / "script.js").read_text("utf-8")
     return environment.get_template("template.html.j2").render(
         **{"report": report, "runs": runs, "several": several, "places": list(enumerate(runs)), "styles": styles},
         **{"css": Markup(css), "js": Markup(js), "hashes": {"css": _csp_hash(css), "js": _csp_hash(js)}},

@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.colors import to_hex
-
-from ..pictures import ERROR_COLORS
+from ..pictures import ERROR_COLORS, color_map, load_matplotlib
 from .axes import Axis, linear
 from .history import Run, number
 from .plots import BarPlot, bar_plot
@@ -94,7 +91,7 @@ def heat_maps(found: Sequence[tuple[int, str, Breakdown]]) -> tuple[Sequence[Hea
 
 
 def _heat_map(name: str, grid: Sequence[Sequence[float | None]], axis: Axis) -> HeatMap:
-    colors = mpl.colormaps[ERROR_COLORS]
+    colors, to_hex = color_map(ERROR_COLORS), load_matplotlib().colors.to_hex
     cells = []
     for row, line in enumerate(grid):
         for column, value in enumerate(line):

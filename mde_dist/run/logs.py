@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..console import open_console, say
 from ..errors import UserError
@@ -42,7 +42,8 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
     outputs, handles = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     only_log, restore = _Tee(log, None), True
     sys.stdout, sys.stderr = (only_log, only_log) if rank else (_Tee(log, shown) for shown in outputs)
-    _log, _terminal = log, os.fdopen(handles[1], "w", buffering=1, closefd=False)
+    written_as: dict[str, Any] = {"encoding": outputs[1].encoding, "errors": "backslashreplace"}
+    _log, _terminal = log, os.fdopen(handles[1], "w", buffering=1, closefd=False, **written_as)
     if rank:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),  # of schedulers
+    *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),  # of a terminal: Ctrl-C, its end, Ctrl-\
+)
+_LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # where they are when the run starts, as under nohup
 
 
 class StopFlag:
@@ -23,9 +27,10 @@ class StopFlag:
 
     @contextmanager
     def catching(self) -> Iterator[None]:
-        """Within the block the signals of schedulers and Ctrl-C raise the flag; after one did, or an error,
+        """Within the block the signals of schedulers and terminals raise the flag; after one did, or an error,
         they do no more harm."""
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        ignored = {number for number in _LEFT_IGNORED if signal.getsignal(number) == signal.SIG_IGN}
+        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored}
         ending = True
         try:
             with self._hearing():
