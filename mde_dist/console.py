@@ -41,6 +41,12 @@ def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
     print(*map(printable, lines), sep="\n  ", file=file, flush=True)
 
 
+def say_once(text: str, file: TextIO | io.TextIOBase | None = None) -> None:
+    """A line that every rank has reason to say, once for all of them. `file`: by default stdout."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file=file)
+
+
 class _PlainConsole(Console):
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
         return super().render_str(printable_lines(text), *args, **options)

@@ -24,9 +24,9 @@ from .config import SAMPLE_SHARDS, Config, read_config
 from .console import say
 from .data.shards import ShardSet, open_split
 from .errors import UserError
-from .run.distributed import agree, processes, same_everywhere, together
+from .run.distributed import agree, gather_rows, processes, same_everywhere, together
 from .run.peers import watched_peers
-from .run.preemption import StopFlag
+from .run.preemption import StopFlag, unless_stopped
 from .run.records import read_records
 from .run.scores import show_scores
 from .scoring import Interrupted
@@ -48,10 +48,10 @@ def main(argv: list[str]) -> None:
         check_batch(config, accelerator.num_processes)
         make_sample(config, accelerator)
         with stop.catching(), contextlib.ExitStack() as opened:
-            shards, held_out = together(accelerator, lambda: open_splits(config, opened))
-            same_everywhere(accelerator, "the shards", shards.manifest.sha256 + held_out.manifest.sha256)
-            with opened_trainer(config, accelerator, shards, held_out) as trainer, naming_the_lost():
-                finished = train(trainer, stop)
+            splits, finished = open_shards(config, accelerator, opened, stop), False
+            if splits is not None:
+                with opened_trainer(config, accelerator, *splits) as trainer, naming_the_lost():
+                    finished = train(trainer, stop)
     if not finished:
         sys.exit(128 + int(stop.signal or signal.SIGTERM))
 
@@ -95,10 +95,28 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
 
 
+def open_shards(
+    config: Config, accelerator: Accelerator, opened: contextlib.ExitStack, stop: StopFlag
+) -> tuple[ShardSet, ShardSet] | None:
+    """The splits to train on and to evaluate on, the same on all ranks; None where a signal came first.
+
+    Called by every rank. Raises UserError.
+    """
+    splits = together(accelerator, lambda: unless_stopped(stop, lambda: open_splits(config, opened)))
+    if gather_rows(accelerator, [float(splits is None)]).any() or splits is None:
+        if accelerator.is_main_process:
+            say("stopped by a signal while the shards were opened; the same command begins again")
+        return None
+    same_everywhere(accelerator, "the shards", "".join(split.manifest.sha256 for split in splits))
+    return splits
+
+
 def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardSet, ShardSet]:
-    """The splits to train on and to evaluate on. Raises UserError."""
+    """All that is read of a server before the first step. Raises UserError."""
     data = config.data
     shards = opened.enter_context(open_split(data.shards, data.train_split, data.cache_options))
+    if shards.remote:
+        shards.local(shards.info.mean_map)  # of which the baselines are made
     held_out = open_split(data.eval_shards or data.shards, data.eval_split, data.cache_options)
     return shards, opened.enter_context(held_out)
 

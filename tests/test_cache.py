@@ -218,6 +218,58 @@ def test_a_whole_file_that_was_cut_is_fetched_again(cache: Cache, server: FileSe
     assert server.requests["a.tar"] == 2
 
 
+# ---- a copy that is damaged
+
+
+def test_a_damaged_copy_is_fetched_anew_beside_those_who_read_it(
+    cache: Cache, server: FileServer, remote: Remote
+) -> None:
+    want, content = wanted(server, "a.tar"), content_of(server, "a.tar")
+    path = cache.fetch(remote, want, FOREVER)
+    cache.renew(remote, want, FOREVER)
+    assert server.requests["a.tar"] == 1  # it was whole
+    damaged = content[:1000] + b"x" * 1000 + content[2000:]
+    path.write_bytes(damaged)
+    with path.open("rb") as reader, ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: cache.renew(remote, want, FOREVER), range(8)))
+        assert reader.read() == damaged
+    assert path.read_bytes() == content
+    assert server.requests["a.tar"] == 2  # once for all
+    assert held(cache) == [want.sha256]
+
+
+def test_a_copy_that_is_gone_is_fetched_and_one_of_a_server_that_changed_is_an_error(
+    cache: Cache, server: FileServer, remote: Remote
+) -> None:
+    want = wanted(server, "a.tar")
+    cache.renew(remote, want, FOREVER)
+    path = cache.fetch(remote, want, FOREVER)
+    path.write_bytes(b"x" * want.bytes)
+    server.fail(Fault(content=b"y" * want.bytes))
+    with pytest.raises(UserError, match="changed or damaged on the server"):
+        cache.renew(remote, want, FOREVER)
+    assert cache.find(want) is None  # nobody reads the damaged one again
+
+
+def test_what_cannot_be_evicted_ends_no_download(
+    tmp_path: Path, server: FileServer, remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's file in a directory with the sticky bit; the next one makes room."""
+    cache = Cache(tmp_path / "cache", SIZES["c.tar"] + SIZES["d.tar"] + 200_000)
+    c, d, b = (wanted(server, name) for name in ("c.tar", "d.tar", "b.tar"))
+    stays, goes = (cache.fetch(remote, want, FOREVER) for want in (c, d))
+    real = Path.unlink
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if self == stays:
+            raise PermissionError(1, "Operation not permitted")
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert cache.fetch(remote, b, FOREVER).is_file()
+    assert stays.is_file() and not goes.exists()
+
+
 # ---- mistakes
 
 

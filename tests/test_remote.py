@@ -403,6 +403,35 @@ def test_a_small_file_of_a_server_that_is_away_is_given_up() -> None:
         read_whole(open_remote(f"http://127.0.0.1:{closed_port()}"), "manifest.json", 1000, patience=0.3)
 
 
+def test_a_server_that_trickles_is_given_up_and_spoken_of(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote_module, "_SAY_AFTER", 0.1)
+    server.fail(Fault(rate=30))
+    for read in (
+        lambda: read_whole(shards(server), "a.tar", 10**7, patience=0.6),
+        lambda: all_of(shards(server), patience=0.6),
+    ):
+        begun = time.monotonic()
+        with pytest.raises(Away, match=rf"^{server.url}/shards/a.tar: \d+ bytes in 1 s; check the server"):
+            read()
+        assert 0.5 < time.monotonic() - begun < 5
+    said = capsys.readouterr().out.splitlines()
+    assert said and all(f"waiting for {server.url}/shards/a.tar: " in line for line in said)
+
+
+def test_a_server_that_is_slow_but_of_use_is_waited_for(server: FileServer) -> None:
+    (server.directory / "shards/small").write_bytes(CONTENT[:16_000])
+    server.fail(Fault(rate=16_000))
+    assert read_whole(shards(server), "small", 10**7, patience=0.5) == CONTENT[:16_000]
+
+
+def test_what_every_try_brings_anew_is_no_news(server: FileServer) -> None:
+    server.fail(Fault(cut=100_000))
+    with pytest.raises(Away):
+        read_whole(shards(server), "a.tar", 10**7, patience=0.6)
+
+
 # ---- S3
 
 

@@ -1,17 +1,22 @@
 """Shards by any address: a directory, an HTTP server and S3 give the same samples, and the same training."""
 
+import json
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import learned, small
+from commands import learned, small, wait_for
 from servers import Fault, FileServer
-from warm import warm_run, without_pictures
+from warm import warm_run, warm_start, without_pictures
 
+from mde_dist.data.samples import DamagedSample
 from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.data.store import CacheOptions
 from mde_dist.errors import UserError
+from mde_dist.files import sha256_of
 
 
 @pytest.fixture
@@ -55,6 +60,65 @@ def test_a_server_gives_what_the_directory_gives(room_shards, tmp_path):
                 assert remote.manifest.sha256 == local.manifest.sha256
                 assert remote.file_of(0) == f"{place}/{split}-000000.tar"
         assert set(server.requests.values()) == {1, 2}  # the manifest once for each split
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_copies_in_the_cache_are_fetched_anew_and_nothing_counts_as_damaged(room_shards, tmp_path, capsys):
+    options = CacheOptions(tmp_path / "cache", 10**8)
+    with open_split(room_shards, "test") as local, FileServer(room_shards) as server:
+        expected, mean = contents(local), local.mean_map()
+        with open_split(server.url, "test", options) as remote:
+            assert contents(remote) == expected
+            remote.mean_map()
+            for path in options.directory.glob("?" * 64):
+                flip(path, path.stat().st_size // 2)
+            info = local.info.shards[0]
+            flip(options.directory / info.sha256, 700)  # in the first depth map, of a file that is open
+            assert contents(remote) == expected
+        with open_split(server.url, "test", options) as remote:  # the next run
+            assert contents(remote) == expected
+            assert (remote.mean_map() == mean).all()
+        assert set(server.requests.values()) == {2}
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 3 and all("damaged copy" in line for line in said)
+
+
+def test_a_sample_that_was_packed_damaged_is_damaged_from_a_cache_too(room_shards, tmp_path):
+    """As everywhere: the substitute must not depend on where a file lies, nor may it be fetched again and again."""
+    served = shutil.copytree(room_shards, tmp_path / "served")
+    manifest = json.loads((served / "manifest.json").read_text())
+    (shard,) = manifest["splits"]["test"]["shards"]
+    flip(served / shard["name"], 700)
+    shard["sha256"] = sha256_of(served / shard["name"])
+    (served / "manifest.json").write_text(json.dumps(manifest))
+    image, depth = np.empty((48, 64, 3), np.uint8), np.empty((48, 64), np.uint16)
+    with FileServer(served) as server:
+        for place in (served, server.url):
+            with open_split(place, "test", CacheOptions(tmp_path / "cache", 10**8)) as shards:
+                for _ in range(2):
+                    with pytest.raises(DamagedSample, match="fails its checksum"):
+                        shards.read_into(0, image, depth)
+                shards.read_into(1, image, depth)
+        assert set(server.requests.values()) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [Fault(rate=1), Fault(stall=True)], ids=["trickles", "is silent"])
+def test_a_signal_ends_the_wait_for_a_server_while_the_run_opens(room_shards, tmp_path, fault):
+    given = small(data_cache=tmp_path / "cache")
+    with FileServer(room_shards) as server:
+        server.fail(fault)
+        with warm_start("train", run=tmp_path / "run", **given, **{"data.shards": server.url}) as process:
+            wait_for(lambda: server.requests["manifest.json"], process)
+            process.terminate()
+            assert process.wait(8) == 128 + signal.SIGTERM, process.output()  # it would be 10 s for a silent one
+        assert "stopped by a signal while the shards were opened" in process.output()
+    assert not (tmp_path / "run").exists()
 
 
 def test_s3_gives_what_the_directory_gives(bucket, room_shards, tmp_path):

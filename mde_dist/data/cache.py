@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..console import say
 from ..errors import RankError, UserError
-from ..files import sync_directory
-from .manifest import FileInfo
+from ..files import sha256_of, sync_directory
+from .manifest import FileInfo, ShardInfo
 from .remote import PATIENCE, Closed, PastEnd, Patience, Remote, with_retries
 
 _POLL = 0.1  # seconds between looks at a lock that somebody else holds
@@ -61,14 +62,17 @@ class Cache:
                 "raise data.cache_gb"
             )
         part = path.with_name(f"{path.name}.part")
-        patience = Patience(remote, wanted.name, self._patience, closing)
+        # of a shard that does not come the loader speaks, once it is waited for
+        aloud = not isinstance(wanted, ShardInfo)
+        patience = Patience(remote, wanted.name, self._patience, closing, aloud)
         try:
             while self.find(wanted) is None:
                 with _locked(part, closing, patience) as file:
                     if not _is_at(file, part):  # whoever held the lock before us renamed or evicted it
                         continue
                     if self.find(wanted) is not None:
-                        part.unlink()
+                        with contextlib.suppress(OSError):
+                            part.unlink()
                         continue
                     with _locked(self.directory / ".lock", closing):
                         self._make_room(wanted)
@@ -81,6 +85,26 @@ class Cache:
         except OSError as error:
             raise self._unusable(error) from None
         return path
+
+    def renew(self, remote: Remote, wanted: FileInfo, closing: threading.Event) -> None:
+        """Fetch a file anew where the one that is there is damaged. Who has that one open goes on with it.
+
+        Raises UserError and Closed as `fetch` does.
+        """
+        path = self._path(wanted)
+        part = path.with_name(f"{path.name}.part")
+        try:
+            with _locked(part, closing) as file:  # one looks, the others wait
+                whole = _is_whole(path, wanted)
+                if not whole:
+                    path.unlink(missing_ok=True)
+                    say(f"note: {path} is a damaged copy of {remote.url(wanted.name)}; it is fetched anew")
+                elif _is_at(file, part):
+                    part.unlink()
+        except OSError as error:
+            raise self._unusable(error) from None
+        if not whole:
+            self.fetch(remote, wanted, closing)
 
     def _path(self, wanted: FileInfo) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", wanted.sha256):
@@ -125,10 +149,12 @@ class Cache:
         for _, size, path in sorted(others):
             if excess <= 0:
                 return
-            if path.suffix != ".part":
+            try:
+                if path.suffix == ".part" and not _unlink_part(path):
+                    continue
                 path.unlink(missing_ok=True)
-            elif not _unlink_part(path):
-                continue
+            except OSError:
+                continue  # another user's, or held by the file system: others make room
             excess -= size
 
     def _unusable(self, error: OSError) -> RankError:
@@ -154,12 +180,19 @@ def _locked(path: Path, closing: threading.Event, patience: Patience | None = No
                 if closing.wait(_POLL):
                     raise Closed from None
                 if patience is not None and os.fstat(file.fileno()).st_size != size:
-                    size = os.fstat(file.fileno()).st_size
-                    patience.news()
+                    grown, size = abs(os.fstat(file.fileno()).st_size - size), os.fstat(file.fileno()).st_size
+                    patience.news(grown, ours=False)
         try:
             yield file
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has inherited the descriptor
+
+
+def _is_whole(path: Path, wanted: FileInfo) -> bool:
+    try:
+        return path.stat().st_size == wanted.bytes and sha256_of(path) == wanted.sha256
+    except OSError:  # gone, or a disk that cannot read it
+        return False
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:

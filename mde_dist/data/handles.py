@@ -12,6 +12,7 @@ from dataclasses import dataclass
 class _Handle:
     file: int
     users: int = 0
+    forgotten: bool = False
 
 
 class Handles:
@@ -33,7 +34,18 @@ class Handles:
         finally:
             with self._lock:
                 handle.users -= 1
+                if handle.forgotten and not handle.users:
+                    os.close(handle.file)
                 self._trim()
+
+    def forget(self, number: int) -> None:
+        """Have the file opened anew for the next user."""
+        with self._lock:
+            handle = self._handles.pop(number, None)
+            if handle is not None:
+                handle.forgotten = True
+                if not handle.users:
+                    os.close(handle.file)
 
     def close(self) -> None:
         """Close all files; those in use are closed when their users have done."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from ..console import say_once
 from ..errors import RankError, UserError
 from ..urls import public_url, whole_url
 
@@ -23,6 +24,9 @@ PATIENCE = 40.0
 TIMEOUT = 10.0
 """Seconds for a connection to open, and for each of its answers."""
 
+_SLOWEST = 1024  # bytes a second: with fewer a server counts as away, too
+_WORTH = 16 * 1024  # bytes that are news, however long they took
+_SAY_AFTER = 5.0  # seconds of waiting before the first word about it; then twice as long each time
 _CHUNK = 256 * 1024  # bytes of a read: enough to be quick, little enough to look up from
 _PIECE = 8 * 1024 * 1024  # bytes of a request to S3
 _PAUSES = (0.25, 0.5, 1, 2, 4, 5)  # seconds before the next try; the last one repeats
@@ -93,9 +97,11 @@ def open_remote(location: str, timeout: float = TIMEOUT) -> Remote:
 def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE) -> bytes:
     """A small file of unknown size. `limit`: bytes; `patience`: seconds. Raises UserError, NotThere or Away.
 
-    Every try begins anew: the file may have been replaced meanwhile, and nobody would notice a mixture.
+    Every try begins anew: the file may have been replaced meanwhile, and nobody would notice a mixture. So what a try
+    brings is news only beyond what another one brought.
     """
-    waiting = Patience(remote, name, patience, threading.Event())
+    waiting = Patience(remote, name, patience, threading.Event(), aloud=True)
+    furthest = 0
     while True:
         data = bytearray()
         try:
@@ -103,6 +109,8 @@ def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE
                 data += chunk
                 if len(data) > limit:
                     raise UserError(f"{remote.url(name)}: more than {limit} bytes; is it the right file?")
+                waiting.news(max(0, len(data) - furthest))
+                furthest = max(furthest, len(data))
             return bytes(data)
         except Temporary as reason:
             waiting.pause(reason)
@@ -114,6 +122,7 @@ def with_retries(remote: Remote, name: str, start: int, patience: "Patience") ->
     Raises NotThere, PastEnd, Away, and Closed soon after the `closing` of the patience is set (a silent server is
     waited for up to its time-out).
     """
+    patience.begin()
     while not patience.closing.is_set():
         try:
             for chunk in remote.read(name, start):
@@ -122,7 +131,7 @@ def with_retries(remote: Remote, name: str, start: int, patience: "Patience") ->
                 if chunk:
                     start += len(chunk)
                     yield chunk
-                    patience.news()
+                    patience.news(len(chunk))
             return
         except Temporary as reason:
             patience.pause(reason)
@@ -132,23 +141,48 @@ def with_retries(remote: Remote, name: str, start: int, patience: "Patience") ->
 class Patience:
     """How long to wait before the next try for a file, and when to give up."""
 
-    def __init__(self, remote: Remote, name: str, seconds: float, closing: threading.Event):
-        """`seconds` without a new byte of this file, or without any of the server since it failed, are too many."""
+    def __init__(self, remote: Remote, name: str, seconds: float, closing: threading.Event, aloud: bool = False):
+        """`seconds` without a new byte of this file, or without any of the server since it failed, are too many; so are
+        they with a byte now and then. `aloud`: say now and then what is waited for."""
         self.closing = closing
         self._remote, self._name, self._seconds = remote, name, seconds
         self._since, self._tries = time.monotonic(), 0
+        self._began, self._bytes = self._since, 0
+        self._say_after = _SAY_AFTER if aloud else float("inf")
 
-    def news(self) -> None:
-        """New bytes came: all is forgiven."""
-        self._since, self._tries = time.monotonic(), 0
-        self._remote.silent_since = None
+    def begin(self) -> None:
+        """From now on it is we who read; others may have read before."""
+        if not self._bytes:
+            self._began = time.monotonic()
+
+    def news(self, count: int, ours: bool = True) -> None:
+        """So many new bytes came: all is forgiven if they are worth the time. Raises Away if not, and it is `ours`."""
+        now = time.monotonic()
+        self._bytes += count
+        if self._bytes and self._bytes >= min(_WORTH, _SLOWEST * (now - self._since)):
+            self._since, self._tries, self._bytes = now, 0, 0
+            self._remote.silent_since = None
+            return
+        seconds = now - max(self._since, self._began)
+        if ours and seconds >= self._seconds:
+            raise Away(
+                f"{self._remote.url(self._name)}: {self._bytes} bytes in {seconds:.0f} s; check the server and the "
+                "network, then start again"
+            )
+        self._speak(now, f"{self._bytes} bytes")
+
+    def _speak(self, now: float, what: str) -> None:
+        if now - self._since >= self._say_after:
+            self._say_after *= 2
+            say_once(f"waiting for {self._remote.url(self._name)}: {what} in {now - self._since:.0f} s")
 
     def pause(self, reason: Temporary) -> None:
         """Wait for the next try. Raises Away or Closed."""
         now = time.monotonic()
         nobody_asked = self._tries == 0 and self._since - self._remote.last_failure > self._seconds
         if self._remote.silent_since is None or nobody_asked:
-            self._remote.silent_since = now  # the first failure, or the first after nobody asked for long
+            # the first failure, or the first after nobody asked for long; it counts from when this file was asked for
+            self._remote.silent_since = max(self._since, self._began)
         self._remote.last_failure = now
         silent = now - min(self._since, self._remote.silent_since)
         if silent >= self._seconds:
@@ -156,6 +190,7 @@ class Patience:
             raise Away(
                 f"{url}: no new byte for {silent:.0f} s ({reason}); check the server and the network, then start again"
             ) from None
+        self._speak(now, f"no new byte ({reason})")
         pause = _PAUSES[min(self._tries, len(_PAUSES) - 1)] * _jitter.uniform(0.8, 1.2)
         self._tries += 1
         if self.closing.wait(min(pause, self._seconds - silent)):

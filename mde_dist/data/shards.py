@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -25,6 +26,7 @@ from .manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
 from .samples import Samples
 from .store import CacheOptions, Store, open_store
 
+T = TypeVar("T")
 Payload = bytes | memoryview
 _COLUMNS = INDEX.names or ()
 _WHERE = ("offset", "bytes", "crc")  # what the index says of a member
@@ -78,6 +80,7 @@ class ShardSet(Samples):
         self.place, self.remote = manifest.place, store.remote
         self.advice = f"see what is whole with: {command_for('verify', manifest.place)}"
         self._store = store
+        self._hopeless: set[int] = set()  # samples that are damaged in a file that is the one of the manifest
         for shard in self.info.shards:
             store.check(shard)
         self._ends = np.cumsum([shard.samples for shard in self.info.shards])
@@ -106,24 +109,56 @@ class ShardSet(Samples):
 
     def read_into(self, sample: int, image: np.ndarray, target: np.ndarray) -> None:
         """As declared. Raises DamagedSample where the bytes are not what was packed."""
-        try:
+
+        def read() -> None:
             row = self._index[sample]
             (depth_key, encoded), (image_key, jpeg) = self._members(row, ("depth", "image"))
             if depth_key != image_key:
                 raise ValueError(f"the index pairs the depth of {depth_key} with the image of {image_key}")
             decode_pair(jpeg, encoded, self.manifest.codec, image, target)
-        except (ValueError, OSError) as error:
-            raise self.damaged(sample, error) from None
+
+        self._read(sample, read)
 
     def meta(self, sample: int) -> dict[str, str]:
-        try:
+        def read() -> dict[str, str]:
             row = self._index[sample]
             return json.loads(bytes(self._members(row, ("meta",))[0][1])) if row["meta_bytes"] else {}
-        except (ValueError, OSError) as error:
-            raise self.damaged(sample, error) from None
+
+        return self._read(sample, read)
 
     def key(self, sample: int) -> str:
         """The sample's key, from the first header of it that is whole; the sample's number where none is."""
+        return self._key(sample) or (self._renewed(sample) and self._key(sample)) or f"of sample {sample}"
+
+    def _read(self, sample: int, read: Callable[[], T]) -> T:
+        """What `read` gives of a sample. Raises DamagedSample where the bytes are not what was packed.
+
+        A file in the cache may be damaged while that on the server is whole: then it is fetched anew and read again, so
+        that a sample counts as damaged on every node or on none.
+        """
+        try:
+            return read()
+        except (ValueError, OSError) as error:
+            if not self._renewed(sample):
+                raise self.damaged(sample, error) from None
+        try:
+            return read()
+        except (ValueError, OSError) as error:
+            self._hopeless.add(sample)
+            raise self.damaged(sample, error) from None
+
+    def _renewed(self, sample: int) -> bool:
+        """Make sure that the sample's file is the one of the manifest -> whether to read it again. Raises UserError."""
+        number = self._number(sample)
+        if sample in self._hopeless or self._closing.is_set():
+            return False
+        if not self._store.renew(self.info.shards[number], self._closing):
+            return False
+        self._handles.forget(number)
+        return True
+
+    def _key(self, sample: int) -> str:
+        """The sample's key, from the first header of it that is whole; empty where none is."""
         for member in MEMBERS:
             try:
                 row = self._index[sample]
@@ -133,7 +168,7 @@ class ShardSet(Samples):
                 return "".join(letter if letter.isprintable() else "?" for letter in _key_in(header))
             except (tarfile.HeaderError, ValueError, OSError, UserError):
                 continue
-        return f"of sample {sample}"
+        return ""
 
     def file_of(self, sample: int) -> str:
         """Path or URL of the tar that holds the sample."""
@@ -159,13 +194,14 @@ class ShardSet(Samples):
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, uint16 millimetres (height, width)."""
         stored, info = np.empty(self.size, np.uint16), self.info.mean_map
-        try:
-            data = self._store.locate(info, self._closing).read_bytes()
+
+        def read(path: Path) -> None:
+            data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise ValueError("not the mean map that the manifest names")
             depth.decode(data, self.manifest.codec, stored)
-        except (OSError, ValueError) as error:
-            raise self._broken(info, error) from None
+
+        self._read_file(info, read)
         return stored
 
     def _number(self, sample: int) -> int:
@@ -181,8 +217,17 @@ class ShardSet(Samples):
     def _open_index(self) -> Index:
         info = self.info.index
         self._store.check(info)
+        return self._read_file(info, lambda path: Index(path, info, self.info.shards))
+
+    def _read_file(self, info: FileInfo, read: Callable[[Path], T]) -> T:
+        """What `read` makes of a file beside the shards; a damaged copy of it is fetched anew. Raises UserError."""
         try:
-            return Index(self._store.locate(info, self._closing), info, self.info.shards)
+            return read(self.local(info))
+        except (OSError, ValueError, EOFError) as error:
+            if not self._store.renew(info, self._closing):
+                raise self._broken(info, error) from None
+        try:
+            return read(self.local(info))
         except (OSError, ValueError, EOFError) as error:
             raise self._broken(info, error) from None
 

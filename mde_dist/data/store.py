@@ -39,6 +39,12 @@ class Store(Protocol):
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         """The file on this machine's disks, fetched if need be. Raises UserError."""
 
+    def renew(self, info: FileInfo, closing: threading.Event) -> bool:
+        """Replace a copy that is not the file of the manifest -> whether there are copies, so that to read again helps.
+
+        Raises UserError.
+        """
+
 
 class LocalStore:
     """A directory."""
@@ -63,6 +69,9 @@ class LocalStore:
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._directory / info.name
 
+    def renew(self, info: FileInfo, closing: threading.Event) -> bool:
+        return False
+
 
 class RemoteStore:
     """A directory on a server; whole files come into the cache and are checked there."""
@@ -77,6 +86,10 @@ class RemoteStore:
 
     def locate(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._cache.find(info) or self._cache.fetch(self._remote, info, closing)
+
+    def renew(self, info: FileInfo, closing: threading.Event) -> bool:
+        self._cache.renew(self._remote, info, closing)
+        return True
 
 
 def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:

@@ -10,7 +10,6 @@ RUN/checkpoints/step-00001234/model.safetensors      weights, with what rebuilds
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from .. import __version__
-from ..console import say
+from ..console import say, say_once
 from ..errors import UserError
 from ..files import UNSEALED, sealed, sync_directory, write_atomic
 from ..weights import (
@@ -158,7 +157,7 @@ def newest_checkpoint(directory: Path) -> Checkpoint:
     for item in load_newest(directory):
         if isinstance(item, Checkpoint):
             return item
-        _say(item)
+        say_once(item, sys.stderr)
     raise UserError(f"{directory}: no whole checkpoint in it")
 
 
@@ -200,7 +199,7 @@ def open_model(run: Path | None, checkpoint: Path | None) -> tuple[Path, dict[st
             path = _scored(folder)
             return path, *read_model(path)
         except UserError as error:
-            _say(f"{error}; looking at the one before")
+            say_once(f"{error}; looking at the one before", sys.stderr)
     if folders:
         raise UserError(f"--run {run}: none of its {len(folders)} checkpoints is whole")
     raise UserError(f"--run {run}: no checkpoint in it; is it a run directory?")
@@ -244,9 +243,3 @@ def _by_age(directory: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name[5:].split(".")[0])
-
-
-def _say(text: str) -> None:
-    """A line on stderr, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        say(text, file=sys.stderr)

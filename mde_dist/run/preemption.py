@@ -3,15 +3,20 @@
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 STOP_SIGNALS = (
     *(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),  # of schedulers
     *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),  # of a terminal: Ctrl-C, its end, Ctrl-\
 )
 _LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # where they are when the run starts, as under nohup
+
+
+T = TypeVar("T")
+_POLL = 0.1  # seconds between two looks at the flag
 
 
 class StopFlag:
@@ -75,3 +80,29 @@ class StopFlag:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self._interrupted = self._interrupted or number == signal.SIGINT
         self._note(number)
+
+
+def unless_stopped(stop: StopFlag, action: Callable[[], T]) -> T | None:
+    """The result of an action that may wait for a server or a disk; None as soon as the flag is raised before.
+
+    The action has a thread of its own: nobody asks the flag while a read hangs. One that is left behind dies with the
+    process. Raises what the action raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, name="action", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL)
+        if stop:
+            return None
+    for error in errors:
+        raise error
+    return results[0]
