@@ -69,13 +69,14 @@ def test_a_file_that_cannot_be_reached_is_a_pair_that_is_named(
 
 def test_such_pairs_are_left_out_where_they_may_be(tmp_path: Path) -> None:
     root = folder(tmp_path / "tree")
-    kill(root / "images/0000.jpg")
+    (root / "depth/0000.png").write_bytes(b"damaged, and the first")
+    kill(root / "images/0001.jpg")
     kill(root / "depth/0003.png")
     source = open_source(root)
-    names_it(root, root / "images/0000.jpg", lambda: pack(source, tmp_path / "o", PackOptions(), 1, silent))
+    names_it(root, root / "images/0001.jpg", lambda: pack(source, tmp_path / "o", PackOptions(), 1, silent))
     manifest = pack(source, tmp_path / "o", PackOptions(skip_bad=True), 1, silent)
-    assert manifest.splits["train"].samples == 2
-    assert len(manifest.raw["splits"]["train"]["skipped"]) == 2
+    assert manifest.splits["train"].samples == 1
+    assert len(manifest.raw["splits"]["train"]["skipped"]) == 3
 
 
 def both(root: Path) -> Path:

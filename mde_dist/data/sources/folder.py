@@ -1,5 +1,7 @@
 """A plain folder: images/ and depth/ with the same names, in the root (split `train`) or once in a folder per split."""
 
+from itertools import islice
+
 from ...errors import UserError
 from ..depth import DepthScale
 from ..images import IMAGE_SUFFIXES, UnreadableImage
@@ -9,6 +11,7 @@ from .pairs import Source, Split
 from .pictures import PictureReader, depth_bits
 from .tree import Tree, Unreadable, whole_folders
 
+_TRIED = 16  # depth maps, until one can be read
 EXPECTED = "images/NAME.* with depth/NAME.png, or one such folder per split"
 
 
@@ -40,12 +43,10 @@ def folder(tree: Tree, choice: Choice) -> Source | None:
 
 
 def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:
-    """The scale of a plain folder from its first depth map: 16 bits are nearly always millimetres, 8 bits anything."""
-    name = next((name for name in names if tree.is_file(name)), names[0])
-    try:
-        bits = depth_bits(tree, name)
-    except (Unreadable, UnreadableImage):
-        bits = None
+    """The scale of a plain folder from the first depth map that can be read: 16 bits are nearly always millimetres, 8
+    bits anything."""
+    there = islice((name for name in names if tree.is_file(name)), _TRIED)
+    name, bits = next(((name, bits) for name in there if (bits := _bits(tree, name))), (names[0], None))
     if bits is None:
         raise UserError(f"{tree.root / name}: missing or unreadable; every image needs a depth map of its name")
     if bits == 8:
@@ -54,3 +55,10 @@ def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:
             f"give metres per step, for example --depth-scale {split}=0.0392157"
         )
     return DepthScale(1e-3, bits=16, reason="guessed: millimetres, because the files are 16-bit PNG")
+
+
+def _bits(tree: Tree, name: str) -> int | None:
+    try:
+        return depth_bits(tree, name)
+    except (Unreadable, UnreadableImage):
+        return None

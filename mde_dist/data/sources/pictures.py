@@ -62,9 +62,7 @@ def check_bits(bits: int, path: Path, scale: DepthScale) -> None:
         )
 
 
-def depth_bits(tree: Tree, name: str) -> int | None:
-    """Bits of a depth map, 8 or 16, from its head; None where it is missing. Raises Unreadable or UnreadableImage."""
-    if not tree.is_file(name):
-        return None
+def depth_bits(tree: Tree, name: str) -> int:
+    """Bits of a depth map, 8 or 16, from its head. Raises Unreadable or UnreadableImage."""
     with open_image(tree.read(name), DEPTH_FORMATS) as picture:
         return 8 if picture.mode in ("L", "P", "1") else 16
