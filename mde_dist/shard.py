@@ -42,7 +42,8 @@ class ShardConfig:
     output: Path | None = None
     """Directory for the shards; it must not hold any yet."""
     source: Path | None = None
-    """Folder of the data set, its ZIP as downloaded, or nyu_depth_v2_labeled.mat. Not needed for --layout rooms."""
+    """Folder of the data set, its ZIP as downloaded, or nyu_depth_v2_labeled.mat. Not needed for --layout rooms. Images
+    are turned as their EXIF data say, and laid on white where they are transparent; depth is taken as upright."""
     layout: Layout | None = None
     """How the source is laid out; None = recognise it. rooms = the embedded sample, rendered here."""
     size: Size | None = None

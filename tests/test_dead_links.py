@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from trees import bts, densedepth, folder, h5, marigold, newcrfs, silent
 from mde_dist.data.pack import PackOptions, pack, plan
 from mde_dist.data.sources import Source, open_source
 from mde_dist.errors import UserError
+from mde_dist.predicting.images import Unreadable, read_image
+from mde_dist.predicting.inputs import find_inputs
 
 NOWHERE = Path("/nowhere/at/all")
 Make = Callable[[Path], Path]
@@ -85,6 +88,10 @@ def both(root: Path) -> Path:
     return root
 
 
+def marigold_files(root: Path) -> Path:
+    return marigold(root, lists=False)
+
+
 @pytest.mark.parametrize(
     ("make", "dead"),
     [
@@ -98,7 +105,7 @@ def both(root: Path) -> Path:
         (bts, "nyudepthv2_train_files_with_gt.txt"),
         (lambda root: bts(root, test=0), "nyudepthv2_train_files_with_gt.txt"),
         (marigold, "filename_list_test.txt"),
-        (lambda root: marigold(root, lists=False), "train/kitchen_0028b"),
+        (marigold_files, "train/kitchen_0028b"),
         (h5, "train/kitchen_0028b"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -109,6 +116,20 @@ def test_a_list_or_a_folder_that_cannot_be_reached_is_named(tmp_path: Path, make
     names_it(root, root / dead)
     (tmp_path / "link").symlink_to(NOWHERE)
     names_it(tmp_path / "link", tmp_path / "link")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
+@pytest.mark.parametrize(("make", "closed"), [(both, "test"), (marigold_files, "train/kitchen_0028b")])
+def test_a_folder_that_is_closed_is_named(tmp_path: Path, make: Make, closed: str) -> None:
+    root = make(tmp_path)
+    (root / closed).chmod(0)
+    try:
+        names_it(root, root / closed)
+        entries = find_inputs([root], tmp_path / "out").entries
+        with pytest.raises(Unreadable, match="cannot be read"):
+            read_image(next(file for file, _ in entries if file == root / closed))
+    finally:
+        (root / closed).chmod(0o755)
 
 
 def test_links_that_stand_for_no_pairs_are_in_nobodys_way(tmp_path: Path) -> None:
