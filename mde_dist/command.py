@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -54,8 +55,10 @@ Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
 def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None:
     """Run a command's `main(argv)` and turn a UserError into one line on stderr and exit code 2.
 
-    Every rank meets the same mistakes in config and data, so only rank 0 speaks; a RankError names its rank,
-    and where one rank stops the others, they keep silent. With `--debug` the traceback is shown as well.
+    Every rank of a node meets the same mistakes in config and data, so only the first one of it speaks; once all have
+    joined, so does rank 0 alone (see `processes`). A RankError names its rank, and where one rank stops the others,
+    they keep silent. With `--debug` the traceback is shown as well. What nobody expects has its traceback, and on
+    several ranks a line that names the rank.
 
     A command goes on to its end when its output is lost: the pipe's reader or the terminal is gone, the disk is full.
     After a full disk the exit code is 2, unless all that matters is `logged` elsewhere.
@@ -72,26 +75,37 @@ def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None
 
 def _run(main: Callable[[list[str]], None]) -> str | int | None:
     """-> the exit code."""
-    argv = sys.argv[1:]
+    argv, rank = sys.argv[1:], os.environ.get("RANK")
     sys.argv[1:] = map(without_keys, argv)  # trackers note down what stands there
     try:
         main(argv)
     except UserError as error:
         if "--debug" in argv:
             raise
-        rank = os.environ.get("RANK", "0")
         if isinstance(error, OtherRankError):
             return 2
-        if rank == "0" or isinstance(error, RankError):
-            where = f" (rank {rank})" if "RANK" in os.environ and isinstance(error, RankError) else ""
-            say(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
+            where = f" (rank {rank})" if rank is not None and isinstance(error, RankError) else ""
+            say(f"error{where}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exc()
+        say(f"error (rank {rank}): {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         say("interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:

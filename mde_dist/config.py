@@ -185,6 +185,9 @@ FREE = {
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
+PLACES = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
+"""Fields that may differ over the ranks: a node may have its own paths."""
+
 _AT_LEAST: dict[str, float] = {
     **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},
     **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
@@ -262,6 +265,11 @@ def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any
     """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
     values = {name: value for name, value in as_json(config).items() if name not in FREE}
     return values | {"manifest": manifest, "eval_manifest": eval_manifest}
+
+
+def for_all_ranks(config: Config) -> dict[str, Any]:
+    """What has to be the same on all ranks."""
+    return {name: value for name, value in as_json(config).items() if name not in PLACES}
 
 
 def as_toml(config: Config) -> str:

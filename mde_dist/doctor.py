@@ -24,22 +24,23 @@ from .checkup.panel import Panel, Row
 from .checkup.place import check_disk, check_run
 from .checkup.step import Measured, check_divides, check_network, measure_step
 from .command import run_command
-from .config import Config, read_config
+from .config import Config, for_all_ranks, read_config
 from .console import open_console, say
 from .run.distributed import processes
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
+from .run.rendezvous import read_alone
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WIDTH = 140  # columns of the table where it goes to a file, unless COLUMNS says otherwise
 
 
 def main(argv: list[str]) -> None:
-    config = read_config(argv)
+    config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:  # which trains in a new directory there
         config = replace(config, run=Path(tempfile.gettempdir(), "mde_dist-debug-new"))
     with (
-        processes(*config.train.joining) as accelerator,
+        processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
         watched_peers(accelerator, StopFlag(), config.train.lost_after),
     ):
         rows, estimate = examine(config, accelerator)

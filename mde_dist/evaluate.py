@@ -10,6 +10,7 @@ the metrics' definitions.
 """
 
 import contextlib
+import hashlib
 import io
 import shlex
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ from .run.checkpoint import open_model
 from .run.distributed import Precision, all_sum, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
+from .run.rendezvous import read_alone
 from .scoring import (
     Measure,
     Predict,
@@ -127,22 +129,28 @@ class Contestant:
     """For the record."""
 
 
+Model = tuple[Path, dict[str, Any], dict[str, torch.Tensor]]
+"""As `open_model` gives it: where it lies, its metadata, its weights."""
+
+
 def main(argv: list[str]) -> None:
-    command = parse(EvaluateCommand, argv, "python -m mde_dist.evaluate")
+    nothing: tuple[EvaluateCommand, Model | None] = EvaluateCommand(), None
+    (command, model), error = read_alone(lambda: read_command(argv), nothing)
     if command.compare:
         compare(*command.compare)
         return
-    check(command)
-    model = None if command.predictions else open_model(command.run, command.checkpoint)
-    config = model[1]["config"] if model else {}
-    with processes(command.precision) as accelerator, contextlib.ExitStack() as opened:
+    config: dict[str, Any] = model[1]["config"] if model else {}
+    with (
+        processes(command.precision, error=error, settings=for_all_ranks(command)) as accelerator,
+        contextlib.ExitStack() as opened,
+    ):
         opened.enter_context(watched_peers(accelerator, StopFlag()))
         samples, split = together(accelerator, lambda: open_truth(command, config, accelerator, opened))
         train = together(accelerator, lambda: training_shards(command, config, opened))
         if all_sum(accelerator, torch.tensor(float(train is None), device=accelerator.device)).item():
             train = None  # on some of the nodes
         # of a run, a node whose disk is damaged would take another checkpoint
-        same_everywhere(accelerator, "the weights", str(model and model[0]))
+        same_everywhere(accelerator, "the weights", together(accelerator, lambda: weights_digest(model)))
         same_everywhere(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
         contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
         record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
@@ -155,6 +163,21 @@ def main(argv: list[str]) -> None:
             for line in summary(command):
                 say(line)
         del contestant  # and with it the model, before the process group goes: see `processes`
+
+
+def read_command(argv: list[str]) -> tuple[EvaluateCommand, Model | None]:
+    """The command, and the model that it names, if any. Raises UserError."""
+    command = parse(EvaluateCommand, argv, "python -m mde_dist.evaluate")
+    if command.compare:
+        return command, None
+    check(command)
+    return command, None if command.predictions else open_model(command.run, command.checkpoint)
+
+
+def for_all_ranks(command: EvaluateCommand) -> dict[str, Any]:
+    """What has to be the same on all ranks: all but places, as a node may have its own paths."""
+    places = ("shards", "list", "cache_gb")
+    return {k: v for k, v in vars(command).items() if not isinstance(v, Path) and k not in places}
 
 
 def check(command: EvaluateCommand) -> None:
@@ -218,7 +241,7 @@ def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: co
 
 def open_contestant(
     command: EvaluateCommand,
-    model: tuple[Path, dict[str, Any], dict[str, torch.Tensor]] | None,
+    model: Model | None,
     samples: Samples,
     accelerator: Accelerator,
 ) -> Contestant:
@@ -291,6 +314,15 @@ def worse_than_blind(
             worse = f"worse than {name}: abs_rel {model:.4f} against {constant:.4f} under {protocol.name}"
             return [worse] if model >= constant else []
     return []
+
+
+def weights_digest(model: Model | None) -> str:
+    """sha256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model[2].items()) if model else ():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def held_out_shards(config: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from .announce import describe, describe_batch
 from .card import write_card
 from .command import run_command
-from .config import SAMPLE_SHARDS, Config, read_config
+from .config import SAMPLE_SHARDS, Config, for_all_ranks, read_config
 from .console import say
 from .data.shards import ShardSet, open_split
 from .errors import UserError
@@ -28,6 +28,7 @@ from .run.distributed import agree, gather_rows, processes, same_everywhere, tog
 from .run.peers import watched_peers
 from .run.preemption import StopFlag, unless_stopped
 from .run.records import read_records
+from .run.rendezvous import read_alone
 from .run.scores import show_scores
 from .scoring import Interrupted
 from .stream import poisoned, share_news, take_share, training_stream
@@ -35,12 +36,12 @@ from .trainer import Trainer, opened_trainer
 
 
 def main(argv: list[str]) -> None:
-    config = read_config(argv)
+    config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:
         config = replace(config, run=Path(tempfile.mkdtemp(prefix="mde_dist-debug-")))
     stop = StopFlag()
     with (
-        processes(*config.train.joining) as accelerator,
+        processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
         watched_peers(accelerator, stop, config.train.lost_after, config.run) as naming_the_lost,
     ):
         if config.debug:
@@ -81,18 +82,22 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
     """Render and pack the embedded sample if it is what to train on and is not there: one process, the others wait."""
     if config.data.shards != SAMPLE_SHARDS:
         return
-    manifest = Path(SAMPLE_SHARDS, "manifest.json")
     # once more per node for nodes that share no disk; the bytes are the same
     for turn in (accelerator.is_main_process, accelerator.is_local_main_process):
-        if turn and not manifest.is_file():
-            # small shards, so that all cores have some to render
-            options = f"--layout rooms --samples-per-shard 32 --output {SAMPLE_SHARDS}"
-            command = ["-m", "mde_dist.shard", *options.split()]
-            say(f"no shards at {SAMPLE_SHARDS} yet; rendering the sample: python {' '.join(command)}")
-            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-            if subprocess.run([sys.executable, *command], env=alone, check=False).returncode:
-                raise UserError(f"the sample could not be packed into {SAMPLE_SHARDS}; the line above says why")
-        accelerator.wait_for_everyone()
+        together(accelerator, pack_sample if turn else lambda: None)
+
+
+def pack_sample() -> None:
+    """Raises UserError."""
+    if Path(SAMPLE_SHARDS, "manifest.json").is_file():
+        return
+    # small shards, so that all cores have some to render
+    options = f"--layout rooms --samples-per-shard 32 --output {SAMPLE_SHARDS}"
+    command = ["-m", "mde_dist.shard", *options.split()]
+    say(f"no shards at {SAMPLE_SHARDS} yet; rendering the sample: python {' '.join(command)}")
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if subprocess.run([sys.executable, *command], env=alone, check=False).returncode:
+        raise UserError(f"the sample could not be packed into {SAMPLE_SHARDS}; the line above says why")
 
 
 def open_shards(

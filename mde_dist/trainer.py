@@ -253,9 +253,9 @@ class Trainer:
 def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet) -> Iterator[Trainer]:
     """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
     size = config.data.size or shards.size
-    flops = training_flops(config.model, view_size(size, config.augment))
+    flops = together(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    learner = Learner(config, accelerator, size)
+    learner = together(accelerator, lambda: Learner(config, accelerator, size))
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
     directory = RunDirectory(config.run, this_run, as_toml(config), writes, defaults=as_json(Config()))
     troubles: list[UserError] = []

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from ..config import Config
+from ..config import Config, for_all_ranks
 from ..data.loader import Batch, Loader
 from ..data.shards import open_split
 from ..data.views import view_size
@@ -60,7 +60,7 @@ def bench(options: Options) -> Result | None:
     train, data = config.train, config.data
     stop = StopFlag()
     with (
-        processes(*train.joining) as accelerator,
+        processes(*train.joining, settings=for_all_ranks(config)) as accelerator,
         watched_peers(accelerator, stop, train.lost_after) as naming_the_lost,
     ):
         check_batch(config, accelerator.num_processes)
@@ -72,7 +72,7 @@ def bench(options: Options) -> Result | None:
             )
             same_everywhere(accelerator, "the shards", shards.manifest.sha256)
             size = data.size or shards.size
-            learner = Learner(config, accelerator, size)
+            learner = together(accelerator, lambda: Learner(config, accelerator, size))
             learner.wrap()
             with naming_the_lost(), training_stream(config, shards, 0, accelerator, stop) as loader:
                 fed = Fed(config, accelerator, size, learner, loader, Clock(stop))

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -18,8 +18,9 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import distributed, nn
 
 from ..console import say
-from ..errors import OtherRankError, RankError, UserError
+from ..errors import OtherRankError, UserError
 from .launcher import watched_launcher
+from .rendezvous import compare_ranks, raise_first
 
 SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
 """The way to start several processes that works with and without GPUs."""
@@ -43,12 +44,15 @@ def processes(
     timeout: float = 600.0,
     gradients: Gradients = "fp32",
     bucket_mb: float = 25.0,
+    error: Exception | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Accelerator]:
     """Join the process group that the launcher promised, on whatever devices there are; leave it in good order.
 
     `gradients`: as which numbers they are summed over the ranks, in buckets of `bucket_mb` MB. `timeout`: seconds after
-    which a collective that waits for a lost rank ends the run. Raises UserError where the processes would train
-    independently of one another.
+    which a collective that waits for a lost rank ends the run. `error`: what this rank alone may have met before, see
+    `read_alone`; it ends all ranks. `settings`: values that have to be the same on all. Raises UserError where they are
+    not, where the ranks do not compute on devices of one kind, or where they would train independently of one another.
     """
     global _hosts
     promised = promised_processes()
@@ -67,14 +71,25 @@ def processes(
             comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
         ),
     ]
-    with watched_launcher() as joined:
-        # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
-            kwargs_handlers=options,
-        )
+    with watched_launcher() as joined, _leaving_in_order() as leaving:
+        try:
+            # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
+                kwargs_handlers=options,
+            )
+            leaving.append(accelerator)
+            torch.zeros((), device=accelerator.device)  # a GPU that does not answer says so now
+        except Exception as failure:
+            if isinstance(failure, distributed.DistError):
+                raise UserError(_not_met(failure)) from None
+            if not distributed.is_initialized():
+                raise
+            error = error or failure
         joined.set()
+        if distributed.is_initialized():
+            compare_ranks(error, "cpu" if cpu else "cuda" if torch.cuda.is_available() else "xpu", settings or {})
         check_world(accelerator.num_processes, promised)
         if cpu:
             # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
@@ -82,15 +97,34 @@ def processes(
             torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
             _hosts = hosts_group(timeout)
-        try:
-            yield accelerator
-        finally:
-            _hosts = None
-            # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
+        yield accelerator
+
+
+@contextmanager
+def _leaving_in_order() -> Iterator[list[Accelerator]]:
+    """Leave the process group, and what has been appended to the list, in good order."""
+    global _hosts
+    joined: list[Accelerator] = []
+    try:
+        yield joined
+    except UserError as error:
+        if type(error) is UserError and distributed.is_initialized() and distributed.get_rank():
+            raise OtherRankError(str(error)) from error  # every rank meets it, and rank 0 says so
+        raise
+    finally:
+        _hosts = None
+        # in this order: a gloo rank that frees its last tensor while Python is already going down aborts
+        for accelerator in joined:
             accelerator.free_memory()
-            gc.collect()
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+        gc.collect()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _not_met(failure: Exception) -> str:
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    why = " ".join(str(failure).split())[:200]
+    return f"the processes did not meet at {place} ({why}); see whether all nodes were started and can reach it"
 
 
 def promised_processes() -> int:
@@ -196,27 +230,29 @@ def clock_offsets(accelerator: Accelerator) -> list[float]:
     return torch.stack(tables).median(dim=0).values.tolist()
 
 
-def agree(accelerator: Accelerator, error: UserError | None) -> None:
+def agree(accelerator: Accelerator, error: Exception | None) -> None:
     """Where one rank has an error, end all of them: the first such rank raises its own, the others OtherRankError.
 
     To be called by every rank. Without it the others would wait in their next collective for one that is gone.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    first = torch.tensor(world if error is None else rank, device=accelerator.device)
-    if world > 1:
-        distributed.all_reduce(first, distributed.ReduceOp.MIN)
-    if error is not None and first.item() == rank:
-        raise error if rank == 0 else RankError(str(error))
+    if world == 1:
+        if error is not None:
+            raise error
+        return
+    first = torch.tensor(world if error is None else rank)
+    # from host to host: the error may be one of the device
+    distributed.all_reduce(first, distributed.ReduceOp.MIN, group=_hosts)
     if first.item() < world:
-        raise OtherRankError(f"rank {int(first)} stopped the run")
+        raise_first(error, rank, int(first))
 
 
 def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """The action's result; a UserError of it on one rank ends all ranks, see `agree`."""
+    """The action's result; an error of it on one rank ends all ranks, see `agree`. No collective may be in it."""
     error, result = None, None
     try:
         result = action()
-    except UserError as failure:
+    except Exception as failure:
         error = failure
     agree(accelerator, error)
     return cast(T, result)
@@ -224,10 +260,10 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
     """Refuse to go on where the ranks do not all have this text. Raises UserError."""
-    mine = torch.tensor(int(hashlib.sha256(value.encode()).hexdigest()[:15], 16), device=accelerator.device)
+    mine = torch.tensor(int(hashlib.sha256(value.encode()).hexdigest()[:15], 16))
     first = mine.clone()
     if accelerator.num_processes > 1:
-        distributed.broadcast(first, src=0)
+        distributed.broadcast(first, src=0, group=_hosts)
     error = None if first.equal(mine) else UserError(f"{what} differ from those of rank 0 ({value} here)")
     agree(accelerator, error)
 

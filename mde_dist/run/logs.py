@@ -19,10 +19,16 @@ LOGS = "logs"
 
 _log: TextIO | None = None  # of this process, while `rank_log` lasts
 _terminal: TextIO | None = None  # where stderr went before
+_opened = False  # whether there has been one
 
 
 def log_path(run: Path, rank: int) -> Path:
     return run / LOGS / f"rank-{rank}.log"
+
+
+def log_was_opened() -> bool:
+    """Whether this rank has come as far as its log; then so have the others, or nearly."""
+    return _opened
 
 
 @contextmanager
@@ -32,7 +38,7 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
     Elsewhere also what libraries in C print, and the traceback that ends the process. A log that cannot be written (a
     full disk) is done without. Raises UserError where the file cannot be opened.
     """
-    global _log, _terminal
+    global _log, _terminal, _opened
     path = log_path(run, rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +49,7 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
     only_log, restore = _Tee(log, None), True
     sys.stdout, sys.stderr = (only_log, only_log) if rank else (_Tee(log, shown) for shown in outputs)
     written_as: dict[str, Any] = {"encoding": outputs[1].encoding, "errors": "backslashreplace"}
-    _log, _terminal = log, os.fdopen(handles[1], "w", buffering=1, closefd=False, **written_as)
+    _log, _terminal, _opened = log, os.fdopen(handles[1], "w", buffering=1, closefd=False, **written_as), True
     if rank:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -53,6 +59,8 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__, file=only_log)
         say(f"error: {error}", file=only_log)
         raise
     except BaseException:

@@ -25,7 +25,7 @@ from torch import distributed
 
 from ..errors import OtherRankError, RankError, UserError
 from .distributed import together
-from .logs import alarm, log_path
+from .logs import alarm, log_path, log_was_opened
 from .preemption import StopFlag
 
 _MESSAGE = struct.Struct("!Bi")  # event, number
@@ -62,7 +62,7 @@ def watched_peers(
 def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | None) -> "_Peers":
     """Connect all ranks to rank 0. Raises UserError where one cannot be reached."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    hub = socket.create_server(("", 0), backlog=world) if rank == 0 else None
+    hub = together(accelerator, lambda: socket.create_server(("", 0), backlog=world) if rank == 0 else None)
     port = hub.getsockname()[1] if hub else 0
     # the token keeps strangers out, who may knock at any port of a cluster
     place = torch.tensor([port, secrets.randbits(62)], device=accelerator.device)
@@ -226,8 +226,9 @@ class _Peers:
     def _sentence(self) -> str:
         ranks, how = sorted(self._lost), next(iter(self._lost.values()))
         who = f"rank {ranks[0]} {how}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are gone"
-        log = f"; log: {log_path(self._run, next(iter(self._lost)))}" if self._run is not None else ""
-        return f"{who}{log}; the same command goes on from the last checkpoint"
+        log = log_path(self._run, next(iter(self._lost))) if self._run is not None and log_was_opened() else None
+        where = f"; log: {log}" if log is not None and log.is_file() else ""  # else it spoke on its terminal
+        return f"{who}{where}; the same command goes on from the last checkpoint"
 
     def _end_here(self) -> None:
         """The main thread hangs in a collective, from which nothing else can call it back."""

@@ -1,0 +1,150 @@
+"""What one rank alone meets before the first step ends all ranks soon, and that rank says what it is."""
+
+import os
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import small
+from faults import elsewhere, mine, together
+from warm import warm_run
+
+from mde_dist import trainer
+from mde_dist.config import Config, as_json
+from mde_dist.errors import UserError
+from mde_dist.learning.model import ModelConfig, build
+from mde_dist.run.rendezvous import _compare
+from mde_dist.weights import model_bytes
+
+pytestmark = pytest.mark.distributed
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error")]
+
+
+@pytest.fixture
+def places(tmp_path) -> tuple[Path, Path]:
+    """Where rank 0 works, and where another one does: two nodes' disks."""
+    places = tmp_path / "here", tmp_path / "there"
+    for place in places:
+        place.mkdir()
+    return places
+
+
+def write_model(path: Path) -> None:
+    tensors = build(ModelConfig(), seed=0).state_dict()
+    path.write_bytes(model_bytes(tensors, {"config": as_json(Config()), "size": [32, 32]}))
+
+
+def start(command: str, places: tuple[Path, Path], *faults, processes: int = 2, **options):
+    """The last rank works elsewhere -> what was said, and the exit codes of all, which end by themselves."""
+    here, there = places
+    before = partial(together, *faults, partial(elsewhere, processes - 1, there))
+    return warm_run(command, processes=processes, cwd=here, before=before, timeout=60, **options)
+
+
+def test_a_file_of_options_that_is_on_one_node_only(places):
+    (places[0] / "options.toml").write_text("[train]\nkeep = 3\n")
+    done = start("train", places, processes=3, config="options.toml")
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert said.startswith("error (rank 2): --config options.toml: No such file")
+
+
+def test_options_that_are_others_on_one_node(places, room_shards):
+    for place, seed in zip(places, (3, 4), strict=True):
+        (place / "options.toml").write_text(f"[train]\nseed = {seed}\n[data]\ncache = '{place}'\n")
+    done = start("train", places, config="options.toml", **small(data_shards=room_shards))
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert "rank 1" in said and "train.seed is 4, not 3" in said and "cache" not in said
+
+
+def test_weights_that_are_on_one_node_only(places, room_shards):
+    write_model(places[0] / "start.safetensors")
+    given = small(data_shards=room_shards, model_weights="start.safetensors")
+    done = start("train", places, processes=3, run=places[0] / "run", **given)
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert said.startswith("error (rank 2): ") and "start.safetensors" in said
+    assert not (places[0] / "run").exists()
+
+
+def test_a_checkpoint_that_is_on_one_node_only(places, room_shards):
+    write_model(places[0] / "model.safetensors")
+    done = start("evaluate", places, checkpoint="model.safetensors", shards=room_shards)
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert said.startswith("error (rank 1): model.safetensors")
+
+
+def test_a_sample_that_cannot_be_packed_on_one_node(places):
+    (places[0] / "shards/rooms").mkdir(parents=True)
+    (places[0] / "shards/rooms/manifest.json").touch()
+    (places[1] / "shards").touch()
+    done = start("train", places, partial(elsewhere, 1, places[1], node=True), run="run")
+    assert done.returncode == 2
+    *_, said = errors(done.stderr)  # after that of the packing itself
+    assert said.startswith("error (rank 1): the sample could not be packed")
+    assert not any("rank 0" in line for line in errors(done.stderr))
+
+
+def broken(place: str, name: str, rank: int, owner: str = "") -> None:
+    """A function of a module, or a method, raises on this rank what nobody expects."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("the library is another one here")
+
+    if mine(rank):
+        module = import_module(place)
+        setattr(getattr(module, owner) if owner else module, name, fail)
+
+
+def test_what_nobody_expects_while_the_model_is_built(places, room_shards):
+    fault = partial(broken, "mde_dist.trainer", "Learner", 1)
+    done = start("train", places, fault, processes=3, run=places[0] / "run", **small(data_shards=room_shards))
+    assert done.returncode == 2
+    assert errors(done.stderr) == ["error (rank 1): OSError: the library is another one here"]
+    assert done.stderr.count("Traceback") == 1
+
+
+def test_what_nobody_expects_in_the_middle_of_a_collective(places, room_shards):
+    """Nobody can be told in time; but each finds out, and names a log that is there."""
+    run = places[0] / "run"
+    fault = partial(broken, "accelerate", "prepare_model", 1, "Accelerator")
+    done = start("train", places, fault, run=run, **small(data_shards=room_shards))
+    (said,) = errors(done.stderr)
+    assert said.startswith(f"error (rank 0): rank 1 is gone; log: {run}/logs/rank-1.log;")
+    log = (run / "logs/rank-1.log").read_text()
+    assert "error (rank 1): OSError: the library" in log and "Traceback" in log
+
+
+def test_a_rank_that_dies_before_it_has_a_log(places, room_shards):
+    fault = partial(dying, 1)
+    done = start("train", places, fault, run=places[0] / "run", **small(data_shards=room_shards))
+    (said,) = errors(done.stderr)
+    assert said.startswith("error (rank 0): rank 1 is gone; ") and "log" not in said
+
+
+def dying(rank: int) -> None:
+    if mine(rank):
+        trainer.training_flops = lambda *_: os._exit(3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_on_devices_of_two_kinds_are_refused_by_name(rank):
+    ranks = [
+        {"failed": False, "device": device, "host": host, "settings": {}}
+        for device, host in (("cuda", "one"), ("cpu", "two"))
+    ]
+    with pytest.raises(UserError, match=r"rank 1 \(two\) has cpu"):
+        _compare(ranks, None, rank)
+
+
+def test_a_device_that_does_not_answer_is_told_before_the_first_collective(places, room_shards):
+    done = start("train", places, partial(broken, "torch", "zeros", 1), run="run", **small(data_shards=room_shards))
+    assert done.returncode == 2
+    assert errors(done.stderr) == ["error (rank 1): OSError: the library is another one here"]
