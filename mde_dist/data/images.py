@@ -62,9 +62,9 @@ def decode_image(data: bytes) -> DecodedImage:
 
     Baseline JPEGs are decoded as the loader decodes those of shards: the same pixels.
     """
-    with _reasons(data):
+    with _reasons():
         if _is_baseline_rgb_jpeg(data):
-            check_sides(*simplejpeg.decode_jpeg_header(data)[:2])
+            _check_sides(*simplejpeg.decode_jpeg_header(data)[:2])
             pixels, orientation = simplejpeg.decode_jpeg(data, colorspace="RGB"), jpeg_orientation(data)
             return DecodedImage(_turned(pixels, orientation), "JPEG", orientation, shown_as_stored=orientation == 1)
         with open_image(data, IMAGE_FORMATS) as picture:
@@ -87,12 +87,17 @@ def decode_grey(data: bytes) -> tuple[np.ndarray, str, str]:
 def open_image(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
     """An image of one of the formats; its pixels are decoded when they are asked for. Raises UnreadableImage, also in
     place of what is raised in the block."""
-    with _reasons(data), Image.open(io.BytesIO(data), formats=formats) as picture:
-        check_sides(picture.height, picture.width)
-        yield picture
+    with _reasons():
+        try:
+            picture = Image.open(io.BytesIO(data), formats=formats)
+        except UnidentifiedImageError:  # its own words have an address in memory
+            raise UnreadableImage(_unknown(data, formats)) from None
+        with picture:
+            _check_sides(picture.height, picture.width)
+            yield picture
 
 
-def check_sides(height: int, width: int) -> None:
+def _check_sides(height: int, width: int) -> None:
     """Before anything is decoded: a head of a few bytes can claim gigabytes. Raises ValueError."""
     if max(height, width) > MAX_SIDE:
         raise ValueError(f"it claims {height}x{width} pixels; {MAX_SIDE} is the largest side")
@@ -145,7 +150,7 @@ def _grey16(picture: Image.Image) -> np.ndarray:
 
 
 @contextmanager
-def _reasons(data: bytes) -> Iterator[None]:
+def _reasons() -> Iterator[None]:
     """Whatever a decoder raises becomes UnreadableImage, in words that are the same in every run."""
     try:
         yield
@@ -153,17 +158,16 @@ def _reasons(data: bytes) -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableImage(f"it claims more pixels than {MAX_SIDE}x{MAX_SIDE}") from None
-    except UnidentifiedImageError:  # its own words have an address in memory
-        raise UnreadableImage(_unknown(data)) from None
     except Exception as error:  # decoders promise no kinds
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def _unknown(data: bytes) -> str:
+def _unknown(data: bytes, formats: tuple[str, ...]) -> str:
+    """Why bytes are none of the formats."""
     for head, whose in _POINTERS.items():
         if data.startswith(head):
             return f"it only stands for a file of {whose} that was not fetched"
-    return "of no known format"
+    return f"of no known format; known are {', '.join(formats)}"
 
 
 def _is_baseline_rgb_jpeg(data: bytes) -> bool:
