@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .console import lasting, say
+from .console import lasting, own_place, say
 from .errors import OtherRankError, RankError, UserError
 from .urls import without_keys
 
@@ -84,7 +84,7 @@ def _run(main: Callable[[list[str]], None]) -> str | int | None:
             raise
         if isinstance(error, OtherRankError):
             return 2
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+        if own_place("LOCAL_RANK") == 0 or isinstance(error, RankError):
             if error.__cause__ is not None:
                 traceback.print_exception(error.__cause__)
             where = f" (rank {rank})" if rank is not None and isinstance(error, RankError) else ""

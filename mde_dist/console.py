@@ -9,7 +9,7 @@ import io
 import os
 import re
 import select
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -41,9 +41,14 @@ def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
     print(*map(printable, lines), sep="\n  ", file=file, flush=True)
 
 
+def own_place(name: Literal["RANK", "LOCAL_RANK"]) -> int:
+    """Of this process among the ranks, as its launcher says; 0 where it has none, whatever another job left behind."""
+    return int(os.environ.get(name, "0")) if "WORLD_SIZE" in os.environ else 0
+
+
 def say_once(text: str, file: TextIO | io.TextIOBase | None = None) -> None:
     """A line that every rank has reason to say, once for all of them. `file`: by default stdout."""
-    if os.environ.get("RANK", "0") == "0":
+    if own_place("RANK") == 0:
         say(text, file=file)
 
 

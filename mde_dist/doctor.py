@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkup.data import check_samples, check_shards, judge_loader, measure_loader
-from .checkup.machine import check_clocks, check_devices, check_open_files, check_versions
+from .checkup.machine import check_clocks, check_devices, check_environment, check_open_files, check_versions
 from .checkup.panel import Panel, Row
 from .checkup.place import check_disk, check_run
 from .checkup.step import Measured, check_divides, check_network, measure_step
@@ -27,6 +27,7 @@ from .command import run_command
 from .config import Config, for_all_ranks, read_config
 from .console import open_console, say
 from .run.distributed import processes
+from .run.environment import Ignored, ignored_variables
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
 from .run.rendezvous import read_alone
@@ -39,23 +40,28 @@ def main(argv: list[str]) -> None:
     config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:  # which trains in a new directory there
         config = replace(config, run=Path(tempfile.gettempdir(), "mde_dist-debug-new"))
+    ignored = ignored_variables()  # before they are taken out
     with (
         processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
         watched_peers(accelerator, StopFlag(), config.train.lost_after),
     ):
-        rows, estimate = examine(config, accelerator)
+        rows, estimate = examine(config, accelerator, ignored)
         if accelerator.is_main_process:
             show(rows, estimate)
     if any(row.result == "fail" for row in rows):
         sys.exit(1)
 
 
-def examine(config: Config, accelerator: Accelerator) -> tuple[list[Row], str]:
-    """All checks, on all ranks -> the rows, and in words how long the training will take ("" where unknown)."""
+def examine(config: Config, accelerator: Accelerator, ignored: Sequence[Ignored]) -> tuple[list[Row], str]:
+    """All checks, on all ranks -> the rows, and in words how long the training will take ("" where unknown).
+
+    `ignored`: what was found in this rank's environment.
+    """
     with progress_words(accelerator.is_main_process) as tell, contextlib.ExitStack() as opened:
         panel = Panel(accelerator, tell)
         config = check_divides(panel, config)
         check_versions(panel)
+        check_environment(panel, ignored)
         check_devices(panel)
         check_clocks(panel)
         splits = check_shards(panel, config, opened)

@@ -209,6 +209,15 @@ def forbid_pickle() -> None:
     torch.save = torch.load = refuse
 
 
+def forbid_compiling() -> None:
+    """Asking torch to compile anything raises."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("it is compiled")
+
+    torch.compile = torch.nn.Module.compile = refuse
+
+
 # --- for the doctor ---
 
 
@@ -233,6 +242,11 @@ def out_of_memory(rank: int | None = None) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     patch("forward", action, rank=rank)
+
+
+def left_behind(name: str, value: str) -> None:
+    """A variable of the environment that another job has set."""
+    os.environ[name] = value
 
 
 def few_files(limit: int) -> None:

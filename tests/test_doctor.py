@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import environment, small
-from faults import few_files, forbid_pickle, no_locks, out_of_memory, quick_checkup, together
+from faults import few_files, forbid_pickle, left_behind, no_locks, out_of_memory, quick_checkup, together
 from test_disk import mount, root_only
 from warm import warm_run
 
@@ -27,8 +27,8 @@ from mde_dist.doctor import duration, verdict
 from mde_dist.learner import Learner
 
 CHECKS = [
-    *("batch", "versions", "devices", "shards", "open files", "run directory", "samples", "memory", "network"),
-    *("loader", "disk"),
+    *("batch", "versions", "environment", "devices", "shards", "open files", "run directory", "samples"),
+    *("memory", "network", "loader", "disk"),
 ]
 """Rows of one process, in their order."""
 
@@ -93,15 +93,21 @@ def test_a_run_of_the_same_config_would_be_resumed_and_is_left_as_it_is(undistur
 
 
 def test_all_that_is_wrong_is_told_at_once(undisturbed, damaged):
-    """A run of another config, a shard that is not there, few open files, and a batch that does not fit."""
+    """A run of another config, a shard that is not there, few open files, a batch that does not fit, and leftovers."""
     (damaged / "train-000001.tar").unlink()
     before = snapshot(undisturbed)
     faults = (partial(few_files, 100), out_of_memory, no_locks)
+    faults += (partial(left_behind, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),)
+    faults += (partial(left_behind, "NVIDIA_TF32_OVERRIDE", "0"),)
     done, rows = examine(*faults, run=undisturbed, **small(data_shards=damaged, train_seed=3))
     assert done.returncode == 1
     assert rows["shards"][0] == "fail"
     assert "train-000001.tar: No such file" in rows["shards"][1]
     assert f"python -m mde_dist.shard --verify {damaged}" in rows["shards"][2]
+    assert rows["environment"][0] == "warn"
+    found = rows["environment"][1]
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 (--train.accumulate decides) is not obeyed" in found
+    assert "NVIDIA_TF32_OVERRIDE=0" in found
     assert rows["open files"][:2] == ("fail", "100 allowed, 130 needed")
     assert "ulimit -n 1024" in rows["open files"][2]
     assert rows["memory"][:2] == ("fail", "out of memory with 12 images of 32x32 at a time")

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from ..learner import Learner
 from ..learning.flops import training_flops
 from ..run.account import Account, peak_flops
 from ..run.distributed import agree, all_sum, gather_rows, processes, same_everywhere, time_all_reduce, together
+from ..run.environment import ranks_here
 from ..run.peers import watched_peers
 from ..run.preemption import StopFlag
 from ..stream import share_news, take_share, training_stream
@@ -199,7 +199,7 @@ class Fed:
             "ms": None if load else 1e3 * steps.max().item(),
             "data_wait": None if load else waits.max().item(),
             "decoders": ratio(busy.mean().item(), self._config.data.threads),
-            "cpu": cores.mean().item() * ranks_beside() / len(cores_at_hand()),
+            "cpu": cores.mean().item() * ranks_here() / len(cores_at_hand()),
             "utilisation": None if load or self._peak is None else rate * self._flops / (self._peak * world),
             "memory_gb": most.max().item() / 1e9,
             "ranks_rate": rates.tolist(),
@@ -231,11 +231,6 @@ def decoding_seconds() -> float:
         return 0.0
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("decode-") and thread.ident]
     return sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0)) for thread in threads)
-
-
-def ranks_beside() -> int:
-    """Ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def notes(row: dict[str, Any]) -> list[str]:

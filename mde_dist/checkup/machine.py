@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ import torch
 
 from .. import __version__
 from ..run.distributed import clock_offsets
+from ..run.environment import Ignored
 from .panel import Panel, Row
 
 _PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
 _MAY_DIFFER = ("driver",)
+_READ_BELOW = (
+    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"),
+)
+"""Read by cuBLAS, cuDNN, oneDNN and torch.compile: numbers of fewer bits for float32, and no compiling."""
 _CLOCK_WARN, _CLOCK_FAIL = 2.0, 60.0  # seconds
 _MARGIN = 128  # descriptors for libraries, devices, logs, checkpoints and pipes
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -56,6 +63,27 @@ def check_versions(panel: Panel) -> None:
     harmless = set(differ) <= set(_MAY_DIFFER)
     advice = "install the same environment on every node, or activate the same one before the launcher"
     panel.add(Row("versions", "warn" if harmless else "fail", "\n".join(found), advice))
+
+
+def check_environment(panel: Panel, ignored: Sequence[Ignored]) -> None:
+    """Left behind by another job, they would change what accelerate does; what computes reads some by itself.
+
+    `ignored`: as this rank's environment had them when it started.
+    """
+    panel.begin("environment")
+
+    def look() -> list[str]:
+        found = [f"{v} is not obeyed" for v in ignored if v.value != panel.accelerator.mixed_precision]
+        read = [f"{name}={os.environ[name]} changes digits or speed" for name in _READ_BELOW if name in os.environ]
+        return found + read
+
+    answers = panel.ask(look, "")
+    texts = {rank: "\n".join(answer.value) for rank, answer in enumerate(answers) if answer.value}
+    if texts:
+        advice = "unset them where the launcher starts; they also come from the yaml of `accelerate config`"
+        panel.add(Row("environment", "warn", panel.differing(texts), advice))
+    else:
+        panel.add(Row("environment", "ok", "no variable asks for another training than the config"))
 
 
 def _device(device: torch.device) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
-from ..console import say
+from ..console import say, say_once
 from ..errors import OtherRankError, UserError
+from .environment import count, flag, ignored_variables, ranks_here, without_leftovers
 from .launcher import watched_launcher
 from .rendezvous import compare_ranks, raise_first
 
@@ -53,10 +54,15 @@ def processes(
     which a collective that waits for a lost rank ends the run. `error`: what this rank alone may have met before, see
     `read_alone`; it ends all ranks. `settings`: values that have to be the same on all. Raises UserError where they are
     not, where the ranks do not compute on devices of one kind, or where they would train independently of one another.
+    What accelerate would take from the environment, it does not find there.
     """
     global _hosts
     promised = promised_processes()
-    cpu = not torch.cuda.is_available() and not _other_accelerator()
+    cpu = flag("ACCELERATE_USE_CPU") or not (torch.cuda.is_available() or _other_accelerator())
+    numbers = mixed_precision(precision, torch.cuda.is_available() and not cpu)
+    ignored = [str(variable) for variable in ignored_variables() if variable.value != numbers]
+    if ignored:
+        say_once(f"note: in the environment and not obeyed: {', '.join(ignored)}", file=sys.stderr)
     # the CPU's 1x1 convolutions give channels-last gradients, which DDP copies: right, and too small to matter
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
@@ -71,14 +77,10 @@ def processes(
             comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
         ),
     ]
-    with watched_launcher() as joined, _leaving_in_order() as leaving:
+    with without_leftovers(), watched_launcher() as joined, _leaving_in_order() as leaving:
         try:
             # gloo without a GPU, whichever way the processes were started: by itself accelerate would start alone
-            accelerator = Accelerator(
-                cpu=cpu,
-                mixed_precision=mixed_precision(precision, torch.cuda.is_available()),
-                kwargs_handlers=options,
-            )
+            accelerator = Accelerator(cpu=cpu, mixed_precision=numbers, kwargs_handlers=options)
             leaving.append(accelerator)
             torch.zeros((), device=accelerator.device)  # a GPU that does not answer says so now
         except Exception as failure:
@@ -94,7 +96,7 @@ def processes(
         if cpu:
             # launchers set OMP_NUM_THREADS=1 unless told otherwise: share the cores among the ranks of this machine
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(cpu_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+            torch.set_num_threads(cpu_threads or max(1, cores // ranks_here()))
         if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
             _hosts = hosts_group(timeout)
         yield accelerator
@@ -129,13 +131,13 @@ def _not_met(failure: Exception) -> str:
 
 def promised_processes() -> int:
     """How many processes the launcher says this training has. Raises UserError where it says so to a lone process."""
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    promised = count("WORLD_SIZE")
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # what `accelerate launch --cpu --num_processes N` leaves behind: it starts one process whatever N is
         say(f"note: accelerate started one process; for several: {SEVERAL.format(n='N')}", file=sys.stderr)
     for name in _SIBLINGS:
-        siblings = int(os.environ.get(name, "1"))
-        if "WORLD_SIZE" not in os.environ and siblings > 1:
+        siblings = 1 if "WORLD_SIZE" in os.environ else count(name)
+        if siblings > 1:
             raise UserError(
                 f"{name}={siblings}, but no launcher gave these processes a rank: they would be {siblings} independent "
                 "trainings; start one `accelerate launch` per node instead of one process per task"

@@ -1,0 +1,105 @@
+"""What an environment holds changes nothing of what is learned."""
+
+import os
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from commands import environment, learned, small
+from faults import forbid_compiling
+from safetensors.torch import load_file
+from torch import nn
+from warm import warm_run
+
+from mde_dist.console import own_place
+from mde_dist.errors import UserError
+from mde_dist.run.distributed import processes
+from mde_dist.run.environment import ignored_variables, ranks_here
+
+LEFTOVERS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+    "ACCELERATE_MIXED_PRECISION": "fp16",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_USE_MEGATRON_LM": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "ACCELERATE_USE_SAGEMAKER": "true",
+}
+"""Each of them asks for another training, or ends in a traceback."""
+SILENT = {
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "None",
+    "ACCELERATE_DEBUG_MODE": "perhaps",
+    "ACCELERATE_FP8_BACKEND": "TE",
+    "ACCELERATE_BYPASS_DEVICE_MAP": "true",
+    "PARALLELISM_CONFIG_TP_SIZE": "2",
+    "FORK_LAUNCHED": "perhaps",
+    **{"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"},
+}
+"""These say how to do what nobody asks for, or belong to another job."""
+
+
+def test_leftovers_change_no_digit_of_a_training_and_are_told_in_one_line(undisturbed, room_shards, tmp_path):
+    env = environment(**LEFTOVERS, **SILENT)
+    done = warm_run("train", env=env, before=forbid_compiling, run=tmp_path / "run", **small(data_shards=room_shards))
+    assert done.returncode == 0, done.stderr
+    theirs, ours = (load_file(run / "model.safetensors") for run in (undisturbed, tmp_path / "run"))
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert learned(undisturbed) == learned(tmp_path / "run")
+    (line,) = done.stderr.splitlines()
+    assert all(f"{name}={value}" in line for name, value in LEFTOVERS.items())
+    assert not any(name in line for name in SILENT)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_TORCH_DEVICE", "meta"),
+        ("ACCELERATE_DEBUG_MODE", "perhaps"),
+    ],
+)
+def test_none_of_them_reaches_accelerate(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with processes(cpu_threads=torch.get_num_threads()) as accelerator:
+            assert name not in os.environ
+            assert accelerator.gradient_accumulation_steps == 1
+            assert accelerator.mixed_precision == "no"
+            assert accelerator.distributed_type == DistributedType.NO
+            assert accelerator.device == PartialState().default_device
+            model = accelerator.prepare_model(nn.Linear(2, 1))
+            assert type(model) is nn.Linear and model._compiled_call_impl is None
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert os.environ[name] == value  # for what comes after the training
+
+
+@pytest.mark.parametrize("value", ["", "no", "NO", "False", "1", "0"])
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_what_a_launcher_sets_by_default_is_no_word_worth(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert name not in [variable.name for variable in ignored_variables()]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_USE_CPU", "perhaps"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("PMI_SIZE", "x")],
+)
+def test_what_says_nothing_that_can_be_understood_is_one_line(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}={value}: .*unset it"), processes():
+        raise AssertionError("it began")
+
+
+def test_the_place_that_another_job_had_among_its_ranks_is_not_this_process_s(monkeypatch):
+    for name, value in {"LOCAL_WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (ranks_here(), own_place("RANK")) == (1, 0)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert (ranks_here(), own_place("RANK")) == (8, 3)
