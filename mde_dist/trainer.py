@@ -170,11 +170,11 @@ class Trainer:
         keys = [self.held_out.key(sample) for sample in chosen]
         try:
             write_showcase(self.config.run, self.state.samples_seen, keys, *maps)
+            if self.trackers:
+                pictures = {f"held-out/{key}": strip for key, strip in zip(keys, strips(*maps), strict=True)}
+                self.trackers.show(self.state.samples_seen, pictures)
         except UserError as error:
             self.complain(error)
-        if self.trackers:
-            pictures = {f"held-out/{key}": strip for key, strip in zip(keys, strips(*maps), strict=True)}
-            self.trackers.show(self.state.samples_seen, pictures)
 
     def record_baselines(self, stop: StopFlag) -> None:
         """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""

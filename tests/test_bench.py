@@ -359,3 +359,14 @@ def test_a_table_shows_what_is_not_known_as_a_dash_and_the_json_keeps_all(tmp_pa
     assert found["rows"] == [rows[0] | {"rate_rounds": [1500, 1700, 1600]}]
     with pytest.raises(UserError, match="cannot be written"):
         result.save(Path("/proc/none/x.json"))
+
+
+def test_results_are_written_before_they_are_printed(tmp_path, monkeypatch):
+    def printed(result):
+        assert json.loads((tmp_path / "found.json").read_text())["limit"] == result.limit == "the test"
+        raise UserError("no terminal")
+
+    monkeypatch.setattr(loader, "bench", lambda options: Result("loader", {}, "the test"))
+    monkeypatch.setattr(Result, "show", printed)
+    with pytest.raises(UserError, match="no terminal"):
+        bench.main(["loader", "--json", str(tmp_path / "found.json")])

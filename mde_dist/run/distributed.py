@@ -262,7 +262,8 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
 
 def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
     """Refuse to go on where the ranks do not all have this text. Raises UserError."""
-    mine = torch.tensor(int(hashlib.sha256(value.encode()).hexdigest()[:15], 16))
+    found = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()  # it may hold a path that is no text
+    mine = torch.tensor(int(found[:15], 16))
     first = mine.clone()
     if accelerator.num_processes > 1:
         distributed.broadcast(first, src=0, group=_hosts)

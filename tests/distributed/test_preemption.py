@@ -84,13 +84,15 @@ def test_a_signal_stops_all_ranks_at_one_step_and_the_run_goes_on_from_it(undist
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_path, number):
-    """As from a scheduler: launch/one_node.sh becomes the launcher, which dies at USR1 by itself."""
+    """As from a scheduler: launch/one_node.sh becomes the launcher, which dies at USR1 by itself. Under nohup
+    it and its ranks live on when the terminal goes."""
+    nohup = ["nohup"] * (number == signal.SIGUSR1)
     run = tmp_path / "run"
     flags = [text for name, value in options(room_shards, tmp_path).items() for text in (f"--{name}", str(value))]
     env = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     script = Path(__file__).parents[2] / "launch/one_node.sh"
     process = subprocess.Popen(
-        [script, "2", *flags, "--train.samples", "100000"],
+        [*nohup, script, "2", *flags, "--train.samples", "100000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,6 +100,9 @@ def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_pat
         start_new_session=True,
     )
     wait_for(lambda: (run / "checkpoints/step-00000001").is_dir(), process)
+    if nohup:
+        os.killpg(process.pid, signal.SIGHUP)
+        wait_for(lambda: (run / "checkpoints/step-00000003").is_dir(), process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert output.count("stopped at sample ") == 1, output
