@@ -127,6 +127,15 @@ def signalled(point: str, call: int, number: int, rank: int | None = None, again
     patch(point, action, call, rank)
 
 
+def refused(point: str, number: int) -> None:
+    """The system refuses every call, with this error."""
+
+    def action(do_it: Callable[[], Any], _: tuple[Any, ...]) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    patch(point, action)
+
+
 def slow(point: str, seconds: float, rank: int | None = None) -> None:
     """Every call takes so much longer."""
 

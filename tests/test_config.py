@@ -96,7 +96,8 @@ def test_a_bad_file_is_named(tmp_path, text):
 def test_identity_ignores_what_does_not_change_the_run_and_nothing_else():
     config = read_config([])
     moved = read_config(["--run", "elsewhere", "--data.threads", "9", "--data.shards", "there", "--train.keep", "5"])
-    assert identity(config, "a", "b") == identity(moved, "a", "b")
+    longer = read_config(["--train.samples", "9000"])
+    assert identity(config, "a", "b") == identity(moved, "a", "b") == identity(longer, "a", "b")
     assert identity(config, "a", "b") != identity(config, "other", "b")
     assert identity(config, "a", "b") != identity(read_config(["--train.seed", "1"]), "a", "b")
     assert set(as_json(config)) >= FREE

@@ -1,5 +1,8 @@
 """The run directory: one writer, one identity."""
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 
@@ -125,3 +128,17 @@ def test_more_samples_than_before_are_said_and_less_than_were_seen_refused(tmp_p
         directory.refuse_less(found, samples)
     with pytest.raises(UserError, match="has seen 24 already"):
         directory.refuse_less(found, 22)
+
+
+def test_what_cannot_be_removed_is_said_once_a_run(tmp_path, monkeypatch, capsys):
+    def held(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(shutil, "rmtree", held)
+    directory, files = directory_of(tmp_path), dict.fromkeys((MODEL, OPTIMIZER), save({"w": zeros(1)}))
+    for step in range(1, 5):
+        directory.save(files, {**vars(State(samples_seen=step, step=step)), "config": {}}, 1, None)
+    assert directory.resume().state.step == 4
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("warning: the old checkpoint") and "(Device or resource busy)" in said

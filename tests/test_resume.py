@@ -1,12 +1,13 @@
 """Killed at any point, a run goes on with the same command and ends bit for bit where the undisturbed one ends."""
 
+import errno
 import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import files_below, learned, small
-from faults import die, together
+from faults import die, refused, together
 from warm import warm_run, without_pictures
 
 from mde_dist.files import sha256_of
@@ -38,7 +39,8 @@ POINTS = [
 
 def options(shards: Path, **changes):
     """Five steps, an evaluation after the second, the fourth and the last; one checkpoint is kept."""
-    return small(data_shards=shards, **{"train_keep": 1, "optim_ema": 24, "evaluate_batch_size": 3} | changes)
+    given = {"train_keep": 1, "optim_ema": 24, "optim_schedule": "constant", "evaluate_batch_size": 3}
+    return small(data_shards=shards, **given | changes)
 
 
 def end(directory: Path) -> tuple:
@@ -70,6 +72,25 @@ def test_killed_at_any_point_it_ends_bit_for_bit_as_undisturbed(undisturbed, roo
     done = warm_run("train", before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
     assert end(tmp_path / "run") == end(undisturbed)
+
+
+def test_a_finished_run_goes_on_with_more_samples_as_if_it_had_had_them_from_the_start(
+    undisturbed, room_shards, tmp_path
+):
+    """While nothing can be removed, as on NFS where somebody has a file open: that ends no run either."""
+    given = {"cwd": tmp_path, "run": "run"}
+    before = partial(together, without_pictures, partial(refused, "removal of a checkpoint", errno.ENOTEMPTY))
+    done = warm_run("train", before=before, **given, **options(room_shards, train_samples=24))
+    assert done.returncode == 0, done.stderr
+    assert "step-00000001-1.tmp cannot be removed (Directory not empty)" in done.stdout
+    assert (tmp_path / "run/model.safetensors").is_file()
+    done = warm_run("train", before=without_pictures, **given, **options(room_shards))
+    assert done.returncode == 0, done.stderr
+    assert "note: train.samples was 24, is 60 from sample 24 on; the learning rate is constant" in done.stdout
+    assert end(tmp_path / "run") == end(undisturbed)
+    done = warm_run("train", **given, **options(room_shards, train_samples=36))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: train.samples = 36: the run in run has seen 60 already")
 
 
 def test_the_average_is_what_is_evaluated_and_published(undisturbed, tmp_path):
