@@ -57,7 +57,8 @@ class DataConfig:
     cache_gb: float = 100
     """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
     patience: float = PATIENCE
-    """Seconds without a byte from the server after which the run ends; until then it is asked again and again."""
+    """Seconds without a byte from the server, or with less than a kilobyte a second, after which the run ends; until
+    then it is asked again and again."""
 
     def __post_init__(self) -> None:
         for name in ("shards", "eval_shards"):  # what is written and said of a config has no key in it

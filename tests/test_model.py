@@ -364,6 +364,7 @@ def test_restore_gives_the_model_back(backbone):
         {"config": {"model.backbone": "vgg11"}},
         {"config": {"model.backbone": 18}},
         {"config": {"model.backbone": "resnet34"}},
+        {"config": {"model.backbone": "resnet18", "model.of_a_newer_version": "x"}},
     ],
 )
 def test_restore_refuses_metadata_that_do_not_fit(metadata):

@@ -386,6 +386,22 @@ def test_best_and_worst_images_are_those_of_the_record(made):
     assert [tile.label for tile in found.best[0].tiles] == ["image", "truth", "prediction", "error"]
 
 
+def test_damaged_weights_predict_nothing_for_the_page(calm):
+    weights = calm / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 64
+    weights.unlink()
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=f"{weights} is damaged"):
+        extremes(read_run(calm, "calm"))
+
+
+def test_a_run_that_goes_on_with_more_samples_is_not_finished(calm):
+    assert read_run(calm, "calm").finished
+    rewrite(calm / "config.toml", (calm / "config.toml").read_text().replace("1200", "2400"))
+    assert not read_run(calm, "calm").finished
+
+
 def test_other_shards_than_those_that_were_evaluated_are_not_shown(made, room_shards):
     run = read_run(made / "calm", "calm")
     truth = {**run.record["ground_truth"], "manifest": "0" * 64}

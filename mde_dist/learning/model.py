@@ -128,6 +128,9 @@ def _architecture(config: Mapping[str, Any]) -> ModelConfig:
     """From the flat config of a model.safetensors, which may be older than some fields. Raises ValueError."""
     values = {item.name: config.get(f"model.{item.name}", item.default) for item in fields(ModelConfig)}
     values |= {"backbone": config["model.backbone"], "weights": "none"}
+    for name in config:
+        if name.startswith("model.") and name.removeprefix("model.") not in values:
+            raise ValueError(f"{name:.60} = {config[name]!r:.40} is not known to this version of mde_dist")
     for item in fields(ModelConfig):
         value, known = values[item.name], get_args(item.type)
         if (value not in known) if known else not isinstance(value, item.type):  # type: ignore[arg-type]

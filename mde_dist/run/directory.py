@@ -71,8 +71,8 @@ class RunDirectory:
                     tell(item)
         if found is None and broken:
             raise UserError(
-                f"--run {self.path}: none of its {broken} checkpoints can be read (see above); put whole ones back, or "
-                "choose another --run to begin anew"
+                f"--run {self.path}: none of its {broken} checkpoints is whole; put one back that is, or choose "
+                "another --run to begin anew"
             )
         if found is None:
             return None
