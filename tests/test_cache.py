@@ -239,15 +239,17 @@ def test_a_damaged_copy_is_fetched_anew_beside_those_who_read_it(
 
 
 def test_a_copy_that_is_gone_is_fetched_and_one_of_a_server_that_changed_is_an_error(
-    cache: Cache, server: FileServer, remote: Remote
+    cache: Cache, server: FileServer, remote: Remote, capsys: pytest.CaptureFixture[str]
 ) -> None:
     want = wanted(server, "a.tar")
     cache.renew(remote, want, FOREVER)
+    assert capsys.readouterr().out == ""
     path = cache.fetch(remote, want, FOREVER)
     path.write_bytes(b"x" * want.bytes)
     server.fail(Fault(content=b"y" * want.bytes))
     with pytest.raises(UserError, match="changed or damaged on the server"):
         cache.renew(remote, want, FOREVER)
+    assert "is a damaged copy of" in capsys.readouterr().out
     assert cache.find(want) is None  # nobody reads the damaged one again
 
 

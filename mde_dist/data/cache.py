@@ -96,10 +96,10 @@ class Cache:
         try:
             with _locked(part, closing) as file:  # one looks, the others wait
                 whole = _is_whole(path, wanted)
-                if not whole:
-                    path.unlink(missing_ok=True)
+                if not whole and path.exists():  # nobody has evicted it
                     say(f"note: {path} is a damaged copy of {remote.url(wanted.name)}; it is fetched anew")
-                elif _is_at(file, part):
+                    path.unlink(missing_ok=True)
+                if whole and _is_at(file, part):
                     part.unlink()
         except OSError as error:
             raise self._unusable(error) from None
