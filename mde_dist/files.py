@@ -1,12 +1,15 @@
-"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
+"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed. And their locks."""
 
+import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
+from .console import say
 from .errors import UserError
 
 UNSEALED = "0" * 64
@@ -43,6 +46,58 @@ def writing(what: str | Path, hint: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{what}: cannot be written ({error.strerror or error}){hint and '; ' + hint}") from None
+
+
+class Taken(UserError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, taken: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file at `path`, which is made if need be, with its folder; the system frees it when we die.
+
+    `shared`: others may hold it likewise. `wait`: until it is free. Raises Taken with the text `taken` and the one who
+    holds it alone, and OSError.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8", errors="replace") as file:
+            _take(file, taken, shared, wait)
+            if not is_at(file, path):  # whoever held it before has removed it, or its folder
+                continue
+            file.truncate(0)
+            file.write("" if shared else f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    if not shared and is_at(file, path):  # its folder may have been renamed
+                        path.unlink()
+                    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has inherited the descriptor
+            return
+
+
+def _take(file: IO[str], taken: str, shared: bool, wait: bool) -> None:
+    """Raises Taken or OSError."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = f"{taken} ({file.read().strip()})".removesuffix(" ()")
+        if not wait:
+            raise Taken(holder) from None
+        say(f"{holder}; waiting for it")
+        fcntl.flock(file, kind)
+
+
+def is_at(file: IO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sync_directory(path: Path) -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from .command import Part, Size, parse, run_command
 from .console import open_console, say
+from .data.claim import refuse_full
 from .data.holdout import hold_out
 from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
@@ -61,7 +62,8 @@ class ShardConfig:
     """Leave out pairs that are missing, unreadable or mismatched, and count them, instead of stopping."""
     part: Part | None = None
     """Pack only shard K of every N (K from 0), and publish nothing: for job arrays. When all parts are done, the same
-    command without --part publishes them, byte for byte as if it had packed alone."""
+    command without --part publishes them, byte for byte as if it had packed alone. All are given the same options
+    and the same source."""
     depth_scale: tuple[str, ...] = ()
     """SPLIT=METRES per stored unit (or just METRES for all splits), overruling layout and checks."""
     list: tuple[str, ...] = ()
@@ -183,8 +185,8 @@ def check(config: ShardConfig) -> None:
         raise UserError(f"--validation {config.validation:g}: must be a share between 0 and 1, such as 0.15")
     if not 1 <= config.jpeg_quality <= 100:
         raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
-    if config.output and config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        raise UserError(f"--output {config.output} is there already and not empty; choose another, or remove it first")
+    if config.output:
+        refuse_full(config.output)
 
 
 def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:

@@ -24,6 +24,7 @@ from .config import SAMPLE_SHARDS, Config, for_all_ranks, read_config
 from .console import say
 from .data.shards import ShardSet, open_split
 from .errors import UserError
+from .files import locked, writing
 from .run.distributed import agree, gather_rows, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag, unless_stopped
@@ -88,9 +89,18 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
 
 
 def pack_sample() -> None:
-    """Raises UserError."""
-    if Path(SAMPLE_SHARDS, "manifest.json").is_file():
+    """Render and pack it, unless another training has done so or is about to. Raises UserError."""
+    place = Path(SAMPLE_SHARDS)
+    if (place / "manifest.json").is_file():
         return
+    lock, taken = place.with_name(f".{place.name}.lock"), "another training renders the sample"
+    with writing(place), locked(lock, taken, wait=True):
+        if not (place / "manifest.json").is_file():
+            render_sample()
+
+
+def render_sample() -> None:
+    """Render and pack it with the command that does so for a user. Raises UserError."""
     # small shards, so that all cores have some to render
     options = f"--layout rooms --samples-per-shard 32 --output {SAMPLE_SHARDS}"
     command = ["-m", "mde_dist.shard", *options.split()]

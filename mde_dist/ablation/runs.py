@@ -1,21 +1,20 @@
 """Trainings as processes of their own: some side by side, stopped together, each taken up again where it was."""
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from ..config import as_toml
 from ..errors import UserError
-from ..files import write_atomic, writing
+from ..files import Taken, locked, write_atomic, writing
 from ..run.launcher import PARENT
 from ..run.preemption import StopFlag
 from ..run.records import read_records
@@ -46,7 +45,7 @@ class Work:
     """Trainings side by side."""
     running: dict[int, tuple[Training, subprocess.Popen[bytes]]] = field(default_factory=dict)
     """By slot, 0..jobs-1: a slot has GPUs of its own, as long as there are some."""
-    locks: dict[int, IO[bytes]] = field(default_factory=dict)
+    locks: dict[int, ExitStack] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """Name of a training -> why."""
     elsewhere: list[str] = field(default_factory=list)
@@ -101,14 +100,12 @@ def default_jobs(processes: int) -> int:
 def _begin(work: Work, training: Training, slot: int) -> None:
     """Start a training, unless another command is at work at it or has finished it meanwhile."""
     run = training.config.run
-    with writing(run):
-        run.parent.mkdir(parents=True, exist_ok=True)
-        lock = run.with_suffix(".lock").open("ab")
+    lock = ExitStack()
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with writing(run):
+            lock.enter_context(locked(run.with_suffix(".lock"), f"{run} is being trained"))
+    except Taken:
         work.elsewhere.append(training.name)
-        lock.close()
         return
     if training.finished:
         lock.close()

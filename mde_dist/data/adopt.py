@@ -7,10 +7,11 @@ from pathlib import Path
 import simplejpeg
 
 from ..errors import UserError
+from ..files import locked
 from .examine import Report, examine_all, record, statistics_of, unique, within
 from .manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest
 from .pool import Progress
-from .repair import REVISION
+from .repair import LOCK, REVISION
 from .tars import DEPTH_CODECS, scan
 
 _LOOKED_AT = 64  # images, to tell the size that all should have
@@ -24,8 +25,7 @@ def adopt(
     The tars that have one name before their number are a split. `check(split, median)` may refuse a median depth in
     metres. Raises UserError.
     """
-    if (directory / NAME).exists():
-        raise UserError(f"{directory / NAME} is there already; check it with: {command_for('verify', str(directory))}")
+    _refuse_indexed(directory)
     tars = sorted(directory.glob("*.tar"))
     for tar in tars:
         try:
@@ -50,12 +50,19 @@ def adopt(
             raise UserError(f"{directory}: no sample of split {name} is whole; {(wrong or ['its tars are empty'])[0]}")
         check(name, statistics_of(whole).summary()["median"])
         kept[name], left_out[name] = whole, wrong
-    splits = {
-        name: record(directory, name, whole, codec, "") | {"skipped": [within(directory, it) for it in left_out[name]]}
-        for name, whole in kept.items()
-    }
     problems = [problem for wrong in left_out.values() for problem in wrong]
-    return write_manifest(directory, codec, size, "tars", splits), problems
+    with locked(directory / LOCK, f"{directory}: another command repairs or indexes it"):
+        _refuse_indexed(directory)
+        splits = {}
+        for name, whole in kept.items():
+            skipped = [within(directory, it) for it in left_out[name]]
+            splits[name] = record(directory, name, whole, codec, "") | {"skipped": skipped}
+        return write_manifest(directory, codec, size, "tars", splits), problems
+
+
+def _refuse_indexed(directory: Path) -> None:
+    if (directory / NAME).exists():
+        raise UserError(f"{directory / NAME} is there already; check it with: {command_for('verify', str(directory))}")
 
 
 def _split_of(tar: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import RankError, UserError
-from ..files import sha256_of, sync_directory
+from ..files import is_at, sha256_of, sync_directory
 from .manifest import FileInfo, ShardInfo
 from .remote import PATIENCE, Closed, PastEnd, Patience, Remote, with_retries
 
@@ -68,7 +68,7 @@ class Cache:
         try:
             while self.find(wanted) is None:
                 with _locked(part, closing, patience) as file:
-                    if not _is_at(file, part):  # whoever held the lock before us renamed or evicted it
+                    if not is_at(file, part):  # whoever held the lock before us renamed or evicted it
                         continue
                     if self.find(wanted) is not None:
                         with contextlib.suppress(OSError):
@@ -99,7 +99,7 @@ class Cache:
                 if not whole and path.exists():  # nobody has evicted it
                     say(f"note: {path} is a damaged copy of {remote.url(wanted.name)}; it is fetched anew")
                     path.unlink(missing_ok=True)
-                if whole and _is_at(file, part):
+                if whole and is_at(file, part):
                     part.unlink()
         except OSError as error:
             raise self._unusable(error) from None
@@ -192,14 +192,6 @@ def _is_whole(path: Path, wanted: FileInfo) -> bool:
     try:
         return path.stat().st_size == wanted.bytes and sha256_of(path) == wanted.sha256
     except OSError:  # gone, or a disk that cannot read it
-        return False
-
-
-def _is_at(file: io.FileIO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
         return False
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, leads_nowhere, sha256_of, sync_directory, write_atomic
 from . import depth
+from .claim import claimed
 from .holdout import VAL, hold_out
 from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
 from .pool import Progress, count, run_jobs
@@ -99,6 +100,8 @@ class Work:
     """Hidden directory where shards and parts come to stand until all are there."""
     records: Mapping[str, dict[str, Any]]
     """What the manifest says of a split beside what its shards hold."""
+    packed_in: Mapping[str, str] = field(default_factory=dict)
+    """Name of a shard -> K/N, the part of a job array that packs it: one that differs is refused, not replaced."""
 
 
 def pack(
@@ -116,9 +119,11 @@ def pack(
     published then.
     """
     work, jobs, missing = _prepare(source, output, options, probes)
-    with _said(output):
-        _pack_jobs(work, jobs, workers, progress)
-        return _publish(work, output.absolute(), _merge(work, jobs, missing))
+    with _said(output), claimed(work.partial, output, _about(work), None) as parts:
+        packed_in = {job.name: name for (first, every), name in parts.items() for job in jobs[first::every]}
+        work = replace(work, packed_in=packed_in)
+        fingerprints = _pack_jobs(work, jobs, workers, progress)
+        return _publish(work, output.absolute(), _merge(work, jobs, missing, fingerprints))
 
 
 def pack_part(
@@ -137,7 +142,7 @@ def pack_part(
     """
     work, jobs, _ = _prepare(source, output, options, probes)
     first, every = part
-    with _said(output):
+    with _said(output), claimed(work.partial, output, _about(work), part):
         _pack_jobs(work, jobs[first::every], workers, progress)
     return len(jobs[first::every])
 
@@ -155,6 +160,13 @@ def _prepare(
     return Work(_without_pairs(source), options, size, partial, record), jobs, missing
 
 
+def _about(work: Work) -> dict[str, Any]:
+    """With what all parts have to be packed, as JSON takes it; what a file holds is in the fingerprints of shards."""
+    splits = {f"depth of {name}": f"{split.depth_map}, {split.scale}" for name, split in work.source.splits.items()}
+    about = {"version": __version__, "layout": work.source.layout, **asdict(work.options), "size": work.size, **splits}
+    return json.loads(json.dumps(about))
+
+
 @contextmanager
 def _said(output: Path) -> Iterator[None]:
     """What a disk or a dying process brings about is one line: raises UserError."""
@@ -166,12 +178,15 @@ def _said(output: Path) -> Iterator[None]:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
 
 
-def _pack_jobs(work: Work, jobs: Sequence[Job], workers: int, progress: Progress) -> None:
-    work.partial.mkdir(parents=True, exist_ok=True)
+def _pack_jobs(work: Work, jobs: Sequence[Job], workers: int, progress: Progress) -> dict[str, str]:
+    """Write what is not there yet -> the fingerprint of each shard, by name."""
+    fingerprints = {}
     total = sum(len(job.pairs) for job in jobs)
-    for bad in run_jobs(_pack_shard, ((work, job) for job in jobs), workers, progress, total):
+    for name, fingerprint, bad in run_jobs(_pack_shard, ((work, job) for job in jobs), workers, progress, total):
         if bad and not work.options.skip_bad:
             raise UserError(f"{bad[0]}; mend it, or leave such pairs out with --skip-bad (finished shards are kept)")
+        fingerprints[name] = fingerprint
+    return fingerprints
 
 
 def _without_pairs(source: Source) -> Source:
@@ -179,25 +194,34 @@ def _without_pairs(source: Source) -> Source:
     return replace(source, splits={name: replace(split, pairs=()) for name, split in source.splits.items()})
 
 
-def _pack_shard(work: Work, job: Job) -> list[str]:
-    """Write one shard and its part file; returns what is bad. Without skip_bad the first bad pair ends it unwritten."""
+def _pack_shard(work: Work, job: Job) -> tuple[str, str, list[str]]:
+    """Write one shard and its part file -> its name, its fingerprint, and what is bad.
+
+    Without skip_bad the first bad pair ends it unwritten. Raises UserError where a part has packed another one.
+    """
     fingerprint = _fingerprint(work, job)
     part = work.partial / f"{job.name}.part"
     notes = _open_part(part)[1] if part.is_file() else {}
     if notes.get("fingerprint") == fingerprint:
         count(len(job.pairs))
-        return json.loads(notes["bad"])
+        return job.name, fingerprint, json.loads(notes["bad"])
+    if notes and job.name in work.packed_in:
+        which = work.packed_in[job.name]
+        raise UserError(
+            f"{job.name} of part {which} was packed from another source, or its files have changed since; pack part "
+            f"{which} again (--part {which})"
+        )
     part.unlink(missing_ok=True)
     statistics = Statistics.empty(work.size)
     tar = work.partial / f"{job.name}.tar"
     try:
         rows, bad = _write_tar(work, job, tar, statistics)
     except BadPair as error:
-        return [str(error)]
+        return job.name, fingerprint, [str(error)]
     arrays = {"rows": rows.view(np.uint8).reshape(len(rows), INDEX.itemsize)} | vars(statistics)
     notes = {"fingerprint": fingerprint, "sha256": sha256_of(tar), "bad": json.dumps(bad)}
     write_atomic(part, save(arrays, notes))
-    return bad
+    return job.name, fingerprint, bad
 
 
 def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple[np.ndarray, list[str]]:
@@ -256,8 +280,10 @@ def _open_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Parts -> index and mean map of every split, and their records for the manifest."""
+def _merge(
+    work: Work, jobs: list[Job], missing: Mapping[str, list[str]], fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """Parts -> index and mean map of every split, and their records for the manifest. Raises UserError."""
     records = {}
     for name, split in work.source.splits.items():
         statistics = Statistics.empty(work.size)
@@ -265,6 +291,8 @@ def _merge(work: Work, jobs: list[Job], missing: Mapping[str, list[str]]) -> dic
         shards: list[tuple[ShardInfo, np.ndarray]] = []
         for job in (job for job in jobs if job.split == name):
             arrays, notes = _open_part(work.partial / f"{job.name}.part")
+            if notes.get("fingerprint") != fingerprints[job.name]:
+                raise UserError(f"{job.name} was packed anew meanwhile, by another command; start again")
             skipped += json.loads(notes["bad"])
             index = arrays["rows"].reshape(-1).view(INDEX)
             if not len(index):

@@ -10,19 +10,31 @@ import re
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import atomic_file, sync_directory, write_atomic
+from ..files import atomic_file, locked, sha256_of, sync_directory, write_atomic
 from .examine import Report, examine, record
 from .manifest import MEMBERS, NAME, Manifest, write_manifest
 from .verify import Verdict
 from .writer import ShardWriter
 
 QUARANTINE = "quarantine"
+LOCK = ".lock"
+"""In the directory, while it is repaired or indexed."""
 REVISION = re.compile(r"-r(\d+)$")
 """What a repaired tar has behind its name."""
 
 
 def repair(directory: Path, verdict: Verdict) -> Manifest:
-    """Leave out what is damaged; see the head of this file. Raises UserError where nothing whole is left of a split."""
+    """Leave out what is damaged; see the head of this file.
+
+    Raises UserError where nothing whole is left of a split, or where another command is at work at the directory.
+    """
+    with locked(directory / LOCK, f"{directory}: another command repairs or indexes it"):
+        if sha256_of(directory / NAME) != verdict.manifest.sha256:
+            raise UserError(f"{directory}: another command has changed its manifest meanwhile; look at it again")
+        return _repair(directory, verdict)
+
+
+def _repair(directory: Path, verdict: Verdict) -> Manifest:
     before, revision = verdict.manifest, _revision(directory)
     splits = dict(before.raw["splits"])
     broken = sorted(verdict.broken)

@@ -13,18 +13,15 @@ RUN/failed/          the state before a batch whose loss or gradient was not fin
 """
 
 import contextlib
-import fcntl
-import os
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from .. import __version__
 from ..console import say
 from ..errors import UserError
-from ..files import write_atomic, writing
+from ..files import locked, write_atomic, writing
 from ..weights import MODEL
 from .checkpoint import Checkpoint, load_newest, save_checkpoint
 
@@ -46,7 +43,7 @@ class RunDirectory:
         fields of the config, for those that an older version did not have."""
         self.path, self._identity, self._toml, self._writes = path, dict(identity), toml, writes
         self._defaults = defaults
-        self._lock: TextIO | None = None
+        self._lock = contextlib.ExitStack()
         self._warned = False
 
     def __enter__(self) -> "RunDirectory":
@@ -56,8 +53,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._lock is not None:
-            self._lock.close()  # which unlocks it; so does the death of the process
+        self._lock.close()
 
     def resume(self, tell: Callable[[str], None] = say) -> Checkpoint | None:
         """The newest whole checkpoint. Raises UserError where it is of another run, or where none of some is whole."""
@@ -163,21 +159,12 @@ class RunDirectory:
 
     def _claim(self) -> None:
         self.refuse_foreign()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip()
-            raise UserError(f"--run {self.path}: another training is at work in it ({holder})") from None
+        taken = f"--run {self.path}: another training is at work in it"
+        self._lock.enter_context(locked(self.path / ".lock", taken))
         for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # by a process that died while it wrote
             if left.is_file():  # a checkpoint's goes when the next one stands
                 with contextlib.suppress(OSError):
                     left.unlink()
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
