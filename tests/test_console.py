@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from rich.live import Live
 from rich.table import Table
 from trees import folder
@@ -22,7 +21,7 @@ from mde_dist.command import run_command
 from mde_dist.console import open_console, printable, say
 from mde_dist.errors import UserError
 from mde_dist.learning.metrics import PROTOCOLS, TERMS
-from mde_dist.pictures import literal, save_figure
+from mde_dist.pictures import figure_file, literal
 from mde_dist.run.scores import show_scores
 
 MARKUP = ["[/b]", "[red]x", "[link=https://a.example]b", ":smile:", "a[0]"]
@@ -115,9 +114,8 @@ def test_rows_of_an_ablation_and_lines_of_metrics_are_shown_as_they_are_named(tm
 def test_a_picture_shows_a_name_letter_by_letter(name, tmp_path):
     drawings = []
     for options in ({"s": literal(name)}, {"s": printable(name), "parse_math": False}):
-        figure = Figure(figsize=(3, 1))
-        figure.text(0, 0.5, **options)
-        save_figure(tmp_path / "x.png", figure)  # a formula that is none raises
+        with figure_file(tmp_path / "x.png", (3, 1), 80) as figure:  # in which a formula that is none raises
+            figure.text(0, 0.5, **options)
         drawings.append((tmp_path / "x.png").read_bytes())
     assert drawings[0] == drawings[1]
 
