@@ -12,7 +12,7 @@ from .bootstrap import LEVEL, NOTE, RESAMPLES, interval, means, resamples
 from .console import open_console, say
 from .errors import UserError
 from .learning.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol
-from .results import read_record, rows_of, short
+from .results import check_same_images, read_record, rows_of, short
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
     a, b = read_record(first), read_record(second)
     found: dict[str, list[Difference]] = {}
     reasons: dict[str, list[str]] = {}
-    for name, mark in a["fingerprints"].items():
-        other = b["fingerprints"].get(name)
+    for name in {**a["fingerprints"], **b["fingerprints"]}:
+        mark, other = (record["fingerprints"].get(name) for record in (a, b))
         if other != mark:
             reasons.setdefault(why_not(mark, other), []).append(name)
             continue
+        check_same_images(rows_of(a, name), rows_of(b, name), (str(first), str(second)))
         found[name] = differences(a, b, PROTOCOLS[name], seed)
         show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short(mark)}")
     say(f"A: {_who(a)} ({first})")
@@ -56,9 +57,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
     return found
 
 
-def why_not(mark: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
+def why_not(mark: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
     """In what two fingerprints differ."""
-    if other is None:
+    if mark is None or other is None:
         return "only one of them has the protocol"
     words = {
         "images": f"{mark.get('images')} images against {other.get('images')}",

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -127,6 +128,15 @@ def refuse_dead_links(paths: Iterable[Path]) -> None:
     if dead:
         more = f", and so do {len(dead) - 1:,} more" if len(dead) > 1 else ""
         raise UserError(f"{dead[0]} is a link that leads nowhere{more}; fetch what it stands for, or remove it")
+
+
+def natural_order(name: str) -> tuple[list[object], str]:
+    """What to sort names by so that numbers count: 2 before 10. Names that differ only in leading zeros stay apart."""
+    parts: list[object] = list(re.split(r"(\d+)", name))
+    for place in range(1, len(parts), 2):  # the numbers
+        digits = str(parts[place]).lstrip("0")
+        parts[place] = len(digits), digits
+    return parts, name
 
 
 def sha256_of(path: Path) -> str:

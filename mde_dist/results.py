@@ -170,7 +170,12 @@ def read_record(path: Path) -> dict[str, Any]:
         for name in record["fingerprints"]:
             if name not in PROTOCOLS:
                 raise ValueError(f"it names the protocol {name!r}, which this version does not know")
-            rows_of(record, name)
+            _, rows = rows_of(record, name)
+            stated, scored = record["fingerprints"][name]["images"], int((rows[:, 0] > 0).sum())
+            if stated != scored:
+                raise ValueError(f"protocol {name}: it states {stated} scored images and has {scored}")
+        if not isinstance(record["predictor"], dict):
+            raise ValueError("it does not say what was scored")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -185,6 +190,21 @@ def rows_of(record: Mapping[str, Any], protocol: str) -> tuple[list[str], np.nda
     if rows.shape != (len(keys), SCORE_COLUMNS) or not np.isfinite(rows).all() or len(set(keys)) != len(keys):
         raise ValueError(f"protocol {protocol}: its images are not whole")
     return [str(key) for key in keys], rows
+
+
+def check_same_images(
+    a: tuple[Sequence[str], np.ndarray], b: tuple[Sequence[str], np.ndarray], names: tuple[str, str]
+) -> None:
+    """Two records of one fingerprint have the same images and scored the same pixels of them, in whatever order.
+
+    `a`, `b`: as `rows_of` gives them; `names`: of both. Raises UserError where they were changed by hand.
+    """
+    pixels = [dict(zip(keys, rows[:, 0].tolist(), strict=True)) for keys, rows in (a, b)]
+    if other := [key for key in {**pixels[0], **pixels[1]} if pixels[0].get(key) != pixels[1].get(key)]:
+        raise UserError(
+            f"{' and '.join(names)} cannot be compared: their fingerprint is the same, but {len(other)} images differ, "
+            f"such as {other[0]}; evaluate both again"
+        )
 
 
 def show(record: Mapping[str, Any], title: str) -> None:

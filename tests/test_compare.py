@@ -162,7 +162,36 @@ def test_what_can_be_compared_is_and_the_rest_is_named(tmp_path, capsys):
     depth = depths()
     paths = written(tmp_path, a=record(depth, depth, ["eigen", "full"]), b=record(depth * 1.3, depth, ["full", "lsq"]))
     assert set(compare(*paths)) == {"full"}
-    assert "not compared: only one of them has the protocol (eigen)" in capsys.readouterr().out
+    assert "not compared: only one of them has the protocol (eigen, lsq)" in capsys.readouterr().out
+
+
+def renamed(a, name):
+    a["images"]["keys"][3] = "another"
+    return a
+
+
+def fewer_pixels(a, name):
+    a["images"]["terms"][name]["pixels"][3] -= 1
+    return a
+
+
+def cut(a, name):
+    images = a["images"]
+    images["keys"].pop()
+    images["terms"] = {name: {term: values[:-1] for term, values in images["terms"][name].items()}}
+    return a
+
+
+@pytest.mark.parametrize("change", [renamed, fewer_pixels, cut])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_fingerprint_that_does_not_tell_of_its_images_is_one_line(tmp_path, change, changed):
+    """Neither a traceback nor a comparison of some of them: files that were edited, cut or put together by hand."""
+    depth = depths()
+    records = [record(depth * factor, depth, ["full"]) for factor in (1.1, 1.2)]
+    records[changed] = change(json.loads(json.dumps(records[changed])), "full")
+    with pytest.raises(UserError, match="images") as error:
+        compare(*written(tmp_path, a=records[0], b=records[1]))
+    assert "\n" not in str(error.value)
 
 
 def test_the_fingerprint_holds_all_that_decides():
@@ -230,6 +259,9 @@ def test_the_table_of_images_has_a_row_each(tmp_path):
         lambda text: text.replace('"image-3",', ""),
         lambda text: text.replace('"pixels": [', '"pixels": [1e999, '),
         lambda text: "[" * 100_000,
+        lambda text: text.replace('"predictor"', '"predicted"'),
+        lambda text: json.dumps(json.loads(text) | {"fingerprints": {"eigen": "abc"}}),
+        lambda text: json.dumps(json.loads(text) | {"predictor": 3}),
     ],
 )
 def test_files_that_are_no_results_are_one_line(tmp_path, damage):

@@ -1,6 +1,7 @@
 """Depth maps of anybody's model as files: found, matched, and read in metres; what does not fit is one line."""
 
 import io
+import math
 import zipfile
 
 import numpy as np
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from trees import SIZE, write
 
-from mde_dist.data.predictions import _natural, open_predictions
+from mde_dist.data.predictions import _another_view, open_predictions
 from mde_dist.data.samples import Samples
+from mde_dist.data.sources import open_source
 from mde_dist.errors import UserError
+from mde_dist.files import natural_order
 
 NAMES = ("bathroom/rgb_00045.jpg", "bathroom/rgb_00046.jpg", "home_office/rgb_00670.jpg", "kitchen_0004/rgb_00011.jpg")
 
@@ -132,7 +135,7 @@ def test_one_file_with_all_maps_is_taken_in_order(tmp_path, encode):
     path.write_bytes(encode(truth()))
     predictions, notes = opened(path)
     np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
-    assert "matched by their order" in notes[0]
+    assert "in the order of the split: map 0 to bathroom-rgb_00045, map 3 to kitchen_0004-rgb_00011" in notes[0]
     with pytest.raises(UserError, match=r"holds 4 predictions, the split has 3 images"):
         opened(path, Listed(NAMES[:3]))
 
@@ -143,9 +146,30 @@ def test_by_order_files_are_sorted_as_people_count(tmp_path):
     np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
 
 
+def test_files_and_images_have_one_order_and_a_line_names_both_ends(tmp_path):
+    """A plain folder of images 1, 2, 10 has them as predictions are sorted that are called so."""
+    names = ["1", "2", "10", "11"]
+    for number, name in enumerate(names):
+        write(tmp_path / f"source/test/images/{name}.png", np.full((*SIZE, 3), number * 40, np.uint8))
+        write(tmp_path / f"source/test/depth/{name}.png", png(depth(number)))
+    split = open_source(tmp_path / "source", None).splits["test"]
+    assert [pair.key for pair in split.pairs] == names
+    folder = write_all(tmp_path / "p", [f"{name}_out.npy" for name in names], npy)
+    (line,) = opened(folder, Listed([f"{name}.jpg" for name in names]), match="order")[1]
+    assert "1_out.npy to 1, 11_out.npy to 11" in line
+    assert "natural order" in line
+
+
+def test_an_order_against_the_names_is_said(tmp_path):
+    """As of shards that were packed in the order 1, 10, 2."""
+    folder = write_all(tmp_path / "p", ["1.npy", "2.npy", "10.npy"], npy)
+    _, notes = opened(folder, Listed(("1.jpg", "10.jpg", "2.jpg")), match="order")
+    assert "warning: by their names they belong to other images, such as 10.npy to 10, for which 2.npy" in notes[1]
+
+
 @given(st.lists(st.integers(0, 10**6), unique=True, min_size=1, max_size=20), st.sampled_from(["", "0", "000"]))
 def test_natural_order_is_that_of_the_numbers(numbers, zeros):
-    names = sorted((f"a{zeros}{number}.png" for number in numbers), key=_natural)
+    names = sorted((f"a{zeros}{number}.png" for number in numbers), key=natural_order)
     assert [int(name[1:-4]) for name in names] == sorted(numbers)
 
 
@@ -186,6 +210,30 @@ def test_pictures_for_the_eye_are_left_out(tmp_path):
     write_all(folder, [f"{name[:-4]}.npy" for name in NAMES], npy)
     predictions, _ = opened(folder)  # arrays say more than pictures
     np.testing.assert_allclose(read_all(predictions), truth(), rtol=1e-15)
+
+
+@pytest.mark.parametrize("match", ["name", "order"])
+def test_an_array_beside_pictures_does_not_stand_for_them(tmp_path, match):
+    folder = write_all(tmp_path / "p", [f"{name[:-4]}.png" for name in NAMES], png)
+    write(folder / "intrinsics.npy", npy(np.eye(3)))
+    predictions, notes = opened(folder, match=match)
+    np.testing.assert_allclose(read_all(predictions), truth(), atol=5.1e-4)
+    assert notes[1:] == ["1 arrays beside them, such as intrinsics.npy, were left out"]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["_raw_depth_meter.npy", "_depth_fp32.npy", "_pred.npy", "_depth_16bit.png", "_metric_depth.png", "/depth.npy"],
+)
+def test_names_that_other_tools_give_are_known(tmp_path, ending):
+    encode = png if ending.endswith("png") else npy
+    folder = write_all(tmp_path / "p", [f"{name[:-4]}{ending}" for name in NAMES], encode)
+    np.testing.assert_allclose(read_all(opened(folder)[0]), truth(), atol=5.1e-4)
+
+
+def test_of_several_arrays_the_one_called_depth_is_taken(tmp_path):
+    folder = write_all(tmp_path / "p", [f"{n[:-4]}.npz" for n in NAMES], lambda d: npz(focal=np.ones(1), depth=d))
+    np.testing.assert_allclose(read_all(opened(folder)[0]), truth(), rtol=1e-15)
 
 
 # --- what does not fit is one line ---
@@ -320,6 +368,44 @@ def test_a_link_that_leads_nowhere_is_named_before_anything_is_scored(tmp_path, 
     (tmp_path / name).unlink()
     if "png" not in name:
         assert len(opened(tmp_path, match=match)[0]) == len(NAMES)
+
+
+def taken(tmp_path, size, whole=(480, 640)):
+    np.save(tmp_path / "all.npy", np.ones((1, *size), np.float16))
+    return opened(tmp_path / "all.npy", Listed(("a.jpg",), whole))[1][0]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(480, 640), (228, 304), (240, 320), (518, 686), (384, 512), (336, 448), (120, 160), (252, 336), (768, 1024)],
+)
+def test_sizes_that_networks_predict_at_are_taken_and_said(tmp_path, size):
+    assert ("brought to 480x640" in taken(tmp_path, size)) == (size != (480, 640))
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((440, 592), "DenseDepth's crop"),
+        ((426, 560), "Eigen's crop"),
+        ((427, 561), "NYU's crop"),
+        ((427, 565), "a part of the view"),
+        ((470, 630), "a part of the view"),
+        ((416, 544), "not the same view"),
+        ((640, 480), "not the same view"),
+    ],
+)
+def test_a_crop_is_refused_and_named(tmp_path, size, words):
+    with pytest.raises(UserError, match=words):
+        taken(tmp_path, size)
+
+
+@given(st.integers(64, 2000), st.integers(64, 2000), st.floats(0.2, 3), st.sampled_from([1, 14, 16, 32]))
+def test_the_whole_image_is_taken_at_any_scale_or_its_aspect_is_lost(rows, columns, scale, stride):
+    """Sides rounded to the stride, either way; what is refused is off by more than a hundredth."""
+    for rounded in (math.floor, round, math.ceil):
+        height, width = (max(1, rounded(scale * side / stride)) * stride for side in (rows, columns))
+        assert _another_view((height, width), (rows, columns)) in ("", "not the same view")
 
 
 def test_a_place_that_is_not_there_is_said(tmp_path):

@@ -67,7 +67,10 @@ def test_no_false_alarm_whatever_the_rooms(seed, quality, noise):
         (100, "centimetres"),
         (5.0, "they were written as metres * 5000"),
         (1 / 6, "the ground truth were written as metres * 6000"),
-        (0.256, "they were written as metres * 256"),
+        (0.256, "they were written as metres * 256 and read as millimetres"),
+        (0.256 * 0.86, "they were written as metres * 256 and read as millimetres"),  # nearer to a fifth
+        (256, "they were written as metres * 256 and taken for metres"),
+        (1000 / 256, "they were millimetres read as metres * 256"),
         (0.1, "scaled to 0..1"),
         (2.3, "off by a constant; multiply them by 0.4"),
         (0.55, "off by a constant; multiply them by 1.7"),
@@ -154,7 +157,49 @@ def test_few_images_and_images_without_pixels_are_taken():
     prediction = learned(rooms())
     prediction[3] = torch.nan
     prediction[4, 0, 0] = 1e300
-    assert said(prediction, truth) == []
+    (line,) = said(prediction, truth)
+    assert "not finite" in line
+
+
+def test_pixels_that_are_not_finite_are_counted_where_there_is_a_truth():
+    truth = rooms()
+    prediction = learned(truth)
+    prediction[3, 4, 5], prediction[3, 6, 7], prediction[9, 0, 0] = torch.nan, torch.inf, -torch.inf
+    truth[3, 4, 5] = truth[9, 0, 0] = 2.0
+    truth[3, 6, 7] = 0  # a hole
+    (line,) = said(prediction, truth)
+    assert "2 pixels" in line
+    assert "2 of 40 images" in line
+
+
+@pytest.mark.parametrize("kept_as", [lambda g: g, lambda g: (g / 1000).float().double() * 1000])
+def test_the_truth_in_place_of_predictions_is_recognised(kept_as):
+    """As counts, or as float32 metres; in all images or in some; where it has holes, anything may stand."""
+    truth = (rooms() * 1000).round().double()
+    copy = torch.where(truth > 0, kept_as(truth), 1234.0)
+    (line,) = diagnose(signals(copy, truth, 1000))
+    assert "the ground truth itself in every image" in line
+    mixed = learned(truth)
+    mixed[:7] = copy[:7]
+    (line,) = diagnose(signals(mixed, truth, 1000))
+    assert "the ground truth itself in 7 of 40 images" in line
+    almost = copy.clone()
+    almost[:, ::5, ::5] += 5
+    assert diagnose(signals(almost, truth, 1000)) == []
+
+
+@pytest.mark.parametrize("quality", [0.2, 0.5, 1.0])
+def test_a_dozen_images_of_a_weak_model_are_in_order_and_a_shuffle_of_them_is_not(quality):
+    """A weak model is nearer to the mean map than to the image: the distance alone tells a dozen of them not apart."""
+    alarms = found = 0
+    for seed in range(40):
+        truth = rooms(seed, 12)
+        prediction = learned(truth, seed + 100, quality)
+        alarms += said(prediction, truth) != []
+        shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(12))
+        found += any("order" in line for line in said(prediction[shuffled], truth))
+    assert alarms == 0
+    assert found >= 37
 
 
 def test_signals_by_hand():

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..learning.flops import training_flops
 from ..learning.metrics import PROTOCOLS, Protocol
 from ..learning.model import skeleton
-from ..results import read_record, rows_of
+from ..results import check_same_images, read_record, rows_of
 from ..run.records import number, read_records
 from .table import Table, Training
 
@@ -87,7 +87,11 @@ def gather(table: Table) -> Found | None:
                     f"{training.name} cannot be compared with the rows before: "
                     f"{why_not(mark, record['fingerprints'].get(name))}"
                 )
-            mark, scored[seed] = record["fingerprints"][name], _in_order(record, name)
+            images = rows_of(record, name)
+            if mark is None:
+                mark, known = record["fingerprints"][name], images
+            check_same_images(known, images, ("the rows before", training.name))
+            scored[seed] = _in_order(images)
         if scored:
             protocol = PROTOCOLS[name]
             figures[row] = figures_of(row, scored, protocol, cost([runs[seed] for seed in scored]))
@@ -103,9 +107,9 @@ def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, c
     return Figures(row, tuple(scored), each, np.concatenate(resampled, axis=1), cost)
 
 
-def _in_order(record: Mapping[str, Any], protocol: str) -> np.ndarray:
-    """`score` rows of the images that have a pixel to score, in the order of their keys."""
-    keys, rows = rows_of(record, protocol)
+def _in_order(images: tuple[list[str], np.ndarray]) -> np.ndarray:
+    """Keys and `score` rows -> the rows of the images that have a pixel to score, in the order of their keys."""
+    keys, rows = images
     rows = rows[np.argsort(keys)]
     return rows[rows[:, 0] > 0]
 

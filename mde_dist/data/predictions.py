@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import refuse_dead_links
+from ..files import natural_order, refuse_dead_links
 from .depth import COUNTS_PER_METRE
 from .images import IMAGE_FORMATS
 from .manifest import MAX_SIDE
@@ -25,8 +25,17 @@ SUFFIXES = (".npy", ".npz", ".png")
 Match = Literal["name", "order"]
 
 _KINDS = frozenset(("depth", "pred", "prediction", "rgb", "color", "colors", "image", "img", "sync", "disp"))
-"""Words in a file's name that say what it is, not of which image."""
-_ASPECT = 0.01  # by which height / width may differ from the truth's: rounding of small sizes, but no crop
+_UNITS = frozenset(("raw", "metric", "meter", "meters", "metre", "metres", "mm", "16bit", "fp16", "fp32"))
+"""Words in a file's name that say what it is, and in which unit, not of which image."""
+_ASPECT = 0.01  # by which height / width may differ from the truth's
+_STRIDES = (1, 14, 16, 32)  # pixels: the sides that networks predict at are multiples of one of these
+_CROPS = {
+    ((480, 640), (426, 560)): "Eigen's crop, rows 45:471 and columns 41:601",
+    ((480, 640), (427, 561)): "NYU's crop, rows 44:471 and columns 40:601",
+    ((480, 640), (440, 592)): "DenseDepth's crop, rows 20:460 and columns 24:616",
+}
+"""By the size of the whole image and its own."""
+_NAMED = "depth"  # the array of a .npz that holds others as well, as Depth Pro and Depth Anything 3 call it
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,9 @@ class Predictions:
             stored = stored.reshape(stored.shape[1:] if stored.shape[0] == 1 else stored.shape[:-1])
         if stored.ndim != 2 or 0 in stored.shape:
             raise UserError(f"{name}: an array of shape {stored.shape} is no depth map (height, width)")
-        (height, width), (rows, columns) = stored.shape, self._size
-        if abs(height * columns / (width * rows) - 1) > _ASPECT:
-            raise UserError(
-                f"{name} is {height}x{width}, its image {rows}x{columns}: not the same view; predictions may have any "
-                "size, but must show the whole image"
-            )
+        if why := _another_view(stored.shape, self._size):
+            sides = f"{name} is {_hxw(stored.shape)}, its image {_hxw(self._size)}"
+            raise UserError(f"{sides}: {why}; predictions may have any size, but must show the whole image")
         return stored.astype(np.float64) * self._counts.numerator / self._counts.denominator
 
     def _stored(self, sample: int) -> np.ndarray:
@@ -99,40 +105,109 @@ def open_predictions(
     `place`: a folder with a file per image, or one .npy or .npz with all maps in the order of the split, (images, h,
     w). `scale`: as of Predictions. Raises UserError where not every image has exactly one.
     """
+    last = len(samples) - 1
     if place.is_file():
-        count = _header(place)[0][0]
-        notes: list[str] = []
-        how, maps = "matched by their order", [_Map(place, row) for row in range(count)]
+        count, notes = _header(place)[0][0], list[str]()
+        _check_count(place, count, samples)
+        maps = [_Map(place, row) for row in range(count)]
+        how = f"in the order of the split: map 0 to {samples.key(0)}, map {last} to {samples.key(last)}"
     else:
-        files, notes = _find(place)
-        if match == "name":
-            chosen = _by_name(place, files, samples)
-            left = len(files) - len(chosen)
-            notes += [f"{left} files have the name of none of the images and were left out"] if left else []
-        else:
-            chosen = files
-        how = f"matched by {match}, {chosen[0].relative_to(place)} to {samples.key(0)}"
+        chosen, notes = _choose(place, samples, match)
         maps = [_Map(file) for file in chosen]
-    if len(maps) != len(samples):
-        raise UserError(f"{place} holds {len(maps)} predictions, the split has {len(samples)} images")
+        ends = (f"{chosen[sample].relative_to(place)} to {samples.key(sample)}" for sample in (0, last))
+        order = ", files in natural order of their names (2 before 10)" if match == "order" else ""
+        how = f"matched by {match}{order}: {', '.join(ends)}"
     predictions = Predictions(maps, samples.size, scale)
-    return predictions, [f"{place}: {len(maps)} predictions, {how}; {predictions.units}", *notes]
+    size = predictions.read(0).shape
+    brought = "" if size == samples.size else f"; {_hxw(size)}, brought to {_hxw(samples.size)}"
+    return predictions, [f"{place}: {len(maps)} predictions, {how}; {predictions.units}{brought}", *notes]
 
 
-def _find(place: Path) -> tuple[list[Path], list[str]]:
-    """The files of a folder that can be depth maps, in natural order, and what was left out. Raises UserError."""
+def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
+    """Why a map of `size` cannot be the whole image, scaled and its sides rounded; empty where it can."""
+    (height, width), (rows, columns) = size, whole
+    if crop := _CROPS.get((whole, (height, width))):
+        return f"that is {crop}"
+    off = abs(height * columns - width * rows)
+    if off > _ASPECT * width * rows:
+        return "not the same view"
+    stride = max(stride for stride in _STRIDES if height % stride == width % stride == 0)
+    # h = s rows and w = s columns, each of them rounded by less than a stride, whatever the scale s is
+    return "" if off <= stride * (rows + columns) else "a part of the view, as no one scale gives both sides"
+
+
+def _hxw(size: tuple[int, ...]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _check_count(place: Path, count: int, samples: Samples) -> None:
+    if count != len(samples):
+        raise UserError(f"{place} holds {count} predictions, the split has {len(samples)} images")
+
+
+def _choose(place: Path, samples: Samples, match: Match) -> tuple[list[Path], list[str]]:
+    """The file of each image, all arrays or else all pictures, and what is to be said of the others. Raises UserError.
+
+    Arrays say more than pictures, but what lies beside predictions (`intrinsics.npy`) does not stand for them.
+    """
+    arrays, pictures, coloured = _find(place)
+    chosen, failures = list[Path](), list[tuple[int, UserError]]()
+    for files in filter(None, (arrays, pictures)):
+        try:
+            chosen = _by_name(place, files, samples) if match == "name" else _by_order(place, files, samples)
+            break
+        except UserError as error:
+            failures.append((len(files), error))
+    else:
+        raise max(failures, key=lambda failure: failure[0])[1]
+    left = len(files) - len(chosen)
+    notes = [f"{left} files have the name of none of the images and were left out"] if left else []
+    if match == "order" and (other := _named_otherwise(place, chosen, samples)):
+        notes.append(other)
+    if files is arrays and (beside := len(pictures) + len(coloured)):
+        notes.append(f"{beside} pictures beside them were left out")
+    elif files is pictures:
+        notes += [f"{len(coloured)} coloured pictures beside them were left out"] if coloured else []
+        notes += [f"{len(arrays)} arrays beside them, such as {arrays[0].name}, were left out"] if arrays else []
+    return chosen, notes
+
+
+def _by_order(place: Path, files: list[Path], samples: Samples) -> list[Path]:
+    _check_count(place, len(files), samples)
+    return files
+
+
+def _named_otherwise(place: Path, files: list[Path], samples: Samples) -> str:
+    """A warning where the names of files that were matched by their order say that they are of other images."""
+    try:
+        named = _by_name(place, files, samples)
+    except UserError:
+        return ""
+    wrong = next((sample for sample, file in enumerate(files) if file != named[sample]), None)
+    if wrong is None:
+        return ""
+    return (
+        f"warning: by their names they belong to other images, such as {named[wrong].relative_to(place)} to "
+        f"{samples.key(wrong)}, for which {files[wrong].relative_to(place)} is taken; --match name goes by the names"
+    )
+
+
+def _find(place: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """What can be depth maps in a folder, in natural order: arrays, grey pictures, coloured ones. Raises UserError."""
     if not place.is_dir():
         raise UserError(f"--predictions {place}: no such folder or file")
     entries = sorted(path for path in place.rglob("*") if not path.name.startswith("."))
     refuse_dead_links(path for path in entries if path.suffix.lower() in (*SUFFIXES, ""))  # "" may be a folder
     found = [path for path in entries if path.suffix.lower() in SUFFIXES]
+    found.sort(key=lambda path: natural_order(path.relative_to(place).as_posix()))
     arrays = [path for path in found if path.suffix.lower() != ".png"]
-    files = arrays or [path for path in found if not _is_coloured(path)]  # pictures beside arrays are for the eye
-    if not files:
+    pictures, coloured = list[Path](), list[Path]()
+    for path in found:
+        if path.suffix.lower() == ".png":
+            (coloured if _is_coloured(path) else pictures).append(path)
+    if not (arrays or pictures):
         raise UserError(f"--predictions {place}: no depth map in it (16-bit PNG, .npy or .npz)")
-    left = len(found) - len(files)
-    notes = [f"{left} coloured pictures beside them were left out"] if left else []
-    return sorted(files, key=lambda path: _natural(path.relative_to(place).as_posix())), notes
+    return arrays, pictures, coloured
 
 
 def _is_coloured(path: Path) -> bool:
@@ -143,16 +218,11 @@ def _is_coloured(path: Path) -> bool:
         return False  # said when it is read
 
 
-def _natural(name: str) -> list[Any]:
-    """So that 10 comes after 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
 def _parts(name: str) -> tuple[str, ...]:
     """A path's words and numbers without what says its kind: `test/bathroom/rgb_00045.jpg` -> test, bathroom, 45."""
     stem = re.sub(r"(\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?))+$", "", name.lower())
     words = (word.lstrip("0") or "0" if word.isdigit() else word for word in re.split(r"[^a-z0-9]+", stem))
-    return tuple(word for word in words if word and word not in _KINDS)
+    return tuple(word for word in words if word and word not in _KINDS | _UNITS)
 
 
 def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]:
@@ -219,13 +289,13 @@ def _read_file(path: Path) -> np.ndarray:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    """The array of a .npy, or the only one of a .npz. Raises UserError."""
+    """The array of a .npy, or that of a .npz which `_member` names. Raises UserError."""
     _header(path)
     try:
         if path.suffix.lower() == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         with np.load(path, allow_pickle=False) as arrays:
-            return next(iter(arrays.values()))
+            return arrays[_member(arrays.files)]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a readable array ({error})") from None
 
@@ -238,12 +308,11 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
                 shape, dtype = _array_header(file)
         elif path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if len(names) != 1:
-                    raise ValueError(f"it holds {len(names)} arrays instead of one depth map")
-                with archive.open(names[0]) as member:
+                members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+                name = members[_member(list(members))]
+                with archive.open(name) as member:
                     shape, dtype = _array_header(member)
-                size = archive.getinfo(names[0]).file_size
+                size = archive.getinfo(name).file_size
                 if not 0 <= size - int(np.prod(shape)) * dtype.itemsize <= 65536:
                     raise ValueError(f"its {size} bytes are not those of an array of shape {shape}")
         else:
@@ -255,6 +324,13 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path} is not a readable array ({' '.join(str(error).split())})") from None
     return shape, dtype
+
+
+def _member(names: Sequence[str]) -> str:
+    """The array of a .npz that is the depth map: the only one, or the one called so. Raises ValueError."""
+    if len(names) != 1 and _NAMED not in names:
+        raise ValueError(f"it holds {len(names)} arrays instead of one depth map, and none is called {_NAMED!r}")
+    return names[0] if len(names) == 1 else _NAMED
 
 
 def _array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -1,4 +1,5 @@
-"""The known ways in which depth numbers go wrong, recognised by the numbers: units, inverse depth, order, collapse."""
+"""The known ways in which depth numbers go wrong, recognised by the numbers: units, inverse depth, order, collapse,
+values that are none, the truth in place of predictions."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from .metrics import is_number, to_size
 
 GRID = (6, 8)
 """Cells, rows by columns, in which a map is summed up to tell images apart."""
-SIGNALS = 4 + 2 * GRID[0] * GRID[1]
+_CELLS = GRID[0] * GRID[1]
+SIGNALS = 4 + 2 * _CELLS + 2
 
 _COLUMNS = 160  # of the pixels that are looked at, evenly spaced: enough to tell
 _SCALE_OFF = 1.35  # a median ratio beyond this (or below its inverse) is no bias of a model that learned metres
@@ -20,6 +22,8 @@ _INVERTED = 0.4  # correlation, in the median image, beyond which the order of n
 _FEWEST = 10  # images below which their order cannot be told
 _MOST = 2000  # images whose order is looked at: the distances between all of them are taken
 _CHANCE, _CLEAR = 3.0, 5.0  # standard deviations: what chance brings about, what it does not
+_FLAT = 0.03  # of depth: below it an image does not differ from the mean of all
+_EQUAL = 1e-6  # relative: the truth itself, whether it was kept as counts or as float32 metres
 
 _EIGHT_BIT = 255 / 10_000
 _KNOWN_RATIOS = {
@@ -36,7 +40,9 @@ _KNOWN_RATIOS = {
 for _factor in (256, 5000, 6000):  # of 16-bit PNGs in the wild
     _KNOWN_RATIOS |= {
         _factor / 1000: f"they were written as metres * {_factor} and read as millimetres",
-        1000 / _factor: f"the ground truth were written as metres * {_factor} and read as millimetres",
+        1000 / _factor: f"they were millimetres read as metres * {_factor}, or the ground truth were written as metres "
+        f"* {_factor} and read as millimetres",
+        float(_factor): f"they were written as metres * {_factor} and taken for metres",
     }
 _KNOWN_WITHIN = 1.15  # factor, which leaves room for the bias of a model
 
@@ -47,10 +53,16 @@ def signals(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1)
     prediction (batch, h, w) as the model gave it, depth (batch, height, width), 0 = hole, both in a unit of which a
     metre has `per_metre`. Columns: median of prediction / truth; correlation of prediction and truth over the pixels;
     that of 1 / prediction and truth; mean of the truth, metres; logarithms of the means of prediction and of truth,
-    metres, in the cells of GRID.
+    metres, in the cells of GRID; of the pixels with a truth, how many predictions are not finite, and how many are not
+    the truth itself.
     """
     prediction, depth = to_size(prediction, depth) / per_metre, depth.double() / per_metre
-    mean = _masked_mean(depth, depth > 0)
+    measured = depth > 0
+    mean = _masked_mean(depth, measured)
+    counts = [
+        (measured & ~is_number(prediction)).sum((-2, -1)),
+        (measured & ~((prediction - depth).abs() <= _EQUAL * depth)).sum((-2, -1)),
+    ]
     step = max(1, depth.shape[-1] // _COLUMNS)
     prediction, depth = (x[:, ::step, ::step] for x in (prediction, depth))
     valid = (depth > 0) & torch.isfinite(depth) & is_number(prediction)
@@ -61,7 +73,7 @@ def signals(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1)
     cells = [_cells(x, valid).clamp(min=1e-6).log() for x in (p, truth)]
     correlations = _correlation(p, truth, valid), _correlation(inverse, truth, positive)
     columns = [ratio, *correlations, mean]
-    return torch.cat([torch.stack(columns, dim=1), *cells], dim=1)
+    return torch.cat([torch.stack(columns, dim=1), *cells, torch.stack(counts, dim=1).double()], dim=1)
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -96,16 +108,32 @@ def diagnose(rows: torch.Tensor, scale_matters: bool = True) -> list[str]:
 
     `scale_matters`: off for predictions that are scored up to scale and shift only.
     """
+    found = [_copied(rows), _not_finite(rows)]
     rows = rows[rows[:, 0].isfinite() & rows[:, 4:].isfinite().all(1)]
-    if not len(rows):
-        return []
+    if len(rows):
+        found += _misread(rows, scale_matters)
+    return [line for line in found if line]
+
+
+def _copied(rows: torch.Tensor) -> str:
+    count = int(((rows[:, 3] > 0) & (rows[:, -1] == 0)).sum())
+    where = "in every image" if count == len(rows) else f"in {count} of {len(rows)} images"
+    return f"the predictions are the ground truth itself {where}: it was scored against itself" if count else ""
+
+
+def _not_finite(rows: torch.Tensor) -> str:
+    pixels, images = int(rows[:, -2].sum()), int((rows[:, -2] > 0).sum())
+    where = f"in {images} of {len(rows)} images"
+    return f"{pixels:,} pixels of the predictions {where} are not finite, and count as wrong" if pixels else ""
+
+
+def _misread(rows: torch.Tensor, scale_matters: bool) -> list[str]:
     inverted = _inverted(rows)
     if inverted:
         return [inverted]
     if scale_matters and float(rows[:, 0].median()) <= 0:
         return ["predictions are not positive: the median of prediction / truth is 0 or less"]
-    found = [_scale_off(rows) if scale_matters else "", _disordered(rows)]
-    return [line for line in found if line]
+    return [_scale_off(rows) if scale_matters else "", _disordered(rows)]
 
 
 def _scale_off(rows: torch.Tensor) -> str:
@@ -114,19 +142,30 @@ def _scale_off(rows: torch.Tensor) -> str:
     if abs(math.log(ratio)) < math.log(_SCALE_OFF):
         return ""
     agree = float((ratios.clamp(min=1e-12).log() - math.log(ratio)).abs().le(math.log(_AGREE)).double().mean())
-    known = min(_KNOWN_RATIOS, key=lambda other: abs(math.log(ratio / other)))
-    known_within = abs(math.log(ratio / known)) < math.log(_KNOWN_WITHIN)
+    known = _known(ratio)
     # what has not learned the image has no unit either
     learned = float(rows[:, 1].nanmedian()) > _LEARNED
     what = f"predictions are {ratio:.4g} times the truth in the median image"
-    if known_within and learned and agree >= 0.15:
-        return f"{what}, as if {_KNOWN_RATIOS[known]}"
+    if known and learned and agree >= 0.15:
+        return f"{what}, as if {known}"
     if learned and agree >= 0.5:
         return (
             f"{what}, and alike in {agree:.0%} of the images: the scale is off by a constant; multiply them by "
             f"{1 / ratio:.4g}, or mend the scale of whichever is wrong"
         )
     return f"{what}, and not by the same factor in all"
+
+
+def _known(ratio: float) -> str:
+    """What brings about such a ratio of prediction and truth, in words; empty where nothing does.
+
+    Where several mistakes come near, those of the predictions are named first: a truth was checked when it was packed.
+    """
+    off = {known: abs(math.log(ratio / known)) for known in _KNOWN_RATIOS}
+    near = sorted((known for known in off if off[known] < math.log(_KNOWN_WITHIN)), key=lambda known: off[known])
+    causes = [_KNOWN_RATIOS[known] for known in near]
+    causes.sort(key=lambda words: words.startswith("the ground truth"))
+    return ", or ".join(causes)
 
 
 def _inverted(rows: torch.Tensor) -> str:
@@ -151,21 +190,23 @@ class _Order:
 def _disordered(rows: torch.Tensor) -> str:
     """Whether each prediction is nearer to its own image's truth than chance would have it, or to those of an order."""
     rows = rows[:_MOST]
-    count, cells = len(rows), GRID[0] * GRID[1]
+    count = len(rows)
     if count < _FEWEST:
         return ""
-    predicted, truth = rows[:, 4 : 4 + cells], rows[:, 4 + cells :]
+    predicted, truth = rows[:, 4 : 4 + _CELLS], rows[:, 4 + _CELLS : 4 + 2 * _CELLS]
     if float((predicted - predicted.mean(0)).abs().mean()) < 0.01:  # 1 % of depth
         return "the predictions are the same for every image"
+    shapes = _shapes(predicted) @ _shapes(truth).T  # correlations
     predicted = predicted - (predicted.median() - truth.median())  # the scale is another matter
-    distance = torch.cdist(predicted, truth, p=1) / cells
+    distance = torch.cdist(predicted, truth, p=1) / _CELLS
     own = distance.diagonal()
     gains = {order.words: own - distance[torch.arange(count), order.truth] for order in _orders(count)}
     words, gain = max(gains.items(), key=lambda item: float(item[1].mean()))
     # images of one scene follow one another, so the next image's truth fits as well, but not better than the own
     if float(gain.mean()) > _CLEAR * float(gain.std()) / math.sqrt(count):
         return f"the predictions are in another order than the images: they fit {words}"
-    if _deviations(distance) < -_CHANCE:
+    # a weak model says little about how far an image is, and all the same how it differs from the usual one
+    if min(_deviations(distance), _deviations(-shapes)) < -_CHANCE:
         return ""
     if len(distance.argmin(1).unique()) > count / 2:  # what says nothing is nearest to a few images in the middle
         return "the predictions are in another order than the images: they fit other images than their own"
@@ -173,6 +214,16 @@ def _disordered(rows: torch.Tensor) -> str:
         "the predictions fit their own images no better than other images: they are in another order, or say nothing "
         "about the image"
     )
+
+
+def _shapes(cells: torch.Tensor) -> torch.Tensor:
+    """Logarithms of depth in the cells of each image (images, cells) -> their differences from the mean over the
+    images, without the image's own distance and contrast: rows of mean 0 and length 1, or 0 where nothing is left."""
+    differences = cells - cells.mean(0)
+    differences = differences - differences.mean(1, keepdim=True)
+    length = differences.norm(dim=1, keepdim=True)
+    # a mean map differs between images by their holes
+    return torch.where(length > _FLAT * math.sqrt(_CELLS), differences / length.clamp(min=1e-12), 0.0)
 
 
 def _orders(count: int) -> list[_Order]:

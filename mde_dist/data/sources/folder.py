@@ -1,8 +1,12 @@
-"""A plain folder: images/ and depth/ with the same names, in the root (split `train`) or once in a folder per split."""
+"""A plain folder: images/ and depth/ with the same names, in the root (split `train`) or once in a folder per split.
+
+Pairs are in natural order of their names, 2 before 10, as predictions are that are matched by their order.
+"""
 
 from itertools import islice
 
 from ...errors import UserError
+from ...files import natural_order
 from ..depth import DepthScale
 from ..images import IMAGE_SUFFIXES, UnreadableImage
 from .choice import Choice
@@ -30,6 +34,7 @@ def folder(tree: Tree, choice: Choice) -> Source | None:
         choice.none("a plain folder")
         within = f"{base}/" if base else ""
         names = [name for name in tree.files(f"{within}images") if name.lower().endswith(IMAGE_SUFFIXES)]
+        names.sort(key=natural_order)
         rows = [[f"{within}images/{name}", f"{within}depth/{name.rpartition('.')[0]}.png"] for name in names]
         if not rows:
             raise UserError(f"{tree.root / within / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
