@@ -76,7 +76,8 @@ class EvaluateCommand:
     prediction_scale: float | None = None
     """Metres per stored unit of the predictions; by default floats are metres and 16-bit PNGs millimetres."""
     match: Match = "name"
-    """How predictions find their images: by name (in natural order of the names: order)."""
+    """How predictions find their images: by their names, or by the order of these, in which 2 comes before 10. One file
+    with all of them is in the order of the split."""
     shards: str | None = None
     """Directory or URL of shards; by default those that the run was trained on."""
     source: Path | None = None
