@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.loader import Batch
 from mde_dist.errors import UserError
 from mde_dist.showcase import COUNT, Watch, read_showcase, strips, write_showcase
@@ -25,8 +26,8 @@ def watched(images: int, size: tuple[int, int]) -> tuple[Watch, tuple[np.ndarray
     """What is remembered of a model that predicts, at half the size, the number of the sample in metres."""
 
     def predict(given: Batch) -> torch.Tensor:
-        number = torch.from_numpy(given.sample).float()
-        return number[:, None, None].expand(-1, size[0] // 2, size[1] // 2)
+        counts = torch.from_numpy(given.sample).double() * COUNTS_PER_METRE
+        return counts[:, None, None].expand(-1, size[0] // 2, size[1] // 2)
 
     watch = Watch(images, size)
     watching = watch.watching(predict)
