@@ -34,6 +34,8 @@ T = TypeVar("T")
 _hosts: distributed.ProcessGroup | None = None
 """All ranks over gloo, where the default group is that of their GPUs."""
 
+_PATIENCE = 60.0  # seconds that a rank which has failed waits for the others, to tell them
+
 # how launchers other than torchrun and accelerate tell a process that it has siblings
 _SIBLINGS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 
@@ -67,8 +69,9 @@ def processes(
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    patience = timeout if error is None else min(timeout, _PATIENCE)
     options = [
-        InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
         # buffers are needed alike for evaluating and saving only: see `share_buffers`
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
@@ -84,10 +87,9 @@ def processes(
             leaving.append(accelerator)
             torch.zeros((), device=accelerator.device)  # a GPU that does not answer says so now
         except Exception as failure:
-            if isinstance(failure, distributed.DistError):
-                raise UserError(_not_met(failure)) from None
             if not distributed.is_initialized():
-                raise
+                not_met = isinstance(failure, distributed.DistError)
+                raise error or (UserError(_not_met(failure)) if not_met else failure) from None
             error = error or failure
         joined.set()
         if distributed.is_initialized():
