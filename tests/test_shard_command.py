@@ -295,8 +295,8 @@ def test_options_from_a_toml_file_are_overruled_by_the_command_line(tmp_path: Pa
 def test_only_the_first_rank_of_a_node_speaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["shard", "--source", os.fspath(tmp_path / "nowhere"), "--output", "x"])
     with pytest.raises(SystemExit) as stop:
         run_command(main)
