@@ -269,7 +269,7 @@ def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any
 
 
 def for_all_ranks(config: Config) -> dict[str, Any]:
-    """What has to be the same on all ranks."""
+    """Values that have to be the same on all ranks, by name."""
     return {name: value for name, value in as_json(config).items() if name not in PLACES}
 
 

@@ -58,7 +58,7 @@ class _PlainConsole(Console):
 
 
 def open_console(file: TextIO | None = None, soft_wrap: bool = False) -> Console:
-    """Where tables and bars are drawn, by default stdout: the only place that makes a Console.
+    """Make the Console on which tables and bars are drawn, by default stdout: the only place that makes one.
 
     What it is given as str, cells and titles included, is shown letter by letter: `[b]` and `:smile:` are names.
     """

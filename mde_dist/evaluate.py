@@ -76,8 +76,8 @@ class EvaluateCommand:
     prediction_scale: float | None = None
     """Metres per stored unit of the predictions; by default floats are metres and 16-bit PNGs millimetres."""
     match: Match = "name"
-    """How predictions find their images: by their names, or by the order of these, in which 2 comes before 10. One file
-    with all of them is in the order of the split."""
+    """Match predictions to images by their names, or by the order of these, in which 2 comes before 10. One file with
+    all of them is in the order of the split."""
     shards: str | None = None
     """Directory or URL of shards; by default those that the run was trained on."""
     source: Path | None = None
@@ -176,7 +176,7 @@ def read_command(argv: list[str]) -> tuple[EvaluateCommand, Model | None]:
 
 
 def for_all_ranks(command: EvaluateCommand) -> dict[str, Any]:
-    """What has to be the same on all ranks: all but places, as a node may have its own paths."""
+    """Options that have to be the same on all ranks: all but places, as a node may have its own paths."""
     places = ("shards", "list", "cache_gb")
     return {k: v for k, v in vars(command).items() if not isinstance(v, Path) and k not in places}
 

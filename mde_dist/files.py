@@ -94,7 +94,7 @@ def _take(file: IO[str], taken: str, shared: bool, wait: bool) -> None:
 
 
 def is_at(file: IO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """True while an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def refuse_dead_links(paths: Iterable[Path]) -> None:
 
 
 def natural_order(name: str) -> tuple[list[object], str]:
-    """What to sort names by so that numbers count: 2 before 10. Names that differ only in leading zeros stay apart."""
+    """Sort key of names in which numbers count: 2 before 10. Names that differ only in leading zeros stay apart."""
     parts: list[object] = list(re.split(r"(\d+)", name))
     for place in range(1, len(parts), 2):  # the numbers
         digits = str(parts[place]).lstrip("0")
@@ -150,7 +150,7 @@ def sealed(data: bytes) -> bytes:
 
 
 def is_sealed(data: bytes, seal: object) -> bool:
-    """Whether data is what `sealed` made of it, where `seal` is the sha256 that it states; None = it states none."""
+    """True where data is as `sealed` made it. `seal`: the sha256 that it states; None = it states none."""
     if seal is None:
         return True
     place = data.find(seal.encode()) if isinstance(seal, str) and len(seal) == len(UNSEALED) else -1

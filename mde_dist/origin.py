@@ -17,7 +17,7 @@ from .urls import is_remote
 from .weights import EMA, MODEL, read_state_file
 
 _DAMAGE = (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What reading files raises that may hold anything."""
+"""Errors of reading files that may hold anything."""
 
 
 @dataclass(frozen=True)

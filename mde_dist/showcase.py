@@ -31,7 +31,7 @@ COUNT = 6
 """Images, evenly spaced over the split."""
 _ROWS = 240  # pixels: larger images are kept smaller
 _DAMAGE = (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError)
-"""What reading files raises that may hold anything; of PNG files PIL makes a SyntaxError."""
+"""Errors of reading files that may hold anything; of PNG files PIL makes a SyntaxError."""
 
 
 class Watch:

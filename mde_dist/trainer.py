@@ -318,7 +318,7 @@ def run_id_of(config: Config, this_run: Mapping[str, Any]) -> str:
 
 
 def new_rate(checkpoint: Checkpoint, config: Config) -> str:
-    """What another `train.samples` than that of the checkpoint does to the learning rate, in words."""
+    """Describe the effect of another `train.samples` than the checkpoint's on the learning rate, in words."""
     if config.optim.schedule == "constant":
         return "; the learning rate is constant: it learns what it would have learned with them from the start"
     seen, batch_size = checkpoint.state.samples_seen, config.train.batch_size

@@ -13,7 +13,7 @@ SIGNED_URLS = "MDE_DIST_SIGNED_URLS"
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is a URL (of whatever scheme), as opposed to a local path."""
+    """True for a URL (of whatever scheme), as opposed to a local path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 

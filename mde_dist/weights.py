@@ -82,7 +82,7 @@ def check_bytes(name: str, data: bytes, about: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """What a safetensors file says of itself for us, empty where it is not ours, and its tensors. Raises UserError."""
+    """Read a safetensors file -> our metadata in it, empty where it is not ours, and its tensors. Raises UserError."""
     try:
         data = path.read_bytes()
         recorded = _recorded(path)
@@ -110,7 +110,7 @@ def _seal(text: str) -> object:
 
 
 def _recorded(path: Path) -> Mapping[str, Any] | None:
-    """What the state.json of a checkpoint says of a file beside it; None where the file lies in no checkpoint.
+    """Find the record of a file in the state.json beside it; None where the file lies in no checkpoint.
 
     Raises OSError, ValueError, KeyError, TypeError or RecursionError where there is a state.json of ours, not whole.
     """
@@ -121,7 +121,7 @@ def _recorded(path: Path) -> Mapping[str, Any] | None:
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """What a model.safetensors may say of itself. Raises AttributeError, KeyError, TypeError or ValueError."""
+    """Check the metadata of a model.safetensors. Raises AttributeError, KeyError, TypeError or ValueError."""
     config = metadata["config"]
     for name in ("data.shards", "data.eval_shards", "data.train_split", "data.eval_split", "data.cache"):
         if not isinstance(config.get(name), str | None):

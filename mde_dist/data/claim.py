@@ -71,7 +71,7 @@ def _refuse_differing(partial: Path, about: Mapping[str, Any], part: Part | None
 
 
 def _records(partial: Path) -> dict[Part, Path]:
-    """Where each part that was begun says how it is packed."""
+    """Find the record of each part that was begun: the options with which it is packed."""
     files = sorted(partial.iterdir()) if partial.is_dir() else []
     names = ((re.fullmatch(r"part-(\d+)-of-(\d+)\.json", path.name), path) for path in files)
     return {(int(found[1]), int(found[2])): path for found, path in names if found}

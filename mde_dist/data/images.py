@@ -52,7 +52,7 @@ class DecodedImage:
     format: str
     """`JPEG`, `PNG` …"""
     orientation: int
-    """How the file stores it, 1..8 as EXIF counts; 1 is upright. `pixels` are upright always."""
+    """EXIF orientation of the stored image, 1..8; 1 is upright. `pixels` are upright always."""
     shown_as_stored: bool
     """True for an upright baseline RGB JPEG, whose bytes every decoder reads at full speed, and alike."""
 

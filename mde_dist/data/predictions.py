@@ -193,7 +193,7 @@ def _named_otherwise(place: Path, files: list[Path], samples: Samples) -> str:
 
 
 def _find(place: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """What can be depth maps in a folder, in natural order: arrays, grey pictures, coloured ones. Raises UserError."""
+    """List the files of a folder, in natural order: arrays, grey pictures, coloured ones. Raises UserError."""
     if not place.is_dir():
         raise UserError(f"--predictions {place}: no such folder or file")
     entries = sorted(path for path in place.rglob("*") if not path.name.startswith("."))

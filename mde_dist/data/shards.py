@@ -131,7 +131,7 @@ class ShardSet(Samples):
         return self._key(sample) or (self._renewed(sample) and self._key(sample)) or f"of sample {sample}"
 
     def _read(self, sample: int, read: Callable[[], T]) -> T:
-        """What `read` gives of a sample. Raises DamagedSample where the bytes are not what was packed.
+        """Read a part of a sample with `read`. Raises DamagedSample where the bytes are not what was packed.
 
         A file in the cache may be damaged while that on the server is whole: then it is fetched anew and read again, so
         that a sample counts as damaged on every node or on none.
@@ -220,7 +220,7 @@ class ShardSet(Samples):
         return self._read_file(info, lambda path: Index(path, info, self.info.shards))
 
     def _read_file(self, info: FileInfo, read: Callable[[Path], T]) -> T:
-        """What `read` makes of a file beside the shards; a damaged copy of it is fetched anew. Raises UserError."""
+        """Read a file beside the shards with `read`; a damaged copy of it is fetched anew. Raises UserError."""
         try:
             return read(self.local(info))
         except (OSError, ValueError, EOFError) as error:

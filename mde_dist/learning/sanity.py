@@ -157,7 +157,7 @@ def _scale_off(rows: torch.Tensor) -> str:
 
 
 def _known(ratio: float) -> str:
-    """What brings about such a ratio of prediction and truth, in words; empty where nothing does.
+    """Known causes of a ratio of prediction and truth, in words; empty where there is none.
 
     Where several mistakes come near, those of the predictions are named first: a truth was checked when it was packed.
     """

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its weights are published, and it was not given more samples to go on with since."""
+        """True where its weights are published, and it was not given more samples to go on with since."""
         return (self.path / MODEL).is_file() and not (self.total and 0 < self.samples < self.total)
 
     def manifest(self, split: Literal["manifest", "eval_manifest"]) -> str | None:

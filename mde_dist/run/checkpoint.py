@@ -41,7 +41,7 @@ from ..weights import (
 from .state import State, read_state
 
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError, RecursionError)
-"""What reading a checkpoint raises that may hold anything."""
+"""Errors of reading a checkpoint, which may hold anything."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ _DECIDED_BY = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "ranks are trained by DDP",
     "ACCELERATE_USE_SAGEMAKER": "ranks are trained by DDP",
 }
-"""What holds instead of what these ask for. The others say how to do what these ask for."""
+"""Variables that ask for another training, and the option or rule that decides instead. Other variables only detail
+these."""
 _ASKS_NOTHING = ("", "no", "none", "false", "0", "1")
 
 
@@ -40,7 +41,7 @@ class Ignored(NamedTuple):
 
 
 def ignored_variables() -> list[Ignored]:
-    """What a launcher's yaml, another job or a notebook left behind, and what `without_leftovers` takes out."""
+    """Variables that a launcher's yaml, another job or a notebook left behind; `without_leftovers` takes them out."""
     return [
         Ignored(name, value, instead)
         for name, instead in _DECIDED_BY.items()

@@ -82,7 +82,7 @@ def ancestors() -> Iterator[int]:
 
 
 def _may_launch(process: int) -> bool:
-    """Whether a process is this user's and has loaded torch, as launchers have.
+    """True where a process is this user's and has loaded torch, as launchers have.
 
     Orphans are adopted by the first process of a system or container, or by one on the way there, which have not.
     A launcher itself may be the first process of a container.
@@ -102,7 +102,7 @@ def _may_launch(process: int) -> bool:
 
 
 def _store_refuses() -> bool:
-    """Whether nobody listens where a launcher was to, before it started its ranks."""
+    """True where nobody listens at the address at which the launcher listened before it started its ranks."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return False  # then rank 0 does, once it has come so far
     try:

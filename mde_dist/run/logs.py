@@ -27,7 +27,7 @@ def log_path(run: Path, rank: int) -> Path:
 
 
 def log_was_opened() -> bool:
-    """Whether this rank has come as far as its log; then so have the others, or nearly."""
+    """True once this rank has opened its log; then so have the others, or nearly."""
     return _opened
 
 

@@ -1,4 +1,4 @@
-"""What ranks compare as soon as they have met, over the store that they met by: it needs nothing of their devices.
+"""Comparison of ranks as soon as they have met, over the store that they met by: it needs nothing of their devices.
 
 What one rank alone has seen until then (a config that is not there on its node, a GPU that does not answer), the others
 would wait for in their first collective.
