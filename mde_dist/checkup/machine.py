@@ -20,8 +20,11 @@ from .panel import Panel, Row
 _PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
 _MAY_DIFFER = ("driver",)
 _READ_BELOW = (
-    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
-    *("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"),
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "TORCHDYNAMO_DISABLE",
+    "TORCH_COMPILE_DISABLE",
 )
 """Read by cuBLAS, cuDNN, oneDNN and torch.compile: numbers of fewer bits for float32, and no compiling."""
 _CLOCK_WARN, _CLOCK_FAIL = 2.0, 60.0  # seconds

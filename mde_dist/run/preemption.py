@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-STOP_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2),  # of schedulers
-    *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),  # of a terminal: Ctrl-C, its end, Ctrl-\
-)
+_SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # Ctrl-C, a closed window, Ctrl-\
+STOP_SIGNALS = _SCHEDULER_SIGNALS + _TERMINAL_SIGNALS
 _LEFT_IGNORED = (signal.SIGHUP, signal.SIGQUIT)  # where they are when the run starts, as under nohup
-
 
 T = TypeVar("T")
 _POLL = 0.1  # seconds between two looks at the flag
