@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 # have some; OpenMP reads this when it is loaded, so this module is imported before torch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# few samples at the smallest size, so that a run takes seconds; 60 are two epochs, and a batch straddles them
+# few samples at the smallest size by a small model, so that a run takes seconds and its checkpoints a megabyte; 60 are
+# two epochs, and a batch straddles them
 SMALL = {
+    "model.backbone": "tiny",
     "train.samples": 60,
     "train.batch-size": 12,
     "train.evaluate-every": 24,

@@ -1,6 +1,6 @@
 """A ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, conv1x1
 
 from ..errors import UserError
 from ..weights import read_tensors
 from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 
-Backbone = Literal["resnet18", "resnet34", "resnet50"]
+Backbone = Literal["resnet18", "resnet34", "resnet50", "tiny"]
 Output = Literal["softplus", "sigmoid", "log"]
 
 
@@ -23,7 +24,8 @@ class ModelConfig:
     """Encoder and its starting weights."""
 
     backbone: Backbone = "resnet18"
-    """torchvision's encoder: resnet18, resnet34 or resnet50."""
+    """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
+    learns little: to try things out."""
     weights: str = "none"
     """Where the encoder starts: none (random), imagenet (torchvision's), or the path of a safetensors file with the
     tensors of a torchvision ResNet or of a whole model of ours."""
@@ -56,9 +58,7 @@ class DepthModel(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        norm = ENCODER_NORMS[config.norm]
-        self.encoder = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
-        del self.encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
+        self.encoder = _make_encoder(config)
         stages = (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4)
         channels = [_out_channels(stage) for stage in stages]
         self.residual_convs = nn.ModuleList(
@@ -88,8 +88,32 @@ class DepthModel(nn.Module):
         return resize(depth, image, "bilinear")[:, 0]
 
 
+class TinyEncoder(nn.Module):
+    """An encoder of the form of torchvision's ResNets with one block a stage: 300,000 parameters."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = norm(32), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = BasicBlock(32, 32, norm_layer=norm)
+        self.layer2, self.layer3, self.layer4 = (
+            BasicBlock(above, below, 2, nn.Sequential(conv1x1(above, below, 2), norm(below)), norm_layer=norm)
+            for above, below in pairwise((32, 32, 64, 64))
+        )
+
+
+def _make_encoder(config: ModelConfig) -> Any:
+    """An encoder with random weights and the parts of torchvision's ResNets, but for the classifier."""
+    norm = ENCODER_NORMS[config.norm]
+    if config.backbone == "tiny":
+        return TinyEncoder(norm)
+    encoder = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    del encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
+    return encoder
+
+
 def _out_channels(stage: nn.Module) -> int:
-    """Channels of a ResNet stage: those of its last convolution, which is none of a skip connection."""
+    """Channels of a ResNet stage: those of its last convolution, whether of the block or of its skip connection."""
     return [module for module in stage.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
 
 
@@ -106,6 +130,8 @@ def build(config: ModelConfig, seed: int) -> DepthModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = skeleton(config)
+    if config.weights == "imagenet" and config.backbone == "tiny":
+        raise UserError("model.weights imagenet: tiny has none; give none, or --model.backbone resnet18")
     if config.weights == "imagenet":
         _load_encoder(model, _imagenet(config.backbone), "torchvision's ImageNet weights")
     elif config.weights != "none":
