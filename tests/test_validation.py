@@ -291,12 +291,13 @@ def test_parts_and_workers_and_a_run_that_was_cut_off_end_in_the_same_bytes(tmp_
         path.name: path.stat().st_ino for path in (tmp_path / "parts").glob("*.tar")
     }  # published as it was
     assert contents(tmp_path / "workers") == contents(tmp_path / "parts") == expected
-    for other in (None, 0.2):  # shards of another choice lie there, whole
+    for other in (None, 0.2):  # parts of another choice lie there, whole
         changed = replace(options, validation=other)
         for part in range(2):
             pack_part(source, tmp_path / f"mixed{other}", changed, 1, silent, (part, 2))
-        pack(source, tmp_path / f"mixed{other}", options, 1, silent)
-        assert contents(tmp_path / f"mixed{other}") == expected
+        with pytest.raises(UserError, match=f"validation = {other}, not 0.4"):
+            pack(source, tmp_path / f"mixed{other}", options, 1, silent)
+        assert not (tmp_path / f"mixed{other}").exists()
 
 
 # --- the command ---

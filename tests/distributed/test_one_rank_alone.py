@@ -35,8 +35,9 @@ def places(tmp_path) -> tuple[Path, Path]:
 
 
 def write_model(path: Path) -> None:
-    tensors = build(ModelConfig(), seed=0).state_dict()
-    path.write_bytes(model_bytes(tensors, {"config": as_json(Config()), "size": [32, 32]}))
+    config = Config(model=ModelConfig(backbone="tiny"))
+    tensors = build(config.model, seed=0).state_dict()
+    path.write_bytes(model_bytes(tensors, {"config": as_json(config), "size": [32, 32]}))
 
 
 def start(command: str, places: tuple[Path, Path], *faults, processes: int = 2, **options):

@@ -21,8 +21,9 @@ SECONDS = 30  # a stop takes one or two on an idle machine
 
 
 def options(shards: Path, directory: Path, **changes):
-    """Three steps on two ranks, an evaluation after the second and the last."""
-    return small(data_shards=shards, train_samples=36, **changes) | {"run": directory / "run"}
+    """Three steps on two ranks, long enough to hear of a signal in, and evaluations after the second and the last."""
+    given = small(data_shards=shards, model_backbone="resnet18", train_samples=36, **changes)
+    return given | {"run": directory / "run"}
 
 
 @pytest.fixture(scope="module")
