@@ -147,7 +147,7 @@ def test_a_disk_without_room_for_the_checkpoints(room_shards, tmp_path):
     if not mount(tmp_path, 250):
         pytest.skip("no file system can be mounted here")
     try:
-        done, rows = examine(run=tmp_path / "new/run", **small(data_shards=room_shards))
+        done, rows = examine(run=tmp_path / "new/run", **small(data_shards=room_shards, model_backbone="resnet18"))
         left = list(tmp_path.iterdir())
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
@@ -259,8 +259,8 @@ def test_the_bytes_of_a_checkpoint_are_those_that_are_written(undisturbed):
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     newest = max((undisturbed / "checkpoints").iterdir())
     written = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
-    expected = checkpoint_bytes(Learner(read_config([]), accelerator, (32, 32)))
-    assert expected == pytest.approx(written, rel=0.001)
+    expected = checkpoint_bytes(Learner(read_config(["--model.backbone", "tiny"]), accelerator, (32, 32)))
+    assert expected == pytest.approx(written, rel=0.02)  # names and metadata take some
 
 
 def test_words_for_ranks_bytes_and_time(panel):

@@ -29,7 +29,7 @@ def test_two_ranks_that_are_well(room_shards, tmp_path):
     assert done.stdout.count("ready") == 1, "only one rank speaks"
     assert "6 per rank x 2 ranks" in rows["batch"][1]
     assert "2 x cpu" in rows["devices"][1]
-    assert "gradient of 1.0 MB in" in rows["network"][1]
+    assert "gradient of 975 KB in" in rows["network"][1]
     assert "% of forward and backward" in rows["network"][1]
     assert "on all ranks" in rows["shards"][1]
     assert "38 read" in rows["samples"][1], "the ranks of a node share them"
