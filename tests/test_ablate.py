@@ -82,6 +82,7 @@ def test_another_config_is_refused(ablation, room_shards, tmp_path):
             check_begun(training)
 
 
+@pytest.mark.long
 def test_two_parts_share_out_two_seeds(room_shards, tmp_path):
     text = TABLE.format(shards=room_shards, samples=24).replace("seeds = [0]", "seeds = [0, 5]")
     table = written(tmp_path, text.split('[rows."no shards"]')[0])

@@ -164,6 +164,7 @@ def check_end(outputs: list[str], directory: Path, one_host: Path) -> None:
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_a_cut_cable_ends_both_hosts_and_the_run_goes_on_to_the_bits_of_one_host(hosts, options, one_host, tmp_path):
     directory = tmp_path / "run"
     launchers = launch_to_first_checkpoint(hosts, directory, **options)

@@ -81,6 +81,7 @@ def same(job, quiet):
     return True
 
 
+@pytest.mark.long
 def test_two_nodes_with_two_ranks_each_train_together(cluster, train, quiet):
     job = train(ranks=2, **{"train.samples": 12 * 8})
     assert job.wait_for_end() == "COMPLETED", job.said()
@@ -148,6 +149,7 @@ def test_time_limits_in_mid_run_are_no_end(cluster, train):
     assert job.wait_for_end(60) == "CANCELLED"
 
 
+@pytest.mark.long
 def test_a_lost_node_sends_the_job_back_into_the_queue(cluster, train, quiet):
     job = train(**{"train.lost-after": 5})
     job.wait_for_step(4)
