@@ -92,7 +92,6 @@ def test_a_shard_that_was_changed_on_the_server_ends_the_run_with_one_line(serve
     assert server.requests["rooms/train-000005.tar"] <= 12  # it is not asked for again and again
 
 
-@pytest.mark.long
 def test_a_server_that_stays_away_ends_every_rank_with_one_line_and_the_run_goes_on_later(server, local, tmp_path):
     directory = tmp_path / "run"
     # little room, so that shards have to be fetched again and again: what is on its way, and little more
@@ -151,7 +150,6 @@ def test_a_signal_ends_a_wait_for_a_silent_server_with_a_checkpoint(server, tmp_
 # --- the same for a disk: a read that does not come back ---
 
 
-@pytest.mark.long
 def test_a_read_that_is_stuck_ends_every_rank_with_one_line_and_the_run_goes_on_later(local, many_shards, tmp_path):
     shards, directory = shutil.copytree(many_shards, tmp_path / "rooms"), tmp_path / "run"
     given = options(data_shards=shards, data_ahead=1, data_read_timeout=2)

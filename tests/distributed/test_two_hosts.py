@@ -181,6 +181,7 @@ def test_a_cut_cable_ends_both_hosts_and_the_run_goes_on_to_the_bits_of_one_host
     check_end(outputs, directory, one_host)
 
 
+@pytest.mark.long
 def test_a_host_that_dies_ends_the_other_one_with_one_line(hosts, options, tmp_path):
     """The first one: it holds rank 0, and the launchers' meeting place."""
     directory = tmp_path / "run"

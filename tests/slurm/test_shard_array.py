@@ -1,5 +1,6 @@
 """slurm/shard.sbatch on a real SLURM: an array that packs, and a last job that publishes and verifies."""
 
+import pytest
 from cluster import ROOT
 from commands import run
 from trees import contents
@@ -11,6 +12,7 @@ def flat(**options):
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
+@pytest.mark.long
 def test_an_array_packs_byte_for_byte_what_one_process_packs(cluster, tmp_path):
     alone, array = tmp_path / "alone", tmp_path / "array"
     done = run("shard", output=alone, workers=2, **OPTIONS)

@@ -92,6 +92,7 @@ def test_two_nodes_with_two_ranks_each_train_together(cluster, train, quiet):
     assert batches[0] == batches[1][:8]
 
 
+@pytest.mark.long
 def test_the_other_jobs_run_on_several_nodes_too(cluster, quiet, room_shards, tmp_path):
     """Beforehand slurm/doctor.sbatch, and afterwards slurm/evaluate.sbatch."""
     sbatch, environment = [*NODES, f"--output={tmp_path}/%j.log"], {"RANKS_PER_NODE": "1"}
