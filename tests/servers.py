@@ -67,7 +67,7 @@ class FileServer:
         self.targets: list[str] = []
         """Request targets as they came, with their query."""
         self.key: str | None = None
-        """What the query has to be, as that of a signed URL; anything else is answered with 403."""
+        """Query that a request must have, as that of a signed URL; any other is answered with 403."""
         self.release = threading.Event()
         self.lock = threading.Lock()
         self._plans: list[_Plan] = []

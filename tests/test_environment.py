@@ -1,4 +1,4 @@
-"""What an environment holds changes nothing of what is learned."""
+"""Variables of the environment do not change the weights that a training ends with."""
 
 import os
 

@@ -29,7 +29,7 @@ from mde_dist.source import open_checked
 SEED = 7
 GREY = picture(SEED)[..., 0]
 CLEAR = np.s_[:, : SIZE[1] // 2]
-"""Where pictures are transparent."""
+"""Mask of the transparent pixels."""
 
 
 def saved(image: np.ndarray | Image.Image, form: str, orientation: int = 1, **options: object) -> bytes:

@@ -1,4 +1,4 @@
-"""What is printed goes nowhere, or to a terminal that lacks letters: the work is done all the same."""
+"""Output that is lost, or a terminal that lacks letters, ends no command."""
 
 import ast
 import os

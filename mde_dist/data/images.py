@@ -39,6 +39,11 @@ warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
+def hxw(shape: tuple[int, ...]) -> str:
+    """Height and width, pixels, in words: 480x640."""
+    return f"{shape[0]}x{shape[1]}"
+
+
 class UnreadableImage(Exception):
     """An image or depth map that cannot be decoded; the message says why, without its name."""
 

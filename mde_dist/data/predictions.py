@@ -17,7 +17,7 @@ from PIL import Image
 from ..errors import UserError
 from ..files import natural_order, refuse_dead_links
 from .depth import COUNTS_PER_METRE
-from .images import IMAGE_FORMATS
+from .images import IMAGE_FORMATS, hxw
 from .manifest import MAX_SIDE
 from .samples import Samples
 
@@ -84,7 +84,7 @@ class Predictions:
         if stored.ndim != 2 or 0 in stored.shape:
             raise UserError(f"{name}: an array of shape {stored.shape} is no depth map (height, width)")
         if why := _another_view(stored.shape, self._size):
-            sides = f"{name} is {_hxw(stored.shape)}, its image {_hxw(self._size)}"
+            sides = f"{name} is {hxw(stored.shape)}, its image {hxw(self._size)}"
             raise UserError(f"{sides}: {why}; predictions may have any size, but must show the whole image")
         return stored.astype(np.float64) * self._counts.numerator / self._counts.denominator
 
@@ -119,7 +119,7 @@ def open_predictions(
         how = f"matched by {match}{order}: {', '.join(ends)}"
     predictions = Predictions(maps, samples.size, scale)
     size = predictions.read(0).shape
-    brought = "" if size == samples.size else f"; {_hxw(size)}, brought to {_hxw(samples.size)}"
+    brought = "" if size == samples.size else f"; {hxw(size)}, brought to {hxw(samples.size)}"
     return predictions, [f"{place}: {len(maps)} predictions, {how}; {predictions.units}{brought}", *notes]
 
 
@@ -134,10 +134,6 @@ def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
     stride = max(stride for stride in _STRIDES if height % stride == width % stride == 0)
     # h = s rows and w = s columns, each of them rounded by less than a stride, whatever the scale s is
     return "" if off <= stride * (rows + columns) else "a part of the view, as no one scale gives both sides"
-
-
-def _hxw(size: tuple[int, ...]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _check_count(place: Path, count: int, samples: Samples) -> None:

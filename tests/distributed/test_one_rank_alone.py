@@ -1,4 +1,4 @@
-"""What one rank alone meets before the first step ends all ranks soon, and that rank says what it is."""
+"""A fault of one rank before the first step: that rank says it, and all end soon."""
 
 import os
 from functools import partial
@@ -27,7 +27,7 @@ def errors(output: str) -> list[str]:
 
 @pytest.fixture
 def places(tmp_path) -> tuple[Path, Path]:
-    """Where rank 0 works, and where another one does: two nodes' disks."""
+    """Working directories of rank 0 and of another rank: two nodes' disks."""
     places = tmp_path / "here", tmp_path / "there"
     for place in places:
         place.mkdir()

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..depth import DepthScale
+from ..images import hxw
 
 DepthMap = Literal["raw", "filled"]
 """As the sensor measured it, with holes; or with its holes painted in."""
@@ -85,15 +86,14 @@ class Source:
         """
         raw = self.reader.read(pair, scale)
         if raw.image.shape[:2] != raw.depth.shape:
-            shown = _hxw(raw.image.shape)
+            shown = hxw(raw.image.shape)
             if raw.orientation >= 5:  # a quarter turn
                 shown += (
                     f" when it is turned as its EXIF data say (orientation {raw.orientation}), and nothing says "
                     "whether the depth is to be turned as well; store both upright, without that entry"
                 )
             raise BadPair(
-                f"{self.place(pair.depth)} is {_hxw(raw.depth.shape)}, but its image {self.place(pair.image)} is "
-                f"{shown}"
+                f"{self.place(pair.depth)} is {hxw(raw.depth.shape)}, but its image {self.place(pair.image)} is {shown}"
             )
         return raw
 
@@ -108,7 +108,3 @@ class Source:
     def stamp(self, pair: Pair) -> list[Any]:
         """What tells a changed source file from the one read before. Raises OSError."""
         return [pair.image, pair.depth, *self.reader.stamp(pair)]
-
-
-def _hxw(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]}x{shape[1]}"
