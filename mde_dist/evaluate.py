@@ -27,6 +27,7 @@ from .command import Size, parse, run_command
 from .compare import compare
 from .console import open_console, say
 from .data.depth import COUNTS_PER_METRE
+from .data.images import stray_in_words
 from .data.loader import Batch
 from .data.manifest import NAME
 from .data.predictions import Match, Predictions, open_predictions
@@ -155,13 +156,14 @@ def main(argv: list[str]) -> None:
         same_everywhere(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
         contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
         record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
+        stray = all_sum(accelerator, torch.tensor(float(len(samples.stray)), device=accelerator.device)).item()
         if accelerator.is_main_process:
             if command.json:
                 write_json(command.json, record)
             if command.csv:
                 write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
             show(record, f"{contestant.title} on {samples.place} {split}")
-            for line in summary(command):
+            for line in [*([stray_in_words(int(stray))] if stray else []), *summary(command)]:
                 say(line)
         del contestant  # and with it the model, before the process group goes: see `processes`
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from .console import say
 from .data.adopt import adopt
 from .data.depth import DepthScale
+from .data.images import stray_in_words
 from .data.manifest import Manifest, command_for
 from .data.probe import INDOOR_METRES
 from .data.repair import QUARANTINE, repair
@@ -28,6 +29,8 @@ def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -
         verdict = verify(directory, workers, progress)
     for name, reports in verdict.reports.items():
         say_turned(name, sum(int(report.statistics.turned[0]) for report in reports if report.statistics))
+    looked_at = [report.statistics for reports in verdict.reports.values() for report in reports]
+    say_stray(sum(int(statistics.stray[0]) for statistics in looked_at if statistics))
     splits = verdict.manifest.splits.values()
     total, shards = sum(split.samples for split in splits), sum(len(split.shards) for split in splits)
     if not verdict.problems:
@@ -79,6 +82,7 @@ def index_shards(
     show_splits(console, manifest, directory)
     for name, split in manifest.raw["splits"].items():
         say_turned(name, split["exif_orientations"])
+    say_stray(sum(split["stray_bytes"] for split in manifest.raw["splits"].values()))
     if problems:
         say(f"{len(problems):,} left out:", *problems[:_SHOWN])
     say(training_command(directory))
@@ -91,6 +95,11 @@ def say_turned(split: str, count: int) -> None:
             f"{split}: {count:,} images have an EXIF orientation, which is not looked at in shards; where they do not "
             "lie as their depth does, pack them again from the source"
         )
+
+
+def say_stray(count: int) -> None:
+    if count:
+        say(stray_in_words(count))
 
 
 def training_command(shards: Path) -> str:

@@ -23,6 +23,7 @@ import tyro
 
 from .command import parse, run_command
 from .console import open_console, say
+from .data.images import stray_in_words
 from .errors import UserError
 from .learning.model import restore
 from .predicting.ahead import in_order, threads
@@ -92,6 +93,8 @@ class Outcome:
     """How many images were predicted, by height and width."""
     damage: list[str]
     """A line about each input that could not be read."""
+    stray: int = 0
+    """JPEGs with stray bytes that were read."""
 
     @property
     def images(self) -> int:
@@ -156,7 +159,7 @@ def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) 
         closing(inputs.frames(every, pool, ahead)) as found,
         shown(open_console(), "predicting", "images") as progress,
     ):
-        predicted = estimate_all(predictor, readable(found, outcome.damage))
+        predicted = estimate_all(predictor, readable(found, outcome))
         for size in in_order((partial(results.save, *pair) for pair in predicted), pool, ahead):
             outcome.sizes[size] += 1
             done = outcome.images + len(outcome.damage)
@@ -164,13 +167,14 @@ def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) 
     return outcome
 
 
-def readable(found: Iterable[Frame | Damage], damage: list[str]) -> Iterator[Frame]:
-    """The frames; what is said of the others is added to `damage`."""
+def readable(found: Iterable[Frame | Damage], outcome: Outcome) -> Iterator[Frame]:
+    """The frames; what is said of the others, and of stray bytes, is added to the outcome."""
     for one in found:
         if isinstance(one, Frame):
+            outcome.stray += one.stray_bytes
             yield one
         else:
-            damage.append(one.what)
+            outcome.damage.append(one.what)
 
 
 def estimate_all(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[tuple[Frame, np.ndarray]]:
@@ -206,6 +210,8 @@ def summarise(outcome: Outcome, predictor: Predictor, results: Results, seconds:
         kinds = [f"NAME{kind}: {words}" for kind, words in results.kinds().items()]
         say(f"made: {made} ({speed})", *kinds, *(results.cameras(outcome.sizes) if results.ply else ()))
         say(f"next: python -m mde_dist.evaluate --predictions {results.folder} --source DATA  (where truth is known)")
+    if outcome.stray:
+        say(stray_in_words(outcome.stray))
     for line in outcome.damage[:_NAMED]:
         say(f"skipped {line}")
     damaged = len(outcome.damage)

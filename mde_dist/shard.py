@@ -30,7 +30,7 @@ from .data.manifest import Manifest
 from .data.pack import PackOptions, pack, pack_part
 from .data.sources import DepthMap
 from .errors import UserError
-from .keep import index_shards, show_splits, training_command, verify_shards
+from .keep import index_shards, say_stray, show_splits, training_command, verify_shards
 from .progress import shown
 from .source import Layout, given_scales, open_checked
 from .urls import is_remote
@@ -200,6 +200,7 @@ def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> 
             say(f"{name}: {split['turned_images']:,} images turned as their EXIF data say; depth is taken as upright")
         if split["skipped"]:
             say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
+    say_stray(sum(split["stray_bytes"] for split in manifest.raw["splits"].values()))
     pairs = sum(split.samples for split in manifest.splits.values())
     say(f"{pairs:,} pairs in {seconds:.1f} s, {pairs / seconds:.0f} pairs/s")
     say(training_command(output))

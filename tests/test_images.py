@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from trees import SIZE, jpeg_bytes, millimetres, packed, picture, sample_members, silent, write, write_tar
+from trees import SIZE, jpeg_bytes, members, millimetres, packed, picture, sample_members, silent, write, write_tar
 
 from mde_dist import shard
+from mde_dist.data.images import decode_jpeg
 from mde_dist.data.manifest import NAME
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.predictions import open_predictions
@@ -209,6 +212,66 @@ def test_damaged_exif_data_are_no_damage_to_the_pixels(tmp_path: Path, damage: s
     raw = read(data_set(tmp_path, "jpg", data[:place] + change + data[place + len(change) :]))
     assert raw.image.shape == (*SIZE, 3)
     assert raw.orientation == 1
+
+
+# --- JPEGs with bytes that belong to nothing ---
+
+END = b"\xff\xd9"
+WHOLE = jpeg_bytes(picture(SEED))
+NO_MARKER = st.binary(min_size=1, max_size=16).filter(lambda stray: 0xFF not in stray)
+
+
+@given(NO_MARKER)
+def test_stray_bytes_before_the_end_change_no_pixel(stray: bytes) -> None:
+    pixels, _ = decode_jpeg(WHOLE[:-2] + stray + END)
+    np.testing.assert_array_equal(pixels, decode_jpeg(WHOLE)[0])
+
+
+@given(st.integers(WHOLE.rindex(b"\xff\xda") + 14, len(WHOLE) - 3), st.sampled_from([b"", END, END + bytes(16)]))
+@example(len(WHOLE) // 2, END)
+def test_a_jpeg_that_is_cut_off_is_refused_wherever_it_ends(place: int, end: bytes) -> None:
+    """Its rest would be grey; a cut within what fills up the last byte takes no pixel."""
+    try:
+        pixels, _ = decode_jpeg(WHOLE[:place] + end)
+    except ValueError:
+        return
+    np.testing.assert_array_equal(pixels, decode_jpeg(WHOLE)[0])
+
+
+def test_a_long_tail_is_damage(tmp_path: Path) -> None:
+    """It is what is left over where libjpeg has lost its place in the middle."""
+    with pytest.raises(BadPair, match="extraneous bytes"):
+        read(data_set(tmp_path, "jpg", WHOLE[:-2] + bytes(range(40)) + END))
+
+
+def test_images_with_stray_bytes_are_read_by_all_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stray = WHOLE[:-2] + bytes(range(1, 13)) + END
+    data_set(tmp_path / "tree", "jpg", stray)
+    write(tmp_path / "tree/images/b.jpg", WHOLE)
+    write(tmp_path / "tree/depth/b.png", millimetres(SEED))
+    shard.main(["--source", str(tmp_path / "tree"), "--output", str(tmp_path / "shards"), "--workers", "1"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("1 image had stray")]) == 1
+    assert json.loads((tmp_path / "shards" / NAME).read_text())["splits"]["train"]["stray_bytes"] == 1
+    assert sorted(data for name, data in members(tmp_path / "shards/train-000000.tar") if name.endswith(".jpg")) == (
+        sorted([stray, WHOLE])  # the source's own bytes
+    )
+    source = open_source(tmp_path / "tree")
+    expected = decode_jpeg(WHOLE)[0]
+    with open_split(tmp_path / "shards", "train") as shards, SourceSamples(source, "train", SIZE) as samples:
+        for where in (shards, samples):  # the loader, evaluate
+            for sample in range(2):
+                image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
+                where.read_into(sample, image, depth)
+                np.testing.assert_array_equal(image, expected)
+            assert len(where.stray) == 1
+    np.testing.assert_array_equal(read_image(tmp_path / "tree/images/a.jpg"), expected)  # predict
+    with pytest.raises(SystemExit):
+        shard.main(["--verify", str(tmp_path / "shards"), "--workers", "1"])
+    said = capsys.readouterr().out
+    assert "all whole" in said
+    assert "1 image had stray" in said
 
 
 # --- formats ---

@@ -204,21 +204,24 @@ def test_with_flip_a_mirrored_image_has_the_mirrored_map(checkpoint, images, tmp
 
 
 def test_unreadable_images_are_named_and_the_others_are_done(checkpoint, images, tmp_path, capsys):
-    (images / "a.jpg").write_bytes((images / "a.jpg").read_bytes()[:500])
+    whole = (images / "a.jpg").read_bytes()
+    (images / "stray.jpg").write_bytes(whole[:-2] + bytes(range(1, 13)) + whole[-2:])
+    (images / "a.jpg").write_bytes(whole[:500])
     (images / "notes.png").write_text("not a picture")
     for name in ("gone.jpg", "moved", ".moved"):
         (images / name).symlink_to("/nowhere/at/all")
     (images / "README").symlink_to("/x/.git/annex/objects/MD5-s9--0")  # stands for a file, and for no image
     output = tmp_path / "depth"
-    with pytest.raises(UserError, match="4 of 7 images could not be read"):
+    with pytest.raises(UserError, match="4 of 8 images could not be read"):
         run(images, checkpoint, output)
     said = capsys.readouterr().out
     assert f"skipped {images / 'a.jpg'} is not a readable image (" in said
     assert f"skipped {images / 'notes.png'} is not a readable image (of no known format" in said
     for name in ("gone.jpg", "moved"):
         assert f"skipped {images / name} cannot be read (a link that leads nowhere)" in said
-    assert "made: 3 depth maps" in said
-    assert len(list(output.rglob("*_depth.png"))) == 3
+    assert "made: 4 depth maps" in said
+    assert "1 image had stray bytes" in said
+    assert len(list(output.rglob("*_depth.png"))) == 4
 
 
 def test_of_many_unreadable_images_some_are_named(checkpoint, tmp_path, capsys):

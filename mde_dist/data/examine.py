@@ -91,12 +91,12 @@ def _unreadable(file: int, sample: TarSample, codec: str, size: tuple[int, int],
     image, target = np.empty((*size, 3), np.uint8), np.empty(size, np.uint16)
     try:
         jpeg = sample.read(file, "image")
-        decode_pair(jpeg, sample.read(file, "depth"), codec, image, target)
+        stray = decode_pair(jpeg, sample.read(file, "depth"), codec, image, target)
     except ValueError as error:
         return str(error)
     if not target.any():
         return "depth has no valid pixel"
-    statistics.add(target, reencoded=False, turned=jpeg_orientation(jpeg) != 1)
+    statistics.add(target, reencoded=False, turned=jpeg_orientation(jpeg) != 1, stray=stray)
     return None
 
 
@@ -127,8 +127,8 @@ def unique(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list
 def record(directory: Path, split: str, reports: Sequence[Report], codec: str, revision: str) -> dict[str, Any]:
     """Write index and mean map of a split that is these shards; its record for the manifest. Raises OSError."""
     shards, statistics = [(report.info, report.rows) for report in reports], statistics_of(reports)
-    turned = {"exif_orientations": int(statistics.turned[0])}
-    return write_split(directory, split, shards, statistics, codec, revision) | turned
+    counts = {"exif_orientations": int(statistics.turned[0]), "stray_bytes": int(statistics.stray[0])}
+    return write_split(directory, split, shards, statistics, codec, revision) | counts
 
 
 def statistics_of(reports: Sequence[Report]) -> Statistics:

@@ -4,6 +4,7 @@ Formats are always named: PIL would hand PostScript, whatever the file is called
 """
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,12 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 """EXIF orientation -> what brings the stored pixels upright."""
 _POINTERS = {b"/annex/objects/": "git-annex", b"version https://git-lfs.": "Git LFS"}
 """First bytes of small files that stand for a content that was not fetched -> whose they are."""
+_STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
+"""libjpeg's words about bytes between the last pixel and the end marker. They are of its first warning, and nothing is
+read behind that marker: where it says this, nothing else is wrong."""
+_MOST_STRAY = 16
+"""Of such bytes. They are what cameras and tools leave behind; in the middle of a picture a damaged byte makes libjpeg
+lose its place, and the tail that it then has no use for is longer in nearly all cases."""
 # what PIL prints of damaged EXIF data, with a place in its own source, concerns no pixel; too large is an error here
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -60,6 +67,8 @@ class DecodedImage:
     """EXIF orientation of the stored image, 1..8; 1 is upright. `pixels` are upright always."""
     shown_as_stored: bool
     """True for an upright baseline RGB JPEG, whose bytes every decoder reads at full speed, and alike."""
+    stray_bytes: bool = False
+    """True for a JPEG with a few bytes between its last pixel and its end marker, which viewers pass over."""
 
 
 def decode_image(data: bytes) -> DecodedImage:
@@ -70,12 +79,33 @@ def decode_image(data: bytes) -> DecodedImage:
     with _reasons():
         if _is_baseline_rgb_jpeg(data):
             _check_sides(*simplejpeg.decode_jpeg_header(data)[:2])
-            pixels, orientation = simplejpeg.decode_jpeg(data, colorspace="RGB"), jpeg_orientation(data)
-            return DecodedImage(_turned(pixels, orientation), "JPEG", orientation, shown_as_stored=orientation == 1)
+            (pixels, stray), orientation = decode_jpeg(data), jpeg_orientation(data)
+            return DecodedImage(_turned(pixels, orientation), "JPEG", orientation, orientation == 1, stray)
         with open_image(data, IMAGE_FORMATS) as picture:
             orientation, pixels = _orientation(picture), _rgb(picture)
             left = _orientation(picture)  # PIL turns TIFFs itself while it decodes them
             return DecodedImage(_turned(pixels, left), str(picture.format), orientation, shown_as_stored=False)
+
+
+def decode_jpeg(data: bytes | memoryview, buffer: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+    """The bytes of a JPEG -> RGB uint8 (height, width, 3) as stored, and whether it has stray bytes.
+
+    `buffer`: where to decode to. Raises ValueError where libjpeg has anything else to say: the rest of a picture that
+    ends early is grey.
+    """
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer), False
+    except ValueError as error:
+        found = _STRAY.search(str(error))
+        if found is None or int(found[1]) > _MOST_STRAY:
+            raise
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer, strict=False), True
+
+
+def stray_in_words(count: int) -> str:
+    """A line about images with stray bytes, for the end of a command."""
+    had, were, them = ("1 image", "was", "it") if count == 1 else (f"{count:,} images", "were", "them")
+    return f"{had} had stray bytes before the end marker and {were} read as viewers show {them}"
 
 
 def decode_grey(data: bytes) -> tuple[np.ndarray, str, str]:

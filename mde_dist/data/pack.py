@@ -34,7 +34,7 @@ from .statistics import Statistics
 from .tars import index_rows, scan
 from .writer import ShardWriter
 
-_DECODING = 2  # of images; counted up where the same source gives other pixels, or a part file other arrays
+_DECODING = 3  # of images; counted up where the same source gives other pixels, or a part file other arrays
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
             else:
                 meta = {"scene": pair.scene, "source": pair.image, "split": job.split}
                 writer.write(pair.key, jpeg, depth.encode(millimetres, work.options.codec), meta)
-                statistics.add(millimetres, reencoded=jpeg is not raw.jpeg, turned=raw.orientation != 1)
+                turned, stray = raw.orientation != 1, raw.stray_bytes
+                statistics.add(millimetres, reencoded=jpeg is not raw.jpeg, turned=turned, stray=stray)
             count(1)
     return index_rows(tar, scan(tar).samples), bad
 
@@ -307,6 +308,7 @@ def _merge(
             "depth_map": split.depth_map,
             "reencoded_images": int(statistics.reencoded[0]),
             "turned_images": int(statistics.turned[0]),
+            "stray_bytes": int(statistics.stray[0]),
             "skipped": skipped,
             **work.records.get(name, {}),
         }

@@ -31,6 +31,8 @@ class Samples(ABC):
 
     def __init__(self) -> None:
         self._closing = threading.Event()
+        self.stray: set[int] = set()
+        """Samples that were read and whose JPEG has stray bytes, see `images.decode_jpeg`."""
 
     def __enter__(self) -> Self:
         return self

@@ -21,6 +21,7 @@ from ..errors import UserError
 from . import depth
 from .checksum import crc32
 from .handles import Handles
+from .images import decode_jpeg
 from .index import Index
 from .manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
 from .samples import Samples
@@ -55,10 +56,11 @@ def _member(file: int, name: str, offset: int, size: int, crc: int) -> tuple[str
     return _key_in(data), memoryview(data)[TAR_BLOCK:]
 
 
-def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, target: np.ndarray) -> None:
+def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, target: np.ndarray) -> bool:
     """Decode into `image`, uint8 (height, width, 3) RGB, and `target`, uint16 (height, width) millimetres, contiguous.
 
-    Raises ValueError where the bytes are not a colour JPEG and a depth map of that size.
+    -> whether the JPEG has stray bytes, see `decode_jpeg`. Raises ValueError where the bytes are not a colour JPEG and
+    a depth map of that size.
     """
     depth.decode(encoded, codec, target)
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(jpeg)
@@ -66,7 +68,7 @@ def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, 
         raise ValueError(f"image is {height}x{width}, not of the size that the manifest states")
     if colorspace == "Gray":
         raise ValueError("image is grey, not in colour")
-    simplejpeg.decode_jpeg(jpeg, colorspace="RGB", buffer=image)
+    return decode_jpeg(jpeg, image)[1]
 
 
 class ShardSet(Samples):
@@ -115,7 +117,8 @@ class ShardSet(Samples):
             (depth_key, encoded), (image_key, jpeg) = self._members(row, ("depth", "image"))
             if depth_key != image_key:
                 raise ValueError(f"the index pairs the depth of {depth_key} with the image of {image_key}")
-            decode_pair(jpeg, encoded, self.manifest.codec, image, target)
+            if decode_pair(jpeg, encoded, self.manifest.codec, image, target):
+                self.stray.add(sample)
 
         self._read(sample, read)
 

@@ -30,6 +30,8 @@ class SourceSamples(Samples):
             what = f"is {height}x{width}, but the others are {self.size[0]}x{self.size[1]}"
             raise self.damaged(sample, f"{what}; pack the split at one size with: python -m mde_dist.shard --size")
         image[...], target[...] = raw.image, raw.depth
+        if raw.stray_bytes:
+            self.stray.add(sample)
 
     def meta(self, sample: int) -> dict[str, str]:
         pair = self._split.pairs[sample]

@@ -20,17 +20,20 @@ class Statistics:
     """int64 (1,): images that were resized, turned, or were no baseline JPEG."""
     turned: np.ndarray
     """int64 (1,): images whose file has an EXIF orientation that is not upright."""
+    stray: np.ndarray
+    """int64 (1,): JPEGs with stray bytes, see `images.decode_jpeg`."""
 
     @classmethod
     def empty(cls, size: tuple[int, int]) -> "Statistics":
-        return cls(*(np.zeros(shape, np.int64) for shape in ((65536,), size, size, (1,), (1,))))
+        return cls(*(np.zeros(shape, np.int64) for shape in ((65536,), size, size, (1,), (1,), (1,))))
 
-    def add(self, millimetres: np.ndarray, reencoded: bool, turned: bool = False) -> None:
+    def add(self, millimetres: np.ndarray, reencoded: bool, turned: bool = False, stray: bool = False) -> None:
         self.histogram += np.bincount(millimetres.reshape(-1), minlength=65536)
         self.total += millimetres
         self.valid += millimetres > 0
         self.reencoded += reencoded
         self.turned += turned
+        self.stray += stray
 
     def merge(self, other: Mapping[str, np.ndarray]) -> None:
         for name, array in vars(self).items():

@@ -13,18 +13,22 @@ class Unreadable(Exception):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 (height, width, 3), upright, to be written to; of several pictures in a file the first.
+    """As `open_image`, the pixels only."""
+    return open_image(path)[0]
 
-    Raises Unreadable.
+
+def open_image(path: Path) -> tuple[np.ndarray, bool]:
+    """RGB uint8 (height, width, 3), upright, to be written to; of several pictures in a file the first. And whether it
+    is a JPEG with stray bytes, see `decode_jpeg`. Raises Unreadable.
     """
     try:
-        pixels = decode_image(path.read_bytes()).pixels
+        image = decode_image(path.read_bytes())
     except UnreadableImage as error:
         raise Unreadable(f"{path} is not a readable image ({error})") from None
     except OSError as error:
         why = "a link that leads nowhere" if leads_nowhere(path) else error.strerror
         raise Unreadable(f"{path} cannot be read ({why})") from None
-    return np.require(pixels, requirements="W")
+    return np.require(image.pixels, requirements="W"), image.stray_bytes
 
 
 def is_depth_map(path: Path) -> bool:

@@ -14,7 +14,7 @@ from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError
 from ..files import leads_nowhere, was_folder
 from .ahead import in_order, threads
-from .images import Unreadable, is_depth_map, read_image
+from .images import Unreadable, is_depth_map, open_image
 from .video import VIDEO_SUFFIXES, VideoFrame, count_frames, import_av, read_video
 
 
@@ -26,6 +26,8 @@ class Frame:
     """Of its results, below the output, without what tells them apart."""
     image: np.ndarray
     """RGB uint8 (height, width, 3)."""
+    stray_bytes: bool = False
+    """Whether it is a JPEG with stray bytes, see `decode_jpeg`."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _check_videos(inputs: Inputs, found: dict[Path, Path]) -> None:
 
 def _read(file: Path, name: Path) -> Frame | Damage:
     try:
-        return Frame(name, read_image(file))
+        return Frame(name, *open_image(file))
     except Unreadable as error:
         return Damage(str(error))
 

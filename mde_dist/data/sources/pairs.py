@@ -52,6 +52,8 @@ class RawPair:
     """How they are stored, in words: `JPEG`, `8-bit PNG`, `float32 array`."""
     orientation: int = 1
     """EXIF orientation of the image's file, 1..8; `image` is upright always."""
+    stray_bytes: bool = False
+    """Whether the image is a JPEG with stray bytes, see `images.decode_jpeg`."""
 
 
 class Reader(Protocol):

@@ -25,7 +25,7 @@ class PictureReader:
             raise BadPair(f"{self.tree.root / pair.image} is not a readable image ({error})") from None
         depth, depth_format = decode_depth(self._bytes(pair.depth), self.tree.root / pair.depth, scale)
         jpeg = data if image.shown_as_stored else None
-        return RawPair(image.pixels, depth, jpeg, image.format, depth_format, image.orientation)
+        return RawPair(image.pixels, depth, jpeg, image.format, depth_format, image.orientation, image.stray_bytes)
 
     def missing(self, pair: Pair) -> list[Path]:
         return [self.tree.root / name for name in (pair.image, pair.depth) if not self.tree.is_file(name)]
