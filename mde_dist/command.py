@@ -88,7 +88,7 @@ def _run(main: Callable[[list[str]], None]) -> str | int | None:
             if error.__cause__ is not None:
                 traceback.print_exception(error.__cause__)
             where = f" (rank {rank})" if rank is not None and isinstance(error, RankError) else ""
-            say(f"error{where}: {_one_line(error)}", file=sys.stderr)
+            say(f"error{where}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -25,6 +25,8 @@ def printable(text: str) -> str:
 
 
 def _escaped(letter: int) -> str:
+    if 0xDC80 <= letter <= 0xDCFF:  # as Python keeps a byte of a file's name that is no UTF-8
+        letter -= 0xDC00
     return f"\\x{letter:02x}" if letter < 0x100 else f"\\u{letter:04x}"
 
 

@@ -33,6 +33,7 @@ from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards
 from .files import sync_directory, write_atomic, writing
+from .folders import files_below
 from .learning.model import restore
 from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
@@ -148,7 +149,7 @@ def from_files(paths: Sequence[Path]) -> tuple[list[np.ndarray], str]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def from_shards(place: str | None, config: dict[str, Any]) -> tuple[list[np.ndarray], str]:

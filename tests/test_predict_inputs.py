@@ -137,13 +137,11 @@ def test_of_a_folder_its_images_are_taken_by_name(room, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"")
     saved(folder / "b_depth.png", Image.fromarray(np.ones((4, 4), np.uint16)))
-    (folder / "more").symlink_to(tmp_path, target_is_directory=True)
     inputs = find_inputs([folder], folder / "depth")
     assert names(inputs) == ["a/c", "b"]
     assert list(inputs.notes) == [
         f"left out in {folder}: 1 depth maps (16-bit grey PNG); name them one by one so that they are read as images",
         f"left out in {folder}: 1 videos; name them one by one so that their frames are predicted",
-        f"left out in {folder}: 1 links to folders; name them one by one so that their images are predicted",
     ]
     assert names(find_inputs([folder], tmp_path / "elsewhere")) == ["a/c", "b", "depth/b_color"]
     assert names(find_inputs([folder / "b_depth.png", folder / "notes.txt"], tmp_path)) == ["b_depth", "notes"]

@@ -511,31 +511,3 @@ def test_png_image_with_palette_or_alpha_is_read_as_rgb(tmp_path: Path) -> None:
     assert np.array_equal(read(source, "test").image, picture(3))
     Image.fromarray(picture(3)).convert("P").save(path)
     assert read(source, "test").image.shape == (*SIZE, 3)
-
-
-# --- keys ---
-
-
-def test_keys_are_unique_short_and_have_no_dot_slash_or_white_space(tmp_path: Path) -> None:
-    deep = "x" * 90
-    names = ["a.b c", "tab\tname", "Küche", f"{deep}1/{deep}/0", f"{deep}2/{deep}/0", f"{deep}1/{deep}/1", "-", "a_b"]
-    rows = "".join(f"data/{name}.jpg,data/{name}.png\n" for name in names)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/nyu2_train.csv").write_text(rows, encoding="utf-8")
-    keys = [pair.key for pair in open_source(tmp_path).splits["train"].pairs]
-    assert len(set(keys)) == len(names)
-    for key in keys:
-        assert 0 < len(key) <= 80
-        assert key.isascii()
-        assert not any(letter in "./\\" or letter.isspace() for letter in key)
-    assert keys == [pair.key for pair in open_source(tmp_path).splits["train"].pairs]
-
-
-def test_keys_that_would_collide_are_refused_not_merged(tmp_path: Path) -> None:
-    for name in ("a b", "a.b"):
-        write(tmp_path / f"images/{name}.jpg", jpeg_bytes(picture(0)))
-        write(tmp_path / f"depth/{name}.png", millimetres(0))
-    with pytest.raises(UserError, match="collides") as error:
-        open_source(tmp_path)
-    assert "a b.jpg" in str(error.value)
-    assert "a.b.jpg" in str(error.value)

@@ -12,6 +12,7 @@ from .examine import Report, examine_all, record, statistics_of, unique, within
 from .manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest
 from .pool import Progress
 from .repair import LOCK, REVISION
+from .store import tars_in
 from .tars import DEPTH_CODECS, scan
 
 _LOOKED_AT = 64  # images, to tell the size that all should have
@@ -26,7 +27,7 @@ def adopt(
     metres. Raises UserError.
     """
     _refuse_indexed(directory)
-    tars = sorted(directory.glob("*.tar"))
+    tars = tars_in(directory)
     for tar in tars:
         try:
             check_name(tar.name)

@@ -90,7 +90,7 @@ def choose(counts: Mapping[str, int], share: float) -> frozenset[str]:
     count are looked at, and of these the last ones are left out where the others can make it up without them. Of two
     counts that are equally near the smaller one is taken.
     """
-    order = sorted(counts, key=lambda place: hashlib.sha256(place.encode()).digest())
+    order = sorted(counts, key=lambda place: hashlib.sha256(place.encode(errors="surrogateescape")).digest())
     wanted = share * sum(counts.values())
     whole = max(1, math.ceil(wanted - 0.5))
     reached = [1]  # bit n of entry i: some of the first i places have n pairs in all

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, leads_nowhere, sha256_of, sync_directory, write_atomic
+from ..folders import NOT_UTF8, is_utf8
 from . import depth
 from .claim import claimed
 from .holdout import VAL, hold_out
@@ -68,10 +69,10 @@ def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, lis
     for name, split in source.splits.items():
         pairs = list(split.pairs[: options.limit])
         absent = {pair.key: source.missing(pair) for pair in pairs}
-        missing[name] = [_why_absent(files[0]) for files in absent.values() if files]
+        missing[name] = [_why_absent(pair, absent[pair.key][0]) for pair in pairs if absent[pair.key]]
         if missing[name] and not options.skip_bad:
             raise UserError(
-                f"split {name}: {missing[name][0]} ({len(missing[name])} of {len(pairs)} pairs lack a file); "
+                f"split {name}: {missing[name][0]} ({len(missing[name])} of {len(pairs)} pairs cannot be used); "
                 "complete the source, or leave such pairs out with --skip-bad"
             )
         pairs = [pair for pair in pairs if not absent[pair.key]]
@@ -85,7 +86,9 @@ def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, lis
     return jobs, missing
 
 
-def _why_absent(path: Path) -> str:
+def _why_absent(pair: Pair, path: Path) -> str:
+    if not is_utf8(pair.image):
+        return f"{path}: {NOT_UTF8}"
     return f"{path} is {'a link that leads nowhere' if leads_nowhere(path) else 'missing'}"
 
 

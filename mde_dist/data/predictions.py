@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, Literal
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import natural_order, refuse_dead_links
+from ..files import refuse_dead_links
+from ..folders import files_below
 from .depth import COUNTS_PER_METRE
 from .images import IMAGE_FORMATS, hxw
 from .manifest import MAX_SIDE
@@ -192,10 +194,9 @@ def _find(place: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """List the files of a folder, in natural order: arrays, grey pictures, coloured ones. Raises UserError."""
     if not place.is_dir():
         raise UserError(f"--predictions {place}: no such folder or file")
-    entries = sorted(path for path in place.rglob("*") if not path.name.startswith("."))
+    entries = files_below(place)
     refuse_dead_links(path for path in entries if path.suffix.lower() in (*SUFFIXES, ""))  # "" may be a folder
     found = [path for path in entries if path.suffix.lower() in SUFFIXES]
-    found.sort(key=lambda path: natural_order(path.relative_to(place).as_posix()))
     arrays = [path for path in found if path.suffix.lower() != ".png"]
     pictures, coloured = list[Path](), list[Path]()
     for path in found:
@@ -216,9 +217,9 @@ def _is_coloured(path: Path) -> bool:
 
 def _parts(name: str) -> tuple[str, ...]:
     """A path's words and numbers without what says its kind: `test/bathroom/rgb_00045.jpg` -> test, bathroom, 45."""
-    stem = re.sub(r"(\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?))+$", "", name.lower())
-    words = (word.lstrip("0") or "0" if word.isdigit() else word for word in re.split(r"[^a-z0-9]+", stem))
-    return tuple(word for word in words if word and word not in _KINDS | _UNITS)
+    stem = re.sub(r"(\.(jpe?g|png|npy|npz|h5|webp|bmp|tiff?))+$", "", normalize("NFC", name).lower())
+    words = (word.lstrip("0") or "0" if word.isdigit() else word for word in re.findall(r"[a-z0-9]+|[^\0-\x7f]+", stem))
+    return tuple(word for word in words if word not in _KINDS | _UNITS)
 
 
 def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]:
@@ -229,9 +230,11 @@ def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]
             parts = _parts(name)
             for start in range(len(parts)):
                 endings.setdefault(parts[start:], set()).add(sample)
+    known = {word for ending in endings for word in ending}
     best: dict[int, tuple[int, Path]] = {}
     for file in files:
-        parts = _parts(file.relative_to(place).as_posix())
+        words = _parts(file.relative_to(place).as_posix())
+        parts = tuple(word for word in words if word.isascii() or word in known)  # "depth" in any language is none
         ending = next((parts[start:] for start in range(len(parts)) if parts[start:] in endings), ())
         matches = endings.get(ending, set())
         if len(matches) > 1:
@@ -242,7 +245,7 @@ def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]
             )
         for sample in matches:
             length, other = best.get(sample, (0, file))
-            if length == len(ending):
+            if length == len(ending) and not file.samefile(other):  # it may, through a linked folder
                 raise UserError(f"{other} and {file} both have the name of image {samples.key(sample)}")
             if length < len(ending):
                 best[sample] = len(ending), file

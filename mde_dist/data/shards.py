@@ -7,10 +7,12 @@ DIR/manifest.json        counts, bytes, sha256, codec, image size, depth statist
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +32,7 @@ from .store import CacheOptions, Store, open_store
 T = TypeVar("T")
 Payload = bytes | memoryview
 _COLUMNS = INDEX.names or ()
+_NAME_BLOCKS = 8  # before a member's header, in which a name of its own is looked for
 _WHERE = ("offset", "bytes", "crc")  # what the index says of a member
 
 
@@ -46,6 +49,23 @@ def _key_in(header: bytes) -> str:
     if prefix and header[257:263] == b"ustar\0":
         name = prefix + b"/" + name
     return split_name(name.decode(errors="replace"))[0]
+
+
+def _key_at(file: int, place: int) -> str:
+    """The key of the member whose header is at `place`, checked, in an open tar. Raises ValueError or OSError.
+
+    A name that is long or not ASCII may lie in a header of its own before it (POSIX pax, GNU).
+    """
+    start = max(0, place - _NAME_BLOCKS * TAR_BLOCK)
+    data = os.pread(file, place + TAR_BLOCK - start, start)
+    header = data[-TAR_BLOCK:]
+    tarfile.TarInfo.frombuf(header, "utf-8", "replace")  # which checks the header's own sum
+    for first in range(len(data) - 3 * TAR_BLOCK, -1, -TAR_BLOCK):
+        if data[first + 156 : first + 157] in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):  # its type
+            with suppress(tarfile.TarError), tarfile.open(fileobj=io.BytesIO(data[first:])) as tar:
+                if (info := tar.next()) and info.offset_data == len(data) - first:
+                    return split_name(info.name)[0]
+    return _key_in(header)
 
 
 def _member(file: int, name: str, offset: int, size: int, crc: int) -> tuple[str, memoryview]:
@@ -166,10 +186,9 @@ class ShardSet(Samples):
             try:
                 row = self._index[sample]
                 with self._handles.use(int(row["shard"])) as file:
-                    header = os.pread(file, TAR_BLOCK, int(row[f"{member}_offset"]) - TAR_BLOCK)
-                tarfile.TarInfo.frombuf(header, "utf-8", "replace")  # which checks the header's own sum
-                return "".join(letter if letter.isprintable() else "?" for letter in _key_in(header))
-            except (tarfile.HeaderError, ValueError, OSError, UserError):
+                    key = _key_at(file, int(row[f"{member}_offset"]) - TAR_BLOCK)
+                return "".join(letter if letter.isprintable() else "?" for letter in key)
+            except (tarfile.TarError, ValueError, OSError, UserError):
                 continue
         return ""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
+from ..folders import left_behind
 from ..urls import is_remote
 from .cache import Cache
 from .manifest import NAME, FileInfo, Manifest, command_for, parse_manifest
@@ -92,6 +93,11 @@ class RemoteStore:
         return True
 
 
+def tars_in(directory: Path) -> list[Path]:
+    """The tars directly in a directory, sorted by name; what systems leave behind, such as ._A.tar, is none of them."""
+    return sorted(path for path in directory.glob("*.tar") if not left_behind(path.name))
+
+
 def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:
     """The manifest of the shards at a directory or URL, and their files. Raises UserError."""
     if is_remote(str(place)):
@@ -104,7 +110,7 @@ def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Mani
         data = (directory / NAME).read_bytes()
     except FileNotFoundError:
         advice = f"pack a data set into it with: python -m mde_dist.shard --source DIR --output {directory}"
-        if any(directory.glob("*.tar")):
+        if tars_in(directory):
             advice = f"index the tars in it with: {command_for('index', str(directory))}"
         raise UserError(f"{directory} holds no shards (no {NAME}); {advice}") from None
     except OSError as error:

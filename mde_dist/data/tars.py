@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..folders import left_behind
 from . import depth
 from .checksum import crc32
 from .manifest import INDEX, MEMBERS, TAR_BLOCK
@@ -61,6 +62,8 @@ def scan(path: Path) -> Contents:
     twice: dict[str, str] = {}
     torn: set[str] = set()  # which member belongs to which of two namesakes nobody can tell
     for info in members(path, contents.problems):
+        if left_behind(info.name):
+            continue
         key, extension = split_name(info.name)
         contents.extensions.add(extension)
         member = _MEMBER_OF.get(extension)

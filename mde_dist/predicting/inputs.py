@@ -1,6 +1,5 @@
 """Files, folders and videos as they are named on the command line -> frames to predict, each with a name of its own."""
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 
 from ..data.images import IMAGE_SUFFIXES
 from ..errors import UserError
-from ..files import leads_nowhere, was_folder
+from ..files import natural_order, was_folder
+from ..folders import list_below
 from .ahead import in_order, threads
 from .images import Unreadable, is_depth_map, open_image
 from .video import VIDEO_SUFFIXES, VideoFrame, count_frames, import_av, read_video
@@ -43,7 +43,8 @@ class Inputs:
     """What was found; nothing is read yet."""
 
     entries: tuple[tuple[Path, Path], ...]
-    """(file, its name below the output without suffix), in the order in which they were named; of folders by name."""
+    """(file, its name below the output without suffix), in the order in which they were named; of folders in natural
+    order."""
     notes: tuple[str, ...]
     """Lines about what was left out of folders."""
 
@@ -104,31 +105,28 @@ def find_inputs(paths: Sequence[Path], output: Path) -> Inputs:
 
 
 def _in_folder(folder: Path, output: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
-    """(file, name) of each image in a folder, by name, and lines about what was left out. Raises UserError.
+    """(file, name) of each image in a folder, in natural order, and lines about what was left out. Raises UserError.
 
     What is there by name and cannot be read is among them: reading it says why.
     """
-    target, root = output.resolve(), folder.resolve()
-    if target == root:
+    if output.resolve() == folder.resolve():
         raise UserError(
             f"--output {output} is the folder of the images; name another one, where results are by themselves"
         )
-    closed: list[str] = []
-    files, linked = [], []
-    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
-        here = Path(place)
-        # neither thumbnails and what systems keep, nor earlier results
-        folders[:] = [one for one in folders if one[0] != "." and root / here.relative_to(folder) / one != target]
-        linked += [here / one for one in folders if (here / one).is_symlink()]
-        paths = (here / one for one in names if one[0] != ".")
-        files += [path for path in paths if os.path.isfile(path) or leads_nowhere(path)]  # noqa: PTH113  raises nothing
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    below = list_below(folder, without=output)
+    if folder in below.closed:
+        raise UserError(f"{folder} cannot be listed; open it to this user")
+    images, hidden = (
+        [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES] for paths in (below.files, below.left_behind)
+    )
+    hidden = [path for path in hidden if not path.name.startswith("._")]  # macOS's notes on files are none
     depth = [path for path in images if is_depth_map(path)]
     notes = _left_out(folder, "depth maps (16-bit grey PNG)", "that they are read as images", depth)
-    notes += _left_out(folder, "videos", "that their frames are predicted", [path for path in files if is_video(path)])
-    notes += _left_out(folder, "links to folders", "that their images are predicted", linked)
-    unread = [*map(Path, closed), *filter(was_folder, files)]
-    taken = sorted({*images, *unread} - {*depth})
+    videos = [path for path in below.files if is_video(path)]
+    notes += _left_out(folder, "videos", "that their frames are predicted", videos)
+    notes += _left_out(folder, "hidden images", "that they are predicted", hidden)
+    unread = [*below.closed, *filter(was_folder, below.files)]
+    taken = sorted({*images, *unread} - {*depth}, key=lambda path: natural_order(path.relative_to(folder).as_posix()))
     return [(path, path.relative_to(folder).with_suffix("")) for path in taken], notes
 
 

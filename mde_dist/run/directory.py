@@ -22,6 +22,7 @@ from .. import __version__
 from ..console import say
 from ..errors import UserError
 from ..files import locked, write_atomic, writing
+from ..folders import is_empty
 from ..weights import MODEL
 from .checkpoint import Checkpoint, load_newest, save_checkpoint
 
@@ -154,7 +155,7 @@ class RunDirectory:
         known = {"config.toml", "metrics.jsonl", "checkpoints", ".lock"}
         if self.path.is_dir():
             names = {path.name for path in self.path.iterdir()}
-            if names and not names & known:
+            if not names & known and not is_empty(self.path):
                 raise UserError(f"--run {self.path}: is not empty and not a run directory; choose another")
 
     def _claim(self) -> None:

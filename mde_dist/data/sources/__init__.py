@@ -5,6 +5,7 @@ From a file's bytes to a recognised data set, each of these imports only from th
     pairs       what a source is: pairs, splits, and who reads them
     tree        files by name, in a folder or in a ZIP
     pictures    pairs of two picture files
+    keys        paths of images -> names of pairs in the shards
     lists       lists of files -> pairs
     official    the official split, and how many pairs each layout has
     choice      what the user chose: layout, scales, lists, depth map

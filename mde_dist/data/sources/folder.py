@@ -33,11 +33,15 @@ def folder(tree: Tree, choice: Choice) -> Source | None:
             continue
         choice.none("a plain folder")
         within = f"{base}/" if base else ""
-        names = [name for name in tree.files(f"{within}images") if name.lower().endswith(IMAGE_SUFFIXES)]
+        names = [name for name in tree.files(f"{within}images") if _is_image(name)]
         names.sort(key=natural_order)
         rows = [[f"{within}images/{name}", f"{within}depth/{name.rpartition('.')[0]}.png"] for name in names]
         if not rows:
             raise UserError(f"{tree.root / within / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        hidden = [name for name in tree.left_behind(f"{within}images") if _is_image(name) and name[:2] != "._"]
+        if hidden:
+            place = tree.root / within / "images" / hidden[0]
+            notes.append(f"{split}: {len(hidden):,} hidden images, such as {place}, were left out")
         scale = choice.given(split) or _guess(tree, [row[1] for row in rows], split)
         pairs = pairs_of(FileList(tree.root / base, rows), "", f"{within}images")
         splits[split] = Split(pairs, scale)
@@ -45,6 +49,10 @@ def folder(tree: Tree, choice: Choice) -> Source | None:
         return None
     whole_folders(tree, "")  # one that leads nowhere would be a split that is missed
     return Source("folder", tree.root, splits, PictureReader(tree), tuple(notes))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _guess(tree: Tree, names: list[str], split: str) -> DepthScale:

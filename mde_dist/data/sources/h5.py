@@ -7,18 +7,21 @@ the official test set, and our split `test`.
 import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from ...errors import UserError
+from ...folders import left_behind
 from ..depth import DepthScale, to_millimetres
 from ..tars import members
 from .choice import Choice
 from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
-from .lists import FileList, find_base, find_list, inside, key_of
+from .keys import unique_keys
+from .lists import FileList, find_base, find_list, inside
 from .pairs import BadPair, Pair, RawPair, Source, Split
 from .tree import FolderTree, Tree, Unreadable, check_size, whole_folders
 
@@ -74,21 +77,21 @@ def _walked(tree: Tree, split: str) -> FileList | None:
 
 
 def _pairs(listed: FileList, base: str, drop: str) -> tuple[Pair, ...]:
-    pairs: dict[str, Pair] = {}
+    names, places, pairs = [], [], []
     for number, row in enumerate(listed.rows, listed.first):
         where = f"{listed.place}, row {number}"
         if len(row) != 1 or not row[0].endswith(".h5"):
             raise UserError(f"{where}: expected the path of an .h5 file, found {' '.join(row)!r}")
         path = inside(row[0], base, where)
-        key = _key(PurePosixPath(row[0].lstrip("/")), drop)
-        if key in pairs:
-            raise UserError(f"{where}: {path} is listed twice or collides with {pairs[key].image}")
-        pairs[key] = Pair(key, path.parent.name, str(path), str(path))
-    return tuple(pairs.values())
+        names.append(_below(PurePosixPath(row[0].lstrip("/")), drop))
+        places.append(f"{where}: {path}")
+        pairs.append(Pair("", path.parent.name, str(path), str(path)))
+    keys = unique_keys(names, places)
+    return tuple(replace(pair, key=key) for pair, key in zip(pairs, keys, strict=True))
 
 
-def _key(path: PurePosixPath, drop: str) -> str:
-    return key_of(path.relative_to(drop) if path.is_relative_to(drop) else path)
+def _below(path: PurePosixPath, drop: str) -> PurePosixPath:
+    return path.relative_to(drop) if path.is_relative_to(drop) else path
 
 
 class H5Reader:
@@ -147,39 +150,41 @@ def _tars(tree: Tree, choice: Choice) -> Source | None:
         return None
     import_h5py()
     choice.none("h5")
-    pairs: dict[str, dict[str, Member]] = {}
+    found: dict[str, list[tuple[PurePosixPath, Member]]] = {}
     for tar in tars:
         name = PurePosixPath(tar).name.split("-")[0]
-        _index(tree, tar, name, pairs.setdefault("train" if name == "train" else "test", {}))
+        found.setdefault("train" if name == "train" else "test", []).extend(_members(tree, tar, name))
     splits = {}
-    for split, found in pairs.items():
-        if found:
-            splits[split] = Split(tuple(found.values()), choice.scale(split, FLOAT_METRES))
+    for split, named in found.items():
+        if named:
+            keys = unique_keys([name for name, _ in named], [str(tree.root / member.image) for _, member in named])
+            pairs = tuple(replace(member, key=key) for (_, member), key in zip(named, keys, strict=True))
+            splits[split] = Split(pairs, choice.scale(split, FLOAT_METRES))
     notes = (f"tars of .h5 files, in {tree.root / folder}", *([_VAL] if "test" in splits else []))
     return Source("h5", tree.root, splits, TarReader(tree), notes) if splits else None
 
 
 def _holds_h5(path: Path) -> bool:
     try:
-        first = next(members(path, []), None)
+        first = next((info.name for info in members(path, []) if not left_behind(info.name)), "")
     except OSError:
         return False
-    return first is not None and first.name.endswith(".h5")
+    return first.endswith(".h5")
 
 
-def _index(tree: FolderTree, tar: str, name: str, pairs: dict[str, Member]) -> None:
-    """Add the pairs of one tar, from its headers. Raises UserError where it is not whole."""
+def _members(tree: FolderTree, tar: str, name: str) -> Iterator[tuple[PurePosixPath, Member]]:
+    """The pairs of one tar, from its headers, without their keys; each with the path that its key is made of.
+
+    Raises UserError where the tar is not whole.
+    """
     problems: list[str] = []
     try:
         for info in members(tree.root / tar, problems):
             path = PurePosixPath(info.name.lstrip("./"))
-            if path.suffix != ".h5":
-                continue
-            key = _key(path, name)
-            if key in pairs:
-                raise UserError(f"{tree.root / tar}: {info.name} is there twice or collides with {pairs[key].image}")
-            shown = f"{tar}/{path}"
-            pairs[key] = Member(key, path.parent.name, shown, shown, tar, info.offset_data, info.size)
+            if path.suffix == ".h5" and not left_behind(info.name):
+                shown = f"{tar}/{path}"
+                member = Member("", path.parent.name, shown, shown, tar, info.offset_data, info.size)
+                yield _below(path, name), member
     except OSError as error:
         raise UserError(f"{tree.root / tar}: cannot be read ({error.strerror or error})") from None
     if problems:

@@ -1,15 +1,14 @@
 """Lists of files: found in the data set or named by --list, read within limits, turned into pairs that stay inside."""
 
 import csv
-import hashlib
 import itertools
-import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError
+from .keys import unique_keys
 from .pairs import Pair
 from .tree import MAX_FILE, FolderTree, Tree, Unreadable, is_named
 
@@ -93,7 +92,7 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
 
     `image` and `depth` say which columns. Raises UserError with the row.
     """
-    pairs: dict[str, Pair] = {}
+    names, places, pairs = [], [], []
     for number, row in enumerate(listed.rows, listed.first):
         where = f"{listed.place}, row {number}"
         if len(row) <= max(image, depth) or not (row[image] and row[depth]):
@@ -102,23 +101,16 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
             raise UserError(f"{where}: {','.join(row)!r} is a heading, not a pair; remove it")
         picture, target = (inside(row[column], folder, where) for column in (image, depth))
         name = picture.relative_to(drop) if drop and picture.is_relative_to(drop) else picture
-        key = key_of(name)
-        if key in pairs:
-            raise UserError(f"{where}: {picture} is listed twice or collides with {pairs[key].image}")
-        pairs[key] = Pair(key, name.parent.name.removesuffix("_out"), str(picture), str(target))
-    return tuple(pairs.values())
+        names.append(name)
+        places.append(f"{where}: {picture}")
+        pairs.append(Pair("", name.parent.name.removesuffix("_out"), str(picture), str(target)))
+    keys = unique_keys(names, places)
+    return tuple(replace(pair, key=key) for pair, key in zip(pairs, keys, strict=True))
 
 
 def inside(path: str, folder: str, where: str) -> PurePosixPath:
     """A listed path below `folder`, with or without a leading '/'. Raises UserError where it leads out of it."""
     whole = PurePosixPath(folder, path.lstrip("/"))
-    if ".." in whole.parts or ":" in path.lstrip("/").split("/")[0] or "\0" in path:
+    if ".." in whole.parts or not path.strip("/.") or ":" in path.lstrip("/").split("/")[0] or "\0" in path:
         raise UserError(f"{where}: {path!r} leaves the data set's folder")
     return whole
-
-
-def key_of(path: PurePosixPath) -> str:
-    """A path as the key of a pair: no dot, slash or white space, and short."""
-    key = re.sub(r"[^A-Za-z0-9_-]+", "-", str(path.with_suffix("")))
-    # a tar header holds 100 characters, and `.depth.zst` has to fit as well
-    return key if len(key) <= 80 else f"{key[:63]}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"

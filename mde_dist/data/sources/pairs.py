@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ...folders import NOT_UTF8, is_utf8
 from ..depth import DepthScale
 from ..images import hxw
 
@@ -86,6 +87,8 @@ class Source:
 
         The image is turned as its EXIF data say; the depth map is taken to be upright already.
         """
+        if not is_utf8(pair.image):
+            raise BadPair(f"{self.place(pair.image)}: {NOT_UTF8}")
         raw = self.reader.read(pair, scale)
         if raw.image.shape[:2] != raw.depth.shape:
             shown = hxw(raw.image.shape)
@@ -104,8 +107,8 @@ class Source:
         return self.root / name
 
     def missing(self, pair: Pair) -> list[Path]:
-        """The files of the pair that are not there."""
-        return self.reader.missing(pair)
+        """The files of the pair that are not there, or whose name cannot be written into a shard."""
+        return self.reader.missing(pair) if is_utf8(pair.image) else [self.place(pair.image)]
 
     def stamp(self, pair: Pair) -> list[Any]:
         """What tells a changed source file from the one read before. Raises OSError."""

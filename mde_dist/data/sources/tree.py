@@ -10,14 +10,16 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+from unicodedata import normalize
 
 from ...errors import UserError
 from ...files import leads_nowhere, refuse_dead_links, was_folder
+from ...folders import Listing, left_behind, list_folder, locate
 
 MAX_FILE = 64 * 2**20
 """Bytes of the largest file that is read whole; the largest picture of a data set is far below."""
 
-
+_FOLDERS, _FILES, _LEFT_BEHIND = range(3)  # what a ZIP's folder holds
 _ZIP_DAMAGE = (
     OSError,
     EOFError,
@@ -59,21 +61,24 @@ class Tree(Protocol):
     def folders(self, folder: str) -> list[str]:
         """Names of the folders directly in a folder, sorted. Raises UserError where the folder cannot be listed."""
 
+    def left_behind(self, folder: str) -> list[str]:
+        """Names in a folder that are in neither list, see `folders.left_behind`. Raises UserError likewise."""
+
     def below(self, folder: str) -> "Tree":
         """The part of the tree below a folder."""
 
 
 class FolderTree:
-    """A folder of the disk. Links are followed, wherever they lead."""
+    """A folder of the disk. Links are followed, wherever they lead; names are found in either Unicode form."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def is_file(self, name: str) -> bool:
-        return os.path.isfile(self.root / name)  # noqa: PTH113  False for impossible names, where Path's raises
+        return os.path.isfile(locate(self.root, name))  # noqa: PTH113  False for impossible names, where Path's raises
 
     def read(self, name: str) -> bytes:
-        path = self.root / name
+        path = locate(self.root, name)
         try:
             with path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -86,40 +91,28 @@ class FolderTree:
             raise Unreadable("a link that leads nowhere" if leads_nowhere(path) else why) from None
 
     def stamp(self, name: str) -> list[int]:
-        status = (self.root / name).stat()
+        status = locate(self.root, name).stat()
         return [status.st_size, status.st_mtime_ns]
 
     def files(self, folder: str) -> list[str]:
-        return self._list(folder, files=True)
+        return self._list(folder).files
 
     def folders(self, folder: str) -> list[str]:
-        return self._list(folder, files=False)
+        return self._list(folder).folders
 
-    def _list(self, folder: str, files: bool) -> list[str]:
+    def left_behind(self, folder: str) -> list[str]:
+        return self._list(folder).left_behind
+
+    def _list(self, folder: str) -> Listing:
         try:
-            with os.scandir(self.root / folder) as entries:
-                return sorted(entry.name for entry in entries if (_is_file(entry) if files else _is_folder(entry)))
+            return list_folder(locate(self.root, folder))
         except (FileNotFoundError, NotADirectoryError, ValueError):
-            return []
+            return Listing()
         except OSError as error:
             raise UserError(f"{self.root / folder} cannot be listed ({error.strerror or error})") from None
 
     def below(self, folder: str) -> "FolderTree":
         return FolderTree(self.root / folder) if folder else self
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file() or (entry.is_symlink() and leads_nowhere(Path(entry.path)))
-    except OSError:  # a link in a circle, or into a folder that is closed
-        return True
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def is_named(tree: Tree, name: str) -> bool:
@@ -145,22 +138,25 @@ class ZipTree:
         self.root = path / folder
 
     def is_file(self, name: str) -> bool:
-        return self._prefix + name in self._archive.members()
+        return self._archive.find(self._prefix + name) is not None
 
     def read(self, name: str) -> bytes:
         return self._archive.read(self._prefix + name)
 
     def stamp(self, name: str) -> list[int]:
-        info = self._archive.members().get(self._prefix + name)
+        info = self._archive.find(self._prefix + name)
         if info is None:
             raise FileNotFoundError(2, "no such member", str(self.root / name))
         return [info.file_size, info.CRC]
 
     def files(self, folder: str) -> list[str]:
-        return sorted(self._archive.folder(self._prefix + folder)[0])
+        return sorted(self._archive.folder(self._prefix + folder)[_FILES])
 
     def folders(self, folder: str) -> list[str]:
-        return sorted(self._archive.folder(self._prefix + folder)[1])
+        return sorted(self._archive.folder(self._prefix + folder)[_FOLDERS])
+
+    def left_behind(self, folder: str) -> list[str]:
+        return sorted(self._archive.folder(self._prefix + folder)[_LEFT_BEHIND])
 
     def below(self, folder: str) -> "ZipTree":
         inner = (self._prefix + folder).strip("/")
@@ -186,7 +182,8 @@ class _Archive:
         self.path = path
         self._lock, self._owner = threading.Lock(), 0
         self._members: dict[str, zipfile.ZipInfo] = {}
-        self._folders: dict[str, tuple[set[str], set[str]]] = {}
+        self._composed: dict[str, zipfile.ZipInfo] = {}  # by the NFC of their names, those that are not ASCII
+        self._folders: dict[str, tuple[set[str], set[str], set[str]]] = {}
         self._open()
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -202,11 +199,10 @@ class _Archive:
                     raise UserError(
                         f"--source {self.path}: no such folder, and not a whole ZIP either ({why}); download it again?"
                     ) from None
-                self._members = {
-                    info.filename.replace("\\", "/"): info
-                    for info in self._zip.infolist()
-                    if not info.is_dir() and not info.filename.startswith("__MACOSX/")
-                }
+                files = [info for info in self._zip.infolist() if not info.is_dir()]
+                self._members = {info.filename.replace("\\", "/"): info for info in files}
+                others = (name for name in self._members if not name.isascii())
+                self._composed = {normalize("NFC", name): self._members[name] for name in others}
                 self._owner = os.getpid()
             return self._zip
 
@@ -214,8 +210,12 @@ class _Archive:
         self._open()
         return self._members
 
+    def find(self, name: str) -> zipfile.ZipInfo | None:
+        """The member of a name, in either Unicode form."""
+        return self.members().get(name) or self._composed.get(normalize("NFC", name))
+
     def read(self, name: str) -> bytes:
-        archive, info = self._open(), self._members.get(name)
+        archive, info = self._open(), self.find(name)
         if info is None:
             raise Unreadable("no such member of the ZIP")
         if info.flag_bits & 1:
@@ -227,20 +227,21 @@ class _Archive:
         except _ZIP_DAMAGE as error:
             raise Unreadable(f"damaged in the ZIP: {error}") from None
 
-    def folder(self, name: str) -> tuple[set[str], set[str]]:
-        """Files and folders directly in a folder."""
+    def folder(self, name: str) -> tuple[set[str], set[str], set[str]]:
+        """Names directly in a folder: of folders, of files, and of what is left out for its name."""
         members = self.members()
         with self._lock:
             if not self._folders:
                 for member in members:
-                    above, _, last = member.rpartition("/")
-                    self._folders.setdefault(above, (set(), set()))[0].add(last)
-                    while above:
-                        parent, _, last = above.rpartition("/")
-                        known = last in self._folders.setdefault(parent, (set(), set()))[1]
-                        self._folders[parent][1].add(last)
-                        above = "" if known else parent
-        return self._folders.get(name.strip("/"), (set(), set()))
+                    above, kind, known = member, _FILES, False
+                    while above and not known:
+                        above, _, last = above.rpartition("/")
+                        names = self._folders.setdefault(above, (set(), set(), set()))
+                        kind = _LEFT_BEHIND if left_behind(last) else kind
+                        known = last in names[kind]
+                        names[kind].add(last)
+                        kind = _FOLDERS
+        return self._folders.get(name.strip("/"), (set(), set(), set()))
 
 
 def check_size(size: int) -> None:
