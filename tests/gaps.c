@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <semaphore.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -109,6 +110,19 @@ int shm_open(const char *name, int flags, mode_t mode)
     char path[PATH_MAX];
     snprintf(path, sizeof path, "/dev/shm/%s", name + (name[0] == '/'));
     return open_fails(AT_FDCWD, path, flags) ? -1 : NEXT(shm_open)(name, flags, mode);
+}
+
+// made by open and link within libc, which are not seen
+sem_t *sem_open(const char *name, int flags, ...)
+{
+    char path[PATH_MAX];
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = va_arg(more, mode_t);
+    unsigned value = va_arg(more, unsigned);
+    va_end(more);
+    snprintf(path, sizeof path, "/dev/shm/%s", name + (name[0] == '/'));
+    return open_fails(AT_FDCWD, path, flags | O_RDWR) ? SEM_FAILED : NEXT(sem_open)(name, flags, mode, value);
 }
 
 static int sync_fails(int file)

@@ -4,7 +4,7 @@
 
 A rule is `call:ERRNO:path`: the call ends with that error at the path and at all below it. The calls:
 
-    open, open-write (to write or to make), open-new (with O_EXCL); of shm_open, too, below /dev/shm
+    open, open-write (to write or to make), open-new (with O_EXCL); of shm_open and sem_open, too, below /dev/shm
     fsync, fsync-dir (of a directory), flock, fcntl (locks), write, ftruncate, fallocate, mmap
     mkdir, rmdir, unlink, symlink, rename and link (either end)
 

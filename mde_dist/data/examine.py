@@ -1,7 +1,6 @@
 """Shards, looked at in full: every header, checksum and picture. The ground of --verify, --repair and --index."""
 
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from ..errors import UserError
 from ..files import sha256_of
 from .images import jpeg_orientation
 from .manifest import INDEX, MEMBERS, ShardInfo, write_split
-from .pool import Progress, count, run_jobs
+from .pool import Progress, WorkerLost, count, run_jobs
 from .shards import decode_pair
 from .statistics import Statistics
 from .tars import TarSample, index_rows, scan
@@ -104,7 +103,7 @@ def examine_all(jobs: Sequence[tuple], workers: int, progress: Progress, total: 
     """`examine` with the arguments of each job, in parallel; by path. `total`: samples. Raises UserError."""
     try:
         return {report.path: report for report in run_jobs(examine, jobs, workers, progress, total)}
-    except BrokenProcessPool:
+    except WorkerLost:
         raise UserError("a process was killed (out of memory?); nothing was changed") from None
 
 

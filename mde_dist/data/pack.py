@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from . import depth
 from .claim import claimed
 from .holdout import VAL, hold_out
 from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
-from .pool import Progress, count, run_jobs
+from .pool import Progress, WorkerLost, count, run_jobs
 from .probe import Probe, probe
 from .sources import BadPair, Pair, RawPair, Source
 from .statistics import Statistics
@@ -177,7 +176,7 @@ def _said(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; finished shards are kept") from None
-    except BrokenProcessPool:
+    except WorkerLost:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
 
 
