@@ -188,7 +188,7 @@ def _training(card: Card) -> Iterator[str]:
         lines.append(f"pairs: {what}{count}; {height}x{width} pixels, median depth {info.depth['median']:.2f} m")
     if origin.samples is not None:
         lines += [f"sha256 of the manifest: {code(origin.manifest)}", f"samples seen: {origin.samples:,}"]
-    lines.append(f"encoder started from: {code(config.get('model.weights', 'none'))}")
+    lines.append(f"started from: {code(config.get('model.weights', 'none'))}")
     made = f"mde_dist {card.metadata.get('version')}" + (f", torch {origin.torch}" if origin.torch else "")
     lines.append(f"made by {code(made)}")
     yield _listed("Training", lines)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from .errors import UserError
 from .learning.ema import Ema
 from .learning.guard import Guard
 from .learning.losses import depth_loss
-from .learning.model import build
+from .learning.model import build_started
 from .learning.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from .run.checkpoint import Checkpoint, host_copy
 from .weights import EMA, MODEL, OPTIMIZER, Tensors, model_bytes
@@ -47,11 +48,15 @@ class Verdict:
 class Learner:
     """Built the same on every rank; `wrap` it once its weights are what the run goes on from."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, size: tuple[int, int]):
-        """`size`: of the whole training images, pixels. Raises UserError where the model cannot be built."""
+    def __init__(self, config: Config, accelerator: Accelerator, size: tuple[int, int], resumes: bool = False):
+        """`size`: of the whole training images, pixels; `resumes`: a checkpoint will be loaded, and the file of
+        `model.weights` is not needed any more. Raises UserError where the model cannot be built."""
         self._config, self._accelerator, self._size = config, accelerator, size
         device = accelerator.device
-        self.bare: nn.Module = build(config.model, config.train.seed).to(device)
+        model = replace(config.model, weights="none") if resumes else config.model
+        built, self.start = build_started(model, config.train.seed)
+        """What was taken of `model.weights`."""
+        self.bare: nn.Module = built.to(device)
         """The model as it is saved."""
         if device.type == "cuda" and accelerator.num_processes > 1 and config.train.sync_bn:
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)

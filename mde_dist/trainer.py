@@ -27,7 +27,7 @@ from .learning.metrics import PROTOCOLS, summarise
 from .learning.optim import learning_rate
 from .results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
 from .run.account import Account, peak_flops
-from .run.checkpoint import Checkpoint, newest_checkpoint, versions
+from .run.checkpoint import Checkpoint, newest_checkpoint, newest_record, versions
 from .run.directory import RunDirectory
 from .run.distributed import gather_rows, same_everywhere, share_buffers, together
 from .run.logs import rank_log
@@ -255,7 +255,10 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
     size = config.data.size or shards.size
     flops = together(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    learner = together(accelerator, lambda: Learner(config, accelerator, size))
+    begun = bool(config.debug_from or newest_record(config.run))
+    learner = together(accelerator, lambda: Learner(config, accelerator, size, resumes=begun))
+    if learner.start and writes:
+        say(learner.start.in_words())
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
     directory = RunDirectory(config.run, this_run, as_toml(config), writes, defaults=as_json(Config()))
     troubles: list[UserError] = []
@@ -290,7 +293,7 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
             ),
         )
         if state.samples_seen < total:
-            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator))
+            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator, learner))
         yield Trainer(
             *(config, accelerator, shards, held_out, size, total, directory, learner, state, monitor, saver, account),
             *(trackers, complain, troubles),
@@ -330,7 +333,7 @@ def new_rate(checkpoint: Checkpoint, config: Config) -> str:
     )
 
 
-def describe_start(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def describe_start(config: Config, accelerator: Accelerator, learner: Learner) -> dict[str, Any]:
     """On what the run goes on from here, for metrics.jsonl."""
     device = accelerator.device
     return {
@@ -341,6 +344,7 @@ def describe_start(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "host": socket.gethostname(),
         **versions(),
+        **({"weights": learner.start.record()} if learner.start else {}),
     }
 
 

@@ -46,9 +46,13 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return metadata, tensors
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of any safetensors file; one of ours is checked. Raises UserError."""
-    return _read(path)[1]
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(config, tensors) of any safetensors file; one of ours is checked, others have no config. Raises UserError."""
+    text, tensors = _read(path)
+    try:
+        return dict(json.loads(text)["config"]), tensors
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}, tensors
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:

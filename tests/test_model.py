@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 
 from mde_dist.errors import UserError
 from mde_dist.learning.decoder import bounded
-from mde_dist.learning.model import DepthModel, ModelConfig, build, restore, skeleton
+from mde_dist.learning.model import DepthModel, ModelConfig, build, build_started, restore, skeleton
+from mde_dist.weights import model_bytes
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "tiny")
 URL = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
@@ -194,6 +196,9 @@ def test_file_with_torchvision_names(tmp_path, backbone):
     assert encoder_is(model, state)
     scratch = build(ModelConfig(backbone), seed=0)
     assert torch.equal(model.head.weight, scratch.head.weight)  # what is not in the file is as without it
+    start = build_started(ModelConfig(backbone, str(path)), seed=0)[1]
+    assert start.taken.keys() == {"encoder"}
+    assert start.random.keys() == {("decoder", "not in the file"), ("head", "not in the file")}
 
 
 def test_file_without_classifier(tmp_path):
@@ -202,11 +207,63 @@ def test_file_without_classifier(tmp_path):
     assert encoder_is(build(ModelConfig(weights=str(tmp_path / "encoder.safetensors")), seed=0), state)
 
 
-def test_file_of_a_model_of_ours(tmp_path):
-    trained = build(ModelConfig(), seed=9)
-    save_file(trained.state_dict(), tmp_path / "model.safetensors")
-    model = build(ModelConfig(weights=str(tmp_path / "model.safetensors")), seed=0)
-    assert encoder_is(model, trained.encoder.state_dict())
+def start_from(path, trained, config, **metadata):
+    """A model of `config` that starts from the file of a trained one -> itself and what was taken."""
+    about = {f"model.{name}": value for name, value in vars(trained).items()} | metadata
+    model = build(trained, seed=9)
+    path.write_bytes(model_bytes(model.state_dict(), {"config": about, "size": (32, 32)}))
+    return model.state_dict(), *build_started(replace(config, weights=str(path)), seed=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ModelConfig("tiny"), ModelConfig("tiny", norm="group", refine=True, head="full", output="log", max_depth=80)],
+)
+def test_a_trained_model_is_taken_whole(tmp_path, config):
+    trained, model, start = start_from(tmp_path / "model.safetensors", config, config)
+    own = model.state_dict()
+    assert own.keys() == trained.keys()
+    assert all(own[name].equal(trained[name]) for name in own)
+    assert sum(count for count, _ in start.taken.values()) == len(own)
+    assert sum(size for _, size in start.taken.values()) == sum(p.numel() for p in model.parameters())
+    assert (dict(start.random), start.unused) == ({}, 0)
+    assert "random" not in start.in_words()
+    from_folder = build(replace(config, weights=str(tmp_path)), seed=0)
+    assert all(value.equal(trained[name]) for name, value in from_folder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("trained", "config", "random", "unused"),
+    [
+        # weight and bias against those of four convolutions, and two refinements of six tensors each
+        (ModelConfig("tiny"), ModelConfig("tiny", head="full"), {("head", "not in the file"): 20}, 2),
+        (ModelConfig("tiny"), ModelConfig("tiny", output="log"), {("head", "its output is softplus, here log"): 2}, 0),
+        (ModelConfig("tiny"), ModelConfig("tiny", refine=True), {("decoder", "not in the file"): 18}, 0),
+        (ModelConfig("tiny", refine=True), ModelConfig("tiny"), {}, 18),
+    ],
+)
+def test_of_a_trained_model_of_other_parts_the_rest_is_taken_and_said(tmp_path, trained, config, random, unused):
+    before, model, start = start_from(tmp_path / "model.safetensors", trained, config)
+    scratch = build(config, seed=0).state_dict()
+    taken = {name for name, value in model.state_dict().items() if name in before and value.equal(before[name])}
+    assert sum(count for count, _ in start.taken.values()) + sum(random.values()) == len(scratch)
+    for name, value in model.state_dict().items():
+        head_is_random = any(part == "head" for part, _ in random) and name.startswith("head.")
+        assert (name in taken) == (name in before and not head_is_random), name
+        assert name in taken or value.equal(scratch[name])  # as without the file
+    assert (dict(start.random), start.unused) == (random, unused)
+    assert all(f"{part} ({count} tensors: {why})" in start.in_words() for (part, why), count in random.items())
+
+
+def test_a_layer_of_another_shape_is_left_random_as_a_whole(tmp_path):
+    state = build(ModelConfig("tiny"), seed=9).state_dict()
+    save_file(state | {"residual_convs.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = ModelConfig("tiny", str(tmp_path / "model.safetensors"))
+    model, start = build_started(config, seed=0)
+    scratch = build(ModelConfig("tiny"), seed=0)
+    assert model.residual_convs[0].bias.equal(scratch.residual_convs[0].bias)
+    assert model.residual_convs[1].bias.equal(state["residual_convs.1.bias"])
+    assert dict(start.random) == {("decoder", "another shape in the file"): 2}
 
 
 def test_file_of_another_backbone_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 What comes out of forked processes has to equal what the session's `undisturbed` run left, which is started cold.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ from warm import warm_run, warm_start, without_pictures
 from mde_dist import train
 from mde_dist.data.order import Order, mix
 from mde_dist.errors import UserError
+from mde_dist.files import sha256_of
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +122,28 @@ def test_the_resolved_config_is_saved_and_starts_the_same_run(undisturbed, tmp_p
     done = warm_run("train", before=without_pictures, **given)
     assert done.returncode == 0, done.stderr
     assert learned(tmp_path / "run") == learned(undisturbed)
+
+
+def test_a_run_starts_from_the_whole_model_of_another_and_goes_on_without_its_file(room_shards, tmp_path):
+    """Without a step that changes anything it scores to the digit what that one scored."""
+    options = small(data_shards=room_shards, train_samples=12, model_norm="group")
+    trained, started = tmp_path / "trained", tmp_path / "started"
+    done = warm_run("train", run=trained, before=without_pictures, **options, **{"train.seed": 1})
+    assert done.returncode == 0, done.stderr
+    options |= {"model.weights": trained / "model.safetensors", "optim.lr": 0}
+    done = warm_run("train", run=started, before=without_pictures, **options)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "model.weights" in line)
+    assert "random" not in line
+    assert same_weights(started, trained)
+    results = [json.loads((run / "evaluations/last.json").read_text())["results"] for run in (trained, started)]
+    assert results[0] == results[1]
+    (first,) = (r["start"] for r in records(started) if "start" in r)
+    assert first["weights"]["sha256"] == sha256_of(trained / "model.safetensors")
+    shutil.rmtree(trained)
+    done = warm_run("train", run=started, before=without_pictures, **options | {"train.samples": 24})
+    assert done.returncode == 0, done.stderr
+    assert "resumed at sample 12" in done.stdout
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..learner import Learner
 from ..learning.losses import counts
 from ..run.account import peak_memory
+from ..run.checkpoint import newest_record
 from ..run.distributed import time_all_reduce
 from ..train import check_batch
 from .machine import host_memory
@@ -76,7 +77,7 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
     learners: list[Learner] = []
 
     def build() -> list[int]:
-        learners.append(Learner(alone, accelerator, size))
+        learners.append(Learner(alone, accelerator, size, resumes=bool(newest_record(config.run))))
         return [sum(p.numel() for p in learners[0].bare.parameters()), checkpoint_bytes(learners[0])]
 
     def step() -> list[float]:

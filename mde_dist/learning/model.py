@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from ..errors import UserError
-from ..weights import read_tensors
 from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
+from .start import Start, initialise
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "tiny"]
 Output = Literal["softplus", "sigmoid", "log"]
@@ -27,12 +26,13 @@ class ModelConfig:
     """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
     learns little: to try things out."""
     weights: str = "none"
-    """Where the encoder starts: none (random), imagenet (torchvision's), or the path of a safetensors file with the
-    tensors of a torchvision ResNet or of a whole model of ours."""
+    """Where the model starts: none (random), imagenet (torchvision's encoder), or the path of a safetensors file of a
+    torchvision ResNet or of a trained model, such as RUN/model.safetensors. Of a trained model all is taken that fits;
+    the start of a run says what that is."""
     norm: Norm = "batch"
     """Normalisation in the encoder: batch statistics; group = 32 groups of channels of one image, so that every number
     of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it. In
-    the decoder, which starts from nothing, frozen means group."""
+    the decoder, frozen means group."""
     upsample: Upsample = "nearest"
     """How the decoder brings features to the next size: nearest or bilinear."""
     refine: bool = False
@@ -123,20 +123,16 @@ def skeleton(config: ModelConfig) -> DepthModel:
 
 
 def build(config: ModelConfig, seed: int) -> DepthModel:
-    """A model with random weights drawn from `seed`, its encoder then initialised as `config.weights` says.
+    """A model that starts as `config.weights` says. Raises UserError where they cannot be had."""
+    return build_started(config, seed)[0]
 
-    Raises UserError where the weights cannot be had.
-    """
+
+def build_started(config: ModelConfig, seed: int) -> tuple[DepthModel, Start | None]:
+    """As `build`, and what was taken of the weights; the rest is random, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = skeleton(config)
-    if config.weights == "imagenet" and config.backbone == "tiny":
-        raise UserError("model.weights imagenet: tiny has none; give none, or --model.backbone resnet18")
-    if config.weights == "imagenet":
-        _load_encoder(model, _imagenet(config.backbone), "torchvision's ImageNet weights")
-    elif config.weights != "none":
-        _load_encoder(model, _from_file(Path(config.weights)), config.weights)
-    return model
+    return model, initialise(model, config.weights, config.backbone, config.output)
 
 
 def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
@@ -162,38 +158,3 @@ def _architecture(config: Mapping[str, Any]) -> ModelConfig:
         if (value not in known) if known else not isinstance(value, item.type):  # type: ignore[arg-type]
             raise ValueError(f"model.{item.name}: unknown {value!r:.40}")
     return ModelConfig(**values)
-
-
-def _imagenet(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """torchvision's published weights, downloaded once into torch's cache; unpickled as plain tensors only."""
-    weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-    target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        if not (isinstance(state, Mapping) and all(isinstance(x, torch.Tensor) for x in state.values())):
-            raise ValueError("it holds something else than named tensors")
-        return {str(name): tensor for name, tensor in state.items()}
-    except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.weights imagenet: {target.name} cannot be had ({type(error).__name__}: {why}); without a "
-            f"network, download {weights.url} elsewhere and put it at {target}, or start from "
-            "scratch: --model.weights none"
-        ) from None
-
-
-def _from_file(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        state = read_tensors(path)
-    except UserError as error:
-        raise UserError(f"model.weights: {error}; give none, imagenet, or the path of a safetensors file") from None
-    ours = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    return ours or state
-
-
-def _load_encoder(model: DepthModel, state: dict[str, torch.Tensor], where: str) -> None:
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
-    try:
-        model.encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"model.weights: {where} do not fit the backbone: {str(error).splitlines()[-1]}") from None
