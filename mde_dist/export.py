@@ -10,10 +10,9 @@ OUTPUT/README.md           the model card, see card.py
 """
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from . import __version__
+from .card import NAME as CARD
 from .card import Program, write_card
 from .command import Size, parse, run_command
 from .console import say
@@ -32,12 +32,13 @@ from .data.shards import open_split
 from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards
-from .files import sync_directory, write_atomic, writing
+from .files import locked, write_atomic, writing
 from .folders import files_below
 from .learning.model import restore
 from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
 from .programs import FORMATS, OLDEST_TORCH, Run, trace
+from .publish import is_free, publish, take_back, work_folder
 from .run.checkpoint import open_model
 from .urls import hide_key
 from .weights import MODEL
@@ -50,13 +51,16 @@ float32 in another order differ by a thousandth of that."""
 FARTHEST = 1000.0
 """Metres. No depth sensor measures farther. Damaged weights give 1e30 m, of which 0.01 % would allow anything."""
 
+_WORK = ".exporting"
+"""Hidden folder in the output, where the files stand until all are made and checked."""
+
 
 @dataclass(frozen=True)
 class ExportCommand:
     """Write a folder that can be handed on: weights, model card, ONNX and torch.export programs."""
 
     output: Path
-    """Folder to make; it must not be there yet."""
+    """Folder to make; it must not hold anything yet."""
     run: Path | None = None
     """Run directory, for the weights of its newest checkpoint."""
     checkpoint: Path | None = None
@@ -84,7 +88,8 @@ def main(argv: list[str]) -> None:
     with torch.inference_mode():
         expected = estimate(restore(metadata, tensors).eval(), images)
     check_depth(expected, f"{weights} on {checked_on}")
-    with whole_folder(command.output.absolute()) as folder:
+    files = [MODEL, *(FORMATS[name].file for name in command.formats), CARD]
+    with whole_folder(command.output, files) as folder:
         write_atomic(folder / MODEL, weights.read_bytes())
         exported = trace(metadata, tensors, size)
         programs = []
@@ -104,8 +109,8 @@ def main(argv: list[str]) -> None:
 def check(command: ExportCommand) -> None:
     """Refuse what cannot work before any work is done. Raises UserError."""
     output = command.output
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output {output}: is there already; name a folder that is not")
+    if not is_free(output, output / _WORK):
+        raise UserError(f"--output {output}: is there already; name a folder that is not, or is empty")
     if len(set(command.formats)) != len(command.formats) or not command.formats:
         raise UserError("--formats: name each format once: onnx, torch")
     if command.shards and command.images:
@@ -224,17 +229,21 @@ def run_of(weights: Path) -> Path | None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends well, and vanishes otherwise. Raises UserError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            temporary.mkdir(parents=True)
-            yield temporary
-            temporary.replace(path)
-            sync_directory(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def whole_folder(path: Path, files: Sequence[str]) -> Iterator[Path]:
+    """A folder to make files in, which move to `path` when the block ends well, and vanish otherwise. Raises UserError.
+
+    The last one of `files` comes last; what another export, which was killed, has left is replaced.
+    """
+    taken = f"--output {path}: another export into it is at work"
+    with writing(path), work_folder(path, _WORK) as work, locked(work / ".lock", taken):
+        try:
+            take_back(work, path)
+            yield work
+            publish(work, path, files)
+        finally:
+            with suppress(OSError):  # then the next export does so
+                take_back(work, path)
+                shutil.rmtree(work)
 
 
 if __name__ == "__main__":

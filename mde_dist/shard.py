@@ -126,6 +126,9 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     if config.validation:
         say(*hold_out(source, config.validation).in_words())
+    before = output.absolute().with_name(f".{output.absolute().name}.partial")
+    if before.is_dir():
+        say(f"note: {before} is what an earlier version left of a packing; nothing reads it, so remove it")
     started = time.monotonic()
     options = (source, output, pack_options(config), config.workers)
     with shown(console, "packing", "pairs") as progress:

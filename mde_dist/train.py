@@ -93,8 +93,8 @@ def pack_sample() -> None:
     place = Path(SAMPLE_SHARDS)
     if (place / "manifest.json").is_file():
         return
-    lock, taken = place.with_name(f".{place.name}.lock"), "another training renders the sample"
-    with writing(place), locked(lock, taken, wait=True):
+    taken = "another training renders the sample"
+    with writing(place), locked(place / ".rendering.lock", taken, wait=True):
         if not (place / "manifest.json").is_file():
             render_sample()
 

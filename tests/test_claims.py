@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import wait_for
-from trees import bts, contents, folder, packed, silent
+from trees import bts, contents, folder, packed, packed_yet, silent
 from warm import warm_run, warm_start
 
 from mde_dist.data.adopt import adopt
@@ -97,14 +97,14 @@ def test_a_second_packing_is_refused_and_one_that_was_killed_is_replaced(tmp_pat
     root, output = many(tmp_path / "tree"), tmp_path / "out"
     given = {"source": root, "output": output, "workers": 1, "samples-per-shard": 6}
     with warm_start("shard", **given) as first:
-        wait_for(lambda: any((tmp_path / ".out.partial").glob("*.part")), first)
+        wait_for(lambda: any((output / ".packing").glob("*.part")), first)
         first.send_signal(signal.SIGSTOP)
         for other in ({"depth-codec": "png"}, {"part": "0/2"}):
             second = warm_run("shard", **given, **other)
             assert (second.returncode, second.stderr.count("\n")) == (2, 1), second.stderr
             assert f"--output {output}" in second.stderr and f"process {first.ranks[0].pid} on" in second.stderr
         os.kill(first.ranks[0].pid, signal.SIGKILL)  # it alone: its workers have to notice
-        assert not output.exists()
+        assert not packed_yet(output)
         third = warm_run("shard", **given, **{"depth-codec": "png"})
     assert third.returncode == 0, third.stderr
     packed(root, tmp_path / "alone", PackOptions(samples_per_shard=6, codec="png"))
@@ -115,7 +115,7 @@ def test_parts_are_packed_side_by_side_and_published_alone(tmp_path):
     root, output = many(tmp_path / "tree"), tmp_path / "out"
     given = {"source": root, "output": output, "workers": 1, "samples-per-shard": 6}
     with warm_start("shard", **given, part="0/2") as first:
-        wait_for(lambda: any((tmp_path / ".out.partial").glob("*.part")), first)
+        wait_for(lambda: any((output / ".packing").glob("*.part")), first)
         first.send_signal(signal.SIGSTOP)
         assert warm_run("shard", **given, part="1/2").returncode == 0
         for other in ({"part": "0/2"}, {"part": "1/2", "size": "120x160"}, {}):
@@ -152,7 +152,7 @@ def test_a_part_of_another_source_is_refused_by_name_until_it_is_packed_again(tm
     pack_part(other, output, OPTIONS, 1, silent, (1, 2))
     with pytest.raises(UserError, match="of part 1/2 was packed from another source"):
         pack(source, output, OPTIONS, 1, silent)
-    assert not output.exists()
+    assert not packed_yet(output)
     pack_part(source, output, OPTIONS, 1, silent, (1, 2))
     pack(source, output, OPTIONS, 1, silent)
 
@@ -188,10 +188,10 @@ def test_two_repairs_or_indexings_do_not_mix(tmp_path):
 def test_of_two_trainings_that_want_the_sample_the_second_takes_that_of_the_first(tmp_path, room_shards, monkeypatch):
     monkeypatch.chdir(tmp_path)
     second = threading.Thread(target=pack_sample)
-    with locked(Path("shards/.rooms.lock"), "rendering"):
+    with locked(Path("shards/rooms/.rendering.lock"), "rendering"):
         second.start()
         second.join(0.5)
-        assert second.is_alive() and not Path("shards/rooms").exists()
-        shutil.copytree(room_shards, "shards/rooms")
+        assert second.is_alive() and not packed_yet(Path("shards/rooms"))
+        shutil.copytree(room_shards, "shards/rooms", dirs_exist_ok=True)
     second.join(30)
     assert not second.is_alive() and [path.name for path in Path("shards").iterdir()] == ["rooms"]

@@ -333,5 +333,5 @@ def test_nothing_is_written_where_a_zip_breaks_while_it_is_packed(
     said = capfd.readouterr().err
     assert said.count("\n") == 1
     assert str(archive / "sync/kitchen_0028b/sync_depth_00003.png") in said
-    assert not (tmp_path / "shards").exists()
+    assert not packed_yet(tmp_path / "shards")
     assert contents(tree) == before

@@ -1,7 +1,7 @@
 """A data set that is packed in parts, as the tasks of a job array do it, and then published."""
 
 import pytest
-from trees import bts, contents, packed, silent
+from trees import bts, contents, packed, packed_yet, silent
 
 from mde_dist import shard
 from mde_dist.data.pack import PackOptions, pack, pack_part
@@ -18,8 +18,8 @@ def test_parts_in_any_order_are_byte_for_byte_the_whole(tmp_path, parts):
     output = tmp_path / "parts"
     counts = [pack_part(source, output, OPTIONS, 1, silent, (part, parts)) for part in reversed(range(parts))]
     assert sum(counts) == 7  # four shards of training, three of test
-    assert not output.exists()
-    before = {path.name: path.stat().st_ino for path in (tmp_path / ".parts.partial").glob("*.tar")}
+    assert not packed_yet(output)
+    before = {path.name: path.stat().st_ino for path in (output / ".packing").glob("*.tar")}
     assert len(before) == 7
     pack(source, output, OPTIONS, 1, silent)
     assert {path.name: path.stat().st_ino for path in output.glob("*.tar")} == before  # published, not packed again
@@ -39,7 +39,7 @@ def test_the_command_packs_parts(tmp_path, capsys):
     base = ["--source", str(tmp_path / "tree"), "--output", str(tmp_path / "out"), "--samples-per-shard", "2"]
     for part in ("0/2", "1/2"):
         shard.main([*base, "--workers", "1", "--part", part])
-        assert not (tmp_path / "out").exists()
+        assert not packed_yet(tmp_path / "out")
     assert "part 1/2 of" in capsys.readouterr().out
     shard.main([*base, "--workers", "1"])
     packed(tmp_path / "tree", tmp_path / "whole", OPTIONS)

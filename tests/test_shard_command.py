@@ -92,7 +92,7 @@ def test_a_bad_pair_that_turns_up_while_packing_is_one_line(tmp_path: Path) -> N
     said = refused(done)
     assert str(bad) in said
     assert "--skip-bad" in said
-    assert not (tmp_path / "shards").exists()
+    assert not packed_yet(tmp_path / "shards")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from trees import (
     millimetres,
     newcrfs,
     packed,
+    packed_yet,
     picture,
     silent,
     write,
@@ -285,7 +286,7 @@ def test_parts_and_workers_and_a_run_that_was_cut_off_end_in_the_same_bytes(tmp_
     source = open_source(root)
     for part in range(2):
         pack_part(source, tmp_path / "parts", options, 1, silent, (part, 2))
-    before = {path.name: path.stat().st_ino for path in (tmp_path / ".parts.partial").glob("*.tar")}
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "parts/.packing").glob("*.tar")}
     pack(source, tmp_path / "parts", options, 1, silent)
     assert before == {
         path.name: path.stat().st_ino for path in (tmp_path / "parts").glob("*.tar")
@@ -297,7 +298,7 @@ def test_parts_and_workers_and_a_run_that_was_cut_off_end_in_the_same_bytes(tmp_
             pack_part(source, tmp_path / f"mixed{other}", changed, 1, silent, (part, 2))
         with pytest.raises(UserError, match=f"validation = {other}, not 0.4"):
             pack(source, tmp_path / f"mixed{other}", options, 1, silent)
-        assert not (tmp_path / f"mixed{other}").exists()
+        assert not packed_yet(tmp_path / f"mixed{other}")
 
 
 # --- the command ---
@@ -343,7 +344,6 @@ def test_what_cannot_be_is_one_line(
     assert "has a split val already" in attempt(tmp_path / "own", 0.15)
     assert "has no split train" in attempt(bts(tmp_path / "test", train=0), 0.15)
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / ".out.partial").exists()
     monkeypatch.chdir(tmp_path)
     assert "name no scene" in refused(
         monkeypatch, capfd, "--source", tmp_path / "plain", "--dry-run", "--validation", 0.2

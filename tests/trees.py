@@ -234,6 +234,11 @@ def packed(root: Path, output: Path, options: PackOptions | None = None, workers
     return source
 
 
+def packed_yet(output: Path) -> list[str]:
+    """What is to be seen in an output: nothing, until all is published."""
+    return sorted(path.name for path in output.glob("[!.]*"))
+
+
 def contents(directory: Path) -> dict[str, str]:
     """Every file below a directory, hidden ones too, with the sha256 of its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())

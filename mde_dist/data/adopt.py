@@ -8,6 +8,7 @@ import simplejpeg
 
 from ..errors import UserError
 from ..files import locked
+from .claim import WORK
 from .examine import Report, examine_all, record, statistics_of, unique, within
 from .manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest
 from .pool import Progress
@@ -62,8 +63,14 @@ def adopt(
 
 
 def _refuse_indexed(directory: Path) -> None:
+    """Raises UserError where the tars have a manifest, or are some of a set that gets one when all are there."""
     if (directory / NAME).exists():
         raise UserError(f"{directory / NAME} is there already; check it with: {command_for('verify', str(directory))}")
+    if (directory / WORK).exists():
+        raise UserError(
+            f"{directory}: its packing is not finished; give the command that packs it again, or remove "
+            f"{directory / WORK} to index what is there"
+        )
 
 
 def _split_of(tar: Path) -> str:

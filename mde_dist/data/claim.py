@@ -1,6 +1,6 @@
 """Who may write into an output that is being packed: one command alone, or the parts of a job array side by side.
 
-The locks and the records of the parts lie in the work directory and go with it when the shards are published.
+The locks and the records of the parts lie in the work folder and go with it when the shards are published.
 """
 
 import json
@@ -12,24 +12,29 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import locked, write_atomic
+from ..publish import is_free, take_back, work_folder
 
+WORK = ".packing"
+"""Hidden folder in an output: what is packed stays there until all is."""
 Part = tuple[int, int]
 """K of N, from 0."""
 
 
 @contextmanager
-def claimed(partial: Path, output: Path, about: Mapping[str, Any], part: Part | None) -> Iterator[dict[Part, str]]:
-    """Hold the work directory `partial` of an output -> the parts that were packed into it, by their names.
+def claimed(output: Path, about: Mapping[str, Any], part: Part | None) -> Iterator[dict[Part, str]]:
+    """Hold the work folder of an output -> the parts that were packed into it, by their names.
 
-    `about`: the options, by name, as JSON takes them. Raises UserError where another command is at work at it, where a
-    part was packed with other options, or where the output is there meanwhile; and OSError.
+    `about`: the options, by name, as JSON takes them. A publication that was cut off is taken back. Raises UserError
+    where another command is at work at it, where a part was packed with other options, or where the output is there
+    meanwhile; and OSError.
     """
-    with ExitStack() as locks:
+    with work_folder(output, WORK) as partial, ExitStack() as locks:
         for each in [part] if part is not None else _records(partial):
             taken = f"--output {output}: its part {_name(each)} is being packed"
             locks.enter_context(locked(partial / f".{_file(each)}.lock", taken))
         taken = f"--output {output}: another packing into it is at work"
         locks.enter_context(locked(partial / ".lock", taken, shared=part is not None))
+        take_back(partial, output)
         refuse_full(output)
         _refuse_differing(partial, about, part)
         if part is not None:
@@ -45,7 +50,7 @@ def claimed(partial: Path, output: Path, about: Mapping[str, Any], part: Part | 
 
 def refuse_full(output: Path) -> None:
     """Raises UserError where an output is there that shards would have to be mixed with."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output, output / WORK):
         raise UserError(f"--output {output} is there already and not empty; choose another, or remove it first")
 
 

@@ -78,6 +78,11 @@ class Manifest:
     raw: Mapping[str, Any]
     """As it was read."""
 
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that it names."""
+        return {file.name for split in self.splits.values() for file in (*split.shards, split.index, split.mean_map)}
+
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
     """The manifest of the shards at `place` from its bytes. Raises UserError."""

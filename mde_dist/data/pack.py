@@ -1,8 +1,8 @@
 """Source -> shards: in parallel over processes, resumable shard by shard, published as a whole.
 
-Everything is written into a hidden directory beside the output. A shard and its part file (index rows, statistics)
-stand there once the shard is whole, so a run that was cut off continues behind them; the last step merges the parts and
-renames the directory. The bytes are a function of source and options, not of the number of workers.
+Everything is written into a hidden folder in the output. A shard and its part file (index rows, statistics) stand there
+once the shard is whole, so a run that was cut off continues behind them; the last step merges the parts and moves the
+shards into the output, the manifest last. The bytes are a function of source and options, not of the number of workers.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from safetensors.numpy import save
 
 from .. import __version__
 from ..errors import UserError
-from ..files import atomic_file, leads_nowhere, sha256_of, sync_directory, write_atomic
+from ..files import atomic_file, leads_nowhere, sha256_of, write_atomic
 from ..folders import NOT_UTF8, is_utf8
+from ..publish import publish
 from . import depth
-from .claim import claimed
+from .claim import WORK, claimed, refuse_full
 from .holdout import VAL, hold_out
-from .manifest import FORMAT, INDEX, VERSION, Manifest, ShardInfo, write_manifest, write_split
+from .manifest import FORMAT, INDEX, NAME, VERSION, Manifest, ShardInfo, write_manifest, write_split
 from .pool import Progress, WorkerLost, count, run_jobs
 from .probe import Probe, probe
 from .sources import BadPair, Pair, RawPair, Source
@@ -99,7 +100,7 @@ class Work:
     options: PackOptions
     size: tuple[int, int]
     partial: Path
-    """Hidden directory where shards and parts come to stand until all are there."""
+    """Hidden folder where shards and parts stand until all are there."""
     records: Mapping[str, dict[str, Any]]
     """What the manifest says of a split beside what its shards hold."""
     packed_in: Mapping[str, str] = field(default_factory=dict)
@@ -121,11 +122,11 @@ def pack(
     published then.
     """
     work, jobs, missing = _prepare(source, output, options, probes)
-    with _said(output), claimed(work.partial, output, _about(work), None) as parts:
+    with _said(output), claimed(output, _about(work), None) as parts:
         packed_in = {job.name: name for (first, every), name in parts.items() for job in jobs[first::every]}
         work = replace(work, packed_in=packed_in)
         fingerprints = _pack_jobs(work, jobs, workers, progress)
-        return _publish(work, output.absolute(), _merge(work, jobs, missing, fingerprints))
+        return _publish(work, output, _merge(work, jobs, missing, fingerprints))
 
 
 def pack_part(
@@ -144,7 +145,7 @@ def pack_part(
     """
     work, jobs, _ = _prepare(source, output, options, probes)
     first, every = part
-    with _said(output), claimed(work.partial, output, _about(work), part):
+    with _said(output), claimed(output, _about(work), part):
         _pack_jobs(work, jobs[first::every], workers, progress)
     return len(jobs[first::every])
 
@@ -157,9 +158,8 @@ def _prepare(
     held_out = hold_out(source, options.validation) if options.validation else None
     source = held_out.source if held_out else source
     jobs, missing = plan(source, options)
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial")
     record = {VAL: {"held_out": held_out.record()}} if held_out else {}
-    return Work(_without_pairs(source), options, size, partial, record), jobs, missing
+    return Work(_without_pairs(source), options, size, output / WORK, record), jobs, missing
 
 
 def _about(work: Work) -> dict[str, Any]:
@@ -202,9 +202,9 @@ def _pack_shard(work: Work, job: Job) -> tuple[str, str, list[str]]:
     Without skip_bad the first bad pair ends it unwritten. Raises UserError where a part has packed another one.
     """
     fingerprint = _fingerprint(work, job)
-    part = work.partial / f"{job.name}.part"
+    part, tar = (work.partial / f"{job.name}.{kind}" for kind in ("part", "tar"))
     notes = _open_part(part)[1] if part.is_file() else {}
-    if notes.get("fingerprint") == fingerprint:
+    if notes.get("fingerprint") == fingerprint and tar.is_file():
         count(len(job.pairs))
         return job.name, fingerprint, json.loads(notes["bad"])
     if notes and job.name in work.packed_in:
@@ -215,7 +215,6 @@ def _pack_shard(work: Work, job: Job) -> tuple[str, str, list[str]]:
         )
     part.unlink(missing_ok=True)
     statistics = Statistics.empty(work.size)
-    tar = work.partial / f"{job.name}.tar"
     try:
         rows, bad = _write_tar(work, job, tar, statistics)
     except BadPair as error:
@@ -318,14 +317,8 @@ def _merge(
 
 
 def _publish(work: Work, output: Path, splits: dict[str, Any]) -> Manifest:
-    """Drop what only the work needed, write the manifest, and give the directory its name."""
-    published = {shard["name"] for split in splits.values() for shard in split["shards"]}
-    published |= {split[file]["name"] for split in splits.values() for file in ("mean_map", "index")}
-    for path in work.partial.iterdir():  # parts, and what runs that were cut off have left
-        if path.name not in published:
-            path.unlink()
+    """Write the manifest and move what it names into the output; what only the work needed goes. Raises UserError."""
     manifest = write_manifest(work.partial, work.options.codec, work.size, work.source.layout, splits)
-    sync_directory(work.partial)
-    work.partial.rename(output)  # replaces an empty directory, fails on any other
-    sync_directory(output.parent)
-    return manifest
+    refuse_full(output)  # it was empty when the packing began, which may be hours ago
+    publish(work.partial, output, [*sorted(manifest.files), NAME])
+    return replace(manifest, place=str(output))

@@ -49,7 +49,7 @@ def _repair(directory: Path, verdict: Verdict) -> Manifest:
     quarantine.mkdir(exist_ok=True)
     write_atomic(quarantine / f"manifest{revision}.json", (directory / NAME).read_bytes())
     repaired = write_manifest(directory, before.codec, before.size, before.layout, splits)
-    for file in sorted(_named(before) - _named(repaired)):
+    for file in sorted(before.files - repaired.files):
         if (directory / file).exists():
             (directory / file).rename(quarantine / file)
     sync_directory(directory)
@@ -68,12 +68,6 @@ def _rewrite(report: Report, manifest: Manifest, revision: str) -> Report:
     if written.problems or written.keys != report.keys:
         raise UserError(f"{target} did not come out whole ({written.problems}); nothing was changed")
     return written
-
-
-def _named(manifest: Manifest) -> set[str]:
-    """The files of a manifest."""
-    splits = manifest.splits.values()
-    return {file.name for split in splits for file in (*split.shards, split.index, split.mean_map)}
 
 
 def _revision(directory: Path) -> str:

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..folders import left_behind
 from ..urls import is_remote
 from .cache import Cache
+from .claim import WORK
 from .manifest import NAME, FileInfo, Manifest, command_for, parse_manifest
 from .remote import PATIENCE, Remote, open_remote, read_whole
 
@@ -110,7 +111,9 @@ def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Mani
         data = (directory / NAME).read_bytes()
     except FileNotFoundError:
         advice = f"pack a data set into it with: python -m mde_dist.shard --source DIR --output {directory}"
-        if tars_in(directory):
+        if (directory / WORK).is_dir():
+            advice = "their packing is at work, or was cut off: the command that packs them goes on with it"
+        elif tars_in(directory):
             advice = f"index the tars in it with: {command_for('index', str(directory))}"
         raise UserError(f"{directory} holds no shards (no {NAME}); {advice}") from None
     except OSError as error:
