@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .files import sync_directory, write_atomic
+from .files import sync_directory, write_atomic, writing
 from .folders import list_folder
 
 _LIST = "publishing.json"
@@ -20,11 +20,12 @@ _LIST = "publishing.json"
 def is_free(output: Path, work: Path) -> bool:
     """True where a set may be published in `output`: it is not there, or nobody has put anything into it.
 
-    The files of a publication from `work` that was cut off do not count. Raises OSError.
+    The files of a publication from `work` that was cut off do not count. Raises UserError.
     """
     if not output.is_dir():
         return not output.exists()
-    found = list_folder(output)
+    with writing(f"--output {output}"):
+        found = list_folder(output)
     return {*found.files, *found.folders} <= set(_listed(work)[:-1])
 
 

@@ -23,6 +23,7 @@ from trees import (
     h5_tars,
     labeled_mat,
     marigold,
+    packed_yet,
     picture,
     write,
     write_tar,

@@ -13,7 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import command, run
-from trees import SIZE, bts, contents, densedepth, eight_bit, folder, jpeg_bytes, millimetres, packed, picture, write
+from trees import (
+    SIZE,
+    bts,
+    contents,
+    densedepth,
+    eight_bit,
+    folder,
+    jpeg_bytes,
+    millimetres,
+    packed,
+    packed_yet,
+    picture,
+    write,
+)
 from warm import warm_run
 
 from mde_dist.command import run_command

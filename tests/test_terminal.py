@@ -8,6 +8,7 @@ import re
 import pytest
 from commands import records, small
 from terminals import Terminal
+from trees import packed_yet
 from warm import warm_run, without_pictures
 
 from mde_dist.run.checkpoint import newest_checkpoint
