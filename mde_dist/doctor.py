@@ -19,7 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .checkup.data import check_samples, check_shards, judge_loader, measure_loader
-from .checkup.machine import check_clocks, check_devices, check_environment, check_open_files, check_versions
+from .checkup.machine import (
+    check_clocks,
+    check_devices,
+    check_environment,
+    check_minimums,
+    check_open_files,
+    check_versions,
+)
 from .checkup.panel import Panel, Row
 from .checkup.place import check_disk, check_run
 from .checkup.step import Measured, check_divides, check_network, measure_step
@@ -61,6 +68,7 @@ def examine(config: Config, accelerator: Accelerator, ignored: Sequence[Ignored]
         panel = Panel(accelerator, tell)
         config = check_divides(panel, config)
         check_versions(panel)
+        check_minimums(panel)
         check_environment(panel, ignored)
         check_devices(panel)
         check_clocks(panel)

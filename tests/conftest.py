@@ -4,12 +4,32 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from commands import run, small
+from commands import run, small, start
 
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.sources import rooms
+
+STARTERS = {"gaps", "multiprocessing", "sandbox", "selenium", "subprocess", "terminals", "warm"}
+"""Modules by which test files start processes of their own, as they do by two functions of `commands`."""
+
+
+def starts_processes(module: ModuleType) -> bool:
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if value is run or value is start or str(name).partition(".")[0] in STARTERS:
+            return True
+    return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `fast` the tests of files that start no processes, but for those that are marked as something slower."""
+    for item in items:
+        slower = any(item.get_closest_marker(name) for name in ("distributed", "slow", "long"))
+        if not slower and not starts_processes(item.module):
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch
 from commands import environment, small
 from faults import few_files, forbid_pickle, left_behind, no_locks, out_of_memory, quick_checkup, together
 from test_disk import mount, root_only
+from trees import write
 from warm import warm_run
 
 from mde_dist.checkup import data, machine, step
@@ -217,6 +218,23 @@ def panel() -> Panel:
     found = Panel(lone, lambda word: None)
     found.world, found.hosts, found.nodes = 2, ["one", "two"], [0, 1]
     return found
+
+
+def test_packages_that_a_training_uses_and_that_are_too_old_are_named(panel, tmp_path, monkeypatch):
+    """By the metadata of what is installed, of which Python finds that of this folder first."""
+    extras = {"s3": "s3fs>=2024.6", "wandb": "not-there>=1", "test": "ruff>=0.9"}
+    needs = ["torch>=2.5", "tyro>=1.0", *(f"{need}; extra == '{extra}'" for extra, need in extras.items())]
+    for package in ("mde_dist-0.1.0", "torch-2.5.0+cpu", "tyro-0.9.35", "s3fs-2024.5.1", "ruff-0.1.0"):
+        name, version = package.split("-")
+        lines = [f"Name: {name}", f"Version: {version}"]
+        lines += [f"Requires-Dist: {need}" for need in needs if name == "mde_dist"]
+        write(tmp_path / f"{package}.dist-info/METADATA", "\n".join(lines).encode())
+    monkeypatch.syspath_prepend(tmp_path)
+    machine.check_minimums(panel)
+    (row,) = panel.rows
+    assert row.result == "warn"
+    assert re.findall(r"[a-z0-9]+ \d[\w.]+", row.found) == ["tyro 0.9.35", "s3fs 2024.5.1"]
+    assert row.advice == "pip install 'tyro>=1.0' 's3fs>=2024.6'"
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import re
 import resource
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from .. import __version__
 from ..run.distributed import clock_offsets
@@ -19,6 +21,8 @@ from .panel import Panel, Row
 
 _PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
 _MAY_DIFFER = ("driver",)
+_EXTRAS = ("", "s3", "tensorboard", "wandb")
+"""The extras that a training may use; the empty one stands for what is always needed."""
 _READ_BELOW = (
     "NVIDIA_TF32_OVERRIDE",
     "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -66,6 +70,33 @@ def check_versions(panel: Panel) -> None:
     harmless = set(differ) <= set(_MAY_DIFFER)
     advice = "install the same environment on every node, or activate the same one before the launcher"
     panel.add(Row("versions", "warn" if harmless else "fail", "\n".join(found), advice))
+
+
+def check_minimums(panel: Panel) -> None:
+    """Add a row where packages are older than those that mde_dist is tested with: they may lack what it calls."""
+    answers = panel.ask(too_old, "install the packages of mde_dist anew")
+    if panel.failed("minimum versions", answers) or not any(answer.value for answer in answers):
+        return
+    found = {rank: ", ".join(answer.value.values()) for rank, answer in enumerate(answers) if answer.value}
+    wanted = " ".join(dict.fromkeys(f"'{need}'" for answer in answers for need in answer.value))
+    panel.add(Row("minimum versions", "warn", f"{panel.differing(found)}: never tested", f"pip install {wanted}"))
+
+
+def too_old() -> dict[str, str]:
+    """What mde_dist needs and this rank has an older one of: `NAME>=VERSION` -> name and version as installed."""
+    found = {}
+    try:
+        needs = list(map(Requirement, importlib.metadata.requires("mde_dist") or ()))
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return {}
+    for need in needs:
+        if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in _EXTRAS):
+            continue
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.version(need.name)
+            if not need.specifier.contains(installed, prereleases=True):
+                found[f"{need.name}{need.specifier}"] = f"{need.name} {installed}"
+    return found
 
 
 def check_environment(panel: Panel, ignored: Sequence[Ignored]) -> None:
