@@ -6,9 +6,11 @@ And it may go, or lack letters, while a command is at work.
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import re
 import select
+import sys
 from typing import Any, Literal, TextIO
 
 from rich.console import Console
@@ -52,6 +54,16 @@ def say_once(text: str, file: TextIO | io.TextIOBase | None = None) -> None:
     """A line that every rank has reason to say, once for all of them. `file`: by default stdout."""
     if own_place("RANK") == 0:
         say(text, file=file)
+
+
+_noted = set[str]()
+
+
+def note_once(kind: str, text: str) -> None:
+    """A line on stderr about the first of many files of that kind: once for all ranks and for the workers of a pool."""
+    if kind not in _noted and multiprocessing.parent_process() is None:
+        say_once(f"note: {text}", sys.stderr)
+    _noted.add(kind)
 
 
 class _PlainConsole(Console):

@@ -32,9 +32,10 @@ from .data.shards import open_split
 from .data.store import CacheOptions
 from .errors import UserError
 from .evaluate import held_out_shards
-from .files import locked, write_atomic, writing
+from .files import write_atomic, writing
 from .folders import files_below
 from .learning.model import restore
+from .locks import locked
 from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
 from .programs import FORMATS, OLDEST_TORCH, Run, trace

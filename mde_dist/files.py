@@ -1,20 +1,21 @@
-"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed. And their locks."""
+"""Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
 
-import fcntl
+import errno
 import hashlib
 import os
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
-from .console import say
+from .console import note_once
 from .errors import UserError
 
 UNSEALED = "0" * 64
 """Stands where `sealed` puts a sha256."""
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, 524}
+"""Errors by which a file system says that it lacks a call; the last is the kernel's own ENOTSUPP, which some show."""
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
         temporary.replace(path)
         sync_directory(path.parent)
     finally:
@@ -49,65 +50,37 @@ def writing(what: str | Path, hint: str = "") -> Iterator[None]:
         raise UserError(f"{what}: cannot be written ({error.strerror or error}){hint and '; ' + hint}") from None
 
 
-class Taken(UserError):
-    """Another process holds the lock."""
-
-
-@contextmanager
-def locked(path: Path, taken: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file at `path`, which is made if need be, with its folder; the system frees it when we die.
-
-    `shared`: others may hold it likewise. `wait`: until it is free. Raises Taken with the text `taken` and the one who
-    holds it alone, and OSError.
-    """
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8", errors="replace") as file:
-            _take(file, taken, shared, wait)
-            if not is_at(file, path):  # whoever held it before has removed it, or its folder
-                continue
-            file.truncate(0)
-            file.write("" if shared else f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    if not shared and is_at(file, path):  # its folder may have been renamed
-                        path.unlink()
-                    fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has inherited the descriptor
-            return
-
-
-def _take(file: IO[str], taken: str, shared: bool, wait: bool) -> None:
-    """Raises Taken or OSError."""
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = f"{taken} ({file.read().strip()})".removesuffix(" ()")
-        if not wait:
-            raise Taken(holder) from None
-        say(f"{holder}; waiting for it")
-        fcntl.flock(file, kind)
-
-
-def is_at(file: IO, path: Path) -> bool:
-    """True while an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Make renames in a directory last through a power cut, where its file system can. Raises OSError."""
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError as error:  # it may be written and not be read
+        return _note_unsynced(path, error)
+    try:
+        sync(handle, path)
     finally:
         os.close(handle)
+
+
+def sync(handle: int, path: Path) -> bool:
+    """Have what was written to an open file or directory reach the disk. Raises OSError.
+
+    Returns False, and says so once, where its file system (CIFS, VirtualBox and FUSE for directories) cannot be asked
+    to: then only a power cut can undo it.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _note_unsynced(path, error)
+        return False
+    return True
+
+
+def _note_unsynced(path: Path, error: OSError) -> None:
+    what = f"{path}: its file system cannot be told to flush it to the disk ({error.strerror})"
+    note_once("sync", f"{what}; a power cut may undo what was written last")
 
 
 def leads_nowhere(path: Path) -> bool:

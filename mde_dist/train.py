@@ -24,7 +24,8 @@ from .config import SAMPLE_SHARDS, Config, for_all_ranks, read_config
 from .console import say
 from .data.shards import ShardSet, open_split
 from .errors import UserError
-from .files import locked, writing
+from .files import writing
+from .locks import locked
 from .run.distributed import agree, gather_rows, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag, unless_stopped

@@ -17,10 +17,13 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from commands import environment
 
 
 def gaps(*rules: str) -> dict[str, str]:
@@ -44,3 +47,18 @@ def _library() -> Path:
     source = Path(__file__).with_suffix(".c")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
+
+
+def run_with_gaps(function: Callable[..., None], rules: Sequence[str], *arguments: object) -> str:
+    """Call a function of a test file, with arguments as text, in a process with gaps -> what it says on stderr.
+
+    It fails where the function raises.
+    """
+    name = f"{function.__module__}.{function.__name__}"
+    line = f"import sys, {function.__module__}; {name}(*sys.argv[1:])"
+    env = environment(**gaps(*rules))
+    env["PYTHONPATH"] = f"{Path(__file__).parent}:{env.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", line, *map(str, arguments)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stderr

@@ -20,14 +20,14 @@ from mde_dist.data.repair import LOCK, repair
 from mde_dist.data.sources import open_source
 from mde_dist.data.verify import verify
 from mde_dist.errors import UserError
-from mde_dist.files import Taken, locked
+from mde_dist.locks import Taken, locked
 from mde_dist.train import pack_sample
 
 OPTIONS = PackOptions(samples_per_shard=2)
 HOLD = """
 import sys, time
 from pathlib import Path
-from mde_dist.files import locked
+from mde_dist.locks import locked
 with locked(Path(sys.argv[1]), "taken", shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(60)

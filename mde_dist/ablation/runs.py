@@ -14,7 +14,8 @@ import torch
 
 from ..config import as_toml
 from ..errors import UserError
-from ..files import Taken, locked, write_atomic, writing
+from ..files import write_atomic, writing
+from ..locks import Taken, locked
 from ..run.launcher import PARENT
 from ..run.preemption import StopFlag
 from ..run.records import read_records

@@ -7,7 +7,7 @@ from pathlib import Path
 import simplejpeg
 
 from ..errors import UserError
-from ..files import locked
+from ..locks import locked
 from .claim import WORK
 from .examine import Report, examine_all, record, statistics_of, unique, within
 from .manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest

@@ -5,7 +5,6 @@ sets and runs may share the directory. A crash leaves at most a part, which the 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from ..console import say
 from ..errors import RankError, UserError
-from ..files import is_at, sha256_of, sync_directory
+from ..files import sha256_of, sync, sync_directory
+from ..locks import POLL, Lock, is_at
 from .manifest import FileInfo, ShardInfo
 from .remote import PATIENCE, Closed, PastEnd, Patience, Remote, with_retries
-
-_POLL = 0.1  # seconds between looks at a lock that somebody else holds
 
 
 class Cache:
@@ -126,7 +124,7 @@ class Cache:
                     while data:
                         data = data[file.write(data) :]
             if size == wanted.bytes and digest.hexdigest() == wanted.sha256:
-                os.fsync(file.fileno())
+                sync(file.fileno(), self._path(wanted))
                 return
             file.truncate(0)
         raise RankError(
@@ -172,20 +170,17 @@ def _locked(path: Path, closing: threading.Event, patience: Patience | None = No
     """
     size = 0
     with path.open("a+b", buffering=0) as file:  # unbuffered: nothing of ours may be written once the lock is gone
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if closing.wait(_POLL):
-                    raise Closed from None
-                if patience is not None and os.fstat(file.fileno()).st_size != size:
-                    grown, size = abs(os.fstat(file.fileno()).st_size - size), os.fstat(file.fileno()).st_size
-                    patience.news(grown, ours=False)
+        lock = Lock(file, path)
+        while not lock.take():
+            if closing.wait(POLL):
+                raise Closed
+            if patience is not None and os.fstat(file.fileno()).st_size != size:
+                grown, size = abs(os.fstat(file.fileno()).st_size - size), os.fstat(file.fileno()).st_size
+                patience.news(grown, ours=False)
         try:
             yield file
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough where a child has inherited the descriptor
+            lock.release()
 
 
 def _is_whole(path: Path, wanted: FileInfo) -> bool:
@@ -198,9 +193,11 @@ def _is_whole(path: Path, wanted: FileInfo) -> bool:
 def _unlink_part(part: Path) -> bool:
     """Unlink a part unless somebody is downloading it. Whether it is gone."""
     with contextlib.suppress(FileNotFoundError), part.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        lock = Lock(file, part)
+        if not lock.take():
             return False
-        part.unlink()  # with the lock in hand: one who waits for it then finds the name gone, and begins anew
+        try:
+            part.unlink()  # with the lock in hand: one who waits for it then finds the name gone, and begins anew
+        finally:
+            lock.release()
     return True

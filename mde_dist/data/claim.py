@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import locked, write_atomic
+from ..files import write_atomic
+from ..locks import locked
 from ..publish import is_free, take_back, work_folder
 
 WORK = ".packing"

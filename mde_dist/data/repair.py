@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import atomic_file, locked, sha256_of, sync_directory, write_atomic
+from ..files import atomic_file, sha256_of, sync_directory, write_atomic
+from ..locks import locked
 from .examine import Report, examine, record
 from .manifest import MEMBERS, NAME, Manifest, write_manifest
 from .verify import Verdict

@@ -21,8 +21,9 @@ from typing import Any
 from .. import __version__
 from ..console import say
 from ..errors import UserError
-from ..files import locked, write_atomic, writing
+from ..files import write_atomic, writing
 from ..folders import is_empty
+from ..locks import locked
 from ..weights import MODEL
 from .checkpoint import Checkpoint, load_newest, save_checkpoint
 

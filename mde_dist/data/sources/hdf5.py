@@ -25,12 +25,16 @@ def import_h5py() -> Any:
     return h5py
 
 
+def open_hdf5(file: Path | BinaryIO) -> Any:
+    """Open a file to read from, without HDF5's own locks: a file system may have none, and nobody writes it here."""
+    return import_h5py().File(file, "r", locking=False)
+
+
 @contextmanager
 def opened(file: Path | BinaryIO, path: Path) -> Iterator[Any]:
     """An HDF5 file to read from. Whatever h5py says of a damaged one becomes BadPair with `path`."""
-    h5py = import_h5py()
     try:
-        with h5py.File(file, "r") as entries:
+        with open_hdf5(file) as entries:
             yield entries
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise BadPair(f"{path} is not a readable HDF5 file ({type(error).__name__}: {error})") from None

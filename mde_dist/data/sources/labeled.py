@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import UserError
 from ..depth import DepthScale, to_millimetres
 from .choice import Choice
-from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
+from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, open_hdf5, opened
 from .official import LABELED, official_split
 from .pairs import BadPair, Pair, RawPair, Source, Split
 from .tree import FolderTree, Tree
@@ -93,5 +93,5 @@ class MatReader:
         """The open file. Raises OSError."""
         with self._lock:
             if self._open is None:
-                self._open = import_h5py().File(self._path, "r")
+                self._open = open_hdf5(self._path)
             return self._open
