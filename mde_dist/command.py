@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from .console import lasting, own_place, say
+from .console import alone, lasting, own_place, say
 from .errors import OtherRankError, RankError, UserError
 from .urls import without_keys
 
@@ -50,6 +50,9 @@ Size = Annotated[tuple[int, int], _pair("HxW", _size_from, "x")]
 """Height and width in pixels; written `240x320` on the command line and in TOML."""
 Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
 """Part K of N, from 0; written `0/8`."""
+RUN_DIR = tyro.conf.arg(aliases=("--run-dir",))
+"""A second name of `--run`: torchrun's own parser looks through all that follows its module, takes `--run` for an
+abbreviation of its `--run-path`, and refuses it."""
 
 
 def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None:
@@ -91,7 +94,7 @@ def _run(main: Callable[[list[str]], None]) -> str | int | None:
             say(f"error{where}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if alone():
             raise
         traceback.print_exc()
         say(f"error (rank {rank}): {type(error).__name__}: {_one_line(error)}", file=sys.stderr)

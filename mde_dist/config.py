@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from .command import Size, parse, run_command
+from .command import RUN_DIR, Size, parse, run_command
 from .data.remote import PATIENCE
 from .data.store import CacheOptions
 from .data.views import AugmentConfig, view_size
@@ -143,8 +143,9 @@ class EvaluateConfig:
 class Config:
     """Train a depth model on shards. Without arguments: on rendered rooms, in a few minutes on a CPU."""
 
-    run: Path = Path("runs/rooms")
-    """Run directory. One with checkpoints of the same config is resumed; of another config it is refused."""
+    run: Annotated[Path, RUN_DIR] = Path("runs/rooms")
+    """Run directory. One with checkpoints of the same config is resumed; of another config it is refused. Under
+    torchrun, whose own parser refuses --run, it is --run-dir."""
     debug_from: Path | None = None
     """With --debug: begin where the newest checkpoint in this directory is (RUN/checkpoints, or RUN/failed after a loss
     that was not finite)."""

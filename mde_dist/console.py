@@ -46,8 +46,17 @@ def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
 
 
 def own_place(name: Literal["RANK", "LOCAL_RANK"]) -> int:
-    """Of this process among the ranks, as its launcher says; 0 where it has none, whatever another job left behind."""
-    return int(os.environ.get(name, "0")) if "WORLD_SIZE" in os.environ else 0
+    """Of this process among the ranks, as its launcher says; 0 where it has none, whatever another job left behind.
+
+    A number that is none counts as 0: to find and say so is for `run.environment.check_ranks`.
+    """
+    place = os.environ.get(name, "0")
+    return int(place) if "WORLD_SIZE" in os.environ and place.isdecimal() else 0
+
+
+def alone() -> bool:
+    """True where no launcher promised this process any siblings."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def say_once(text: str, file: TextIO | io.TextIOBase | None = None) -> None:

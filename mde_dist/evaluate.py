@@ -18,12 +18,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 
-from .command import Size, parse, run_command
+from .command import RUN_DIR, Size, parse, run_command
 from .compare import compare
 from .console import open_console, say
 from .data.depth import COUNTS_PER_METRE
@@ -67,8 +67,8 @@ from .urls import hide_key, is_remote
 class EvaluateCommand:
     """Score a model, or a folder of predictions, on the images of a split."""
 
-    run: Path | None = None
-    """Run directory: its newest checkpoint, shards, split and training size are taken."""
+    run: Annotated[Path | None, RUN_DIR] = None
+    """Run directory: its newest checkpoint, shards, split and training size are taken. Under torchrun: --run-dir."""
     checkpoint: Path | None = None
     """A model.safetensors, instead of --run."""
     predictions: Path | None = None

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch
 from . import __version__
 from .card import NAME as CARD
 from .card import Program, write_card
-from .command import Size, parse, run_command
+from .command import RUN_DIR, Size, parse, run_command
 from .console import say
 from .data.augment import resize_image
 from .data.images import IMAGE_SUFFIXES
@@ -62,7 +62,7 @@ class ExportCommand:
 
     output: Path
     """Folder to make; it must not hold anything yet."""
-    run: Path | None = None
+    run: Annotated[Path | None, RUN_DIR] = None
     """Run directory, for the weights of its newest checkpoint."""
     checkpoint: Path | None = None
     """A model.safetensors, instead of --run."""

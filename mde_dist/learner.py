@@ -13,9 +13,10 @@ from safetensors.torch import save as safetensors
 from torch import nn
 
 from .config import Config, as_json
-from .data.views import view_size
+from .data.views import LEAST_CROP, view_size
 from .errors import UserError
 from .learning.ema import Ema
+from .learning.flops import has_spread
 from .learning.guard import Guard
 from .learning.losses import depth_loss
 from .learning.model import build_started
@@ -50,15 +51,16 @@ class Learner:
 
     def __init__(self, config: Config, accelerator: Accelerator, size: tuple[int, int], resumes: bool = False):
         """`size`: of the whole training images, pixels; `resumes`: a checkpoint will be loaded, and the file of
-        `model.weights` is not needed any more. Raises UserError where the model cannot be built."""
+        `model.weights` is not needed any more. Raises UserError where the model cannot be built, or trained."""
         self._config, self._accelerator, self._size = config, accelerator, size
+        check_statistics(config, accelerator, size)
         device = accelerator.device
         model = replace(config.model, weights="none") if resumes else config.model
         built, self.start = build_started(model, config.train.seed)
         """What was taken of `model.weights`."""
         self.bare: nn.Module = built.to(device)
         """The model as it is saved."""
-        if device.type == "cuda" and accelerator.num_processes > 1 and config.train.sync_bn:
+        if shares_statistics(config, accelerator):
             self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
         self.layout = torch.contiguous_format if config.train.channels_last == "off" else torch.channels_last
         """Memory format of the images."""
@@ -190,6 +192,33 @@ class Learner:
         self._accelerator.backward(prediction.sum())
         self.optimizer.zero_grad(set_to_none=True)
         self._guard.restore(torch.ones((), device=device))
+
+
+def shares_statistics(config: Config, accelerator: Accelerator) -> bool:
+    """True where batch norm sees the images of all ranks."""
+    return accelerator.device.type == "cuda" and accelerator.num_processes > 1 and config.train.sync_bn
+
+
+def check_statistics(config: Config, accelerator: Accelerator, size: tuple[int, int]) -> None:
+    """Refuse steps in which a channel has one value to normalise, which has no spread. Raises UserError.
+
+    The last features of an image of up to 32x32 are one value each, and batch norm needs a second image.
+    """
+    view, train = view_size(size, config.augment), config.train
+    parts = accelerator.num_processes * train.accumulate
+    beside = config.model.norm == "batch" and (train.batch_size > parts or shares_statistics(config, accelerator))
+    if max(view) > LEAST_CROP or beside or has_spread(config.model, view):
+        return
+    ways = [f"--train.batch-size {2 * parts} (2 at a time)"] if config.model.norm == "batch" else []
+    ways += ["--train.accumulate 1"] if train.accumulate > 1 and ways else []
+    side = 2 * LEAST_CROP if config.augment.border == 0 else 4 * LEAST_CROP  # a border leaves half of it at least
+    crop = f"--augment.crop {2 * LEAST_CROP}x{2 * LEAST_CROP}" if config.augment.crop is not None else ""
+    ways.append(crop if crop and min(size) >= side else f"--data.size {side}x{side} {crop}".strip())
+    ways += ["--model.norm group"] if config.model.norm == "batch" else []
+    raise UserError(
+        f"1 image of {view[0]}x{view[1]} at a time leaves model.norm {config.model.norm} one value per channel, which "
+        f"has no spread; try {', or '.join(ways)}"
+    )
 
 
 def _name_the_first_bad(name: str, module: nn.Module, _: Any, output: torch.Tensor) -> None:

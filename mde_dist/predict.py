@@ -21,7 +21,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from .command import parse, run_command
+from .command import RUN_DIR, parse, run_command
 from .console import open_console, say
 from .data.images import stray_in_words
 from .errors import UserError
@@ -54,7 +54,7 @@ class PredictCommand:
     output: Path
     """Folder for the results. Those of FOLDER/sub/cat.jpg are sub/cat_depth.png and so on, those of walk.mp4
     walk/000123_depth.png, by the number of the frame."""
-    run: Path | None = None
+    run: Annotated[Path | None, RUN_DIR] = None
     """Run directory, for the weights of its newest checkpoint."""
     checkpoint: Path | None = None
     """A model.safetensors, or the folder that it lies in, instead of --run; it needs nothing else."""

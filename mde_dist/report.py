@@ -10,9 +10,9 @@ report.html in the current directory. With --output the pictures lie beside FILE
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .command import parse, run_command
+from .command import RUN_DIR, parse, run_command
 from .console import say
 from .errors import UserError
 from .files import write_atomic, writing
@@ -30,7 +30,7 @@ NAME = "report.html"
 class ReportCommand:
     """Show a run, or several side by side, on one HTML page, with the curves and panels as PNG files."""
 
-    run: tuple[Path, ...]
+    run: Annotated[tuple[Path, ...], RUN_DIR]
     """Run directories."""
     output: Path | None = None
     """The page; by default RUN/report.html, or report.html here where several runs are named."""

@@ -25,7 +25,8 @@ from mde_dist.checkup.step import Measured, checkpoint_bytes
 from mde_dist.config import read_config
 from mde_dist.data.shards import open_split
 from mde_dist.doctor import duration, verdict
-from mde_dist.learner import Learner
+from mde_dist.errors import UserError
+from mde_dist.learner import Learner, check_statistics
 
 CHECKS = [
     *("batch", "versions", "environment", "devices", "shards", "open files", "run directory", "samples"),
@@ -100,6 +101,7 @@ def test_all_that_is_wrong_is_told_at_once(undisturbed, damaged):
     faults = (partial(few_files, 100), out_of_memory, no_locks)
     faults += (partial(left_behind, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),)
     faults += (partial(left_behind, "NVIDIA_TF32_OVERRIDE", "0"),)
+    faults += (partial(left_behind, "GLOO_SOCKET_IFNAME", "no-such-0"),)
     done, rows = examine(*faults, run=undisturbed, **small(data_shards=damaged, train_seed=3))
     assert done.returncode == 1
     assert rows["shards"][0] == "fail"
@@ -109,6 +111,7 @@ def test_all_that_is_wrong_is_told_at_once(undisturbed, damaged):
     found = rows["environment"][1]
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 (--train.accumulate decides) is not obeyed" in found
     assert "NVIDIA_TF32_OVERRIDE=0" in found
+    assert "GLOO_SOCKET_IFNAME=no-such-0" in found
     assert rows["open files"][:2] == ("fail", "100 allowed, 130 needed")
     assert "ulimit -n 1024" in rows["open files"][2]
     assert rows["memory"][:2] == ("fail", "out of memory with 12 images of 32x32 at a time")
@@ -266,6 +269,16 @@ def test_a_network_that_takes_long_is_no_hindrance(panel, monkeypatch, reduce, r
     assert panel.rows[0].result == result
     assert f"{reduce:.0%} of forward and backward" in panel.rows[0].found
     assert measured.whole == 1 + reduce
+
+
+def test_one_value_per_channel_is_told_as_training_tells_it(panel):
+    panel.world = 1
+    config = read_config(["--model.backbone", "tiny", "--data.size", "32x32", "--train.batch-size", "1"])
+    assert step.measure_step(panel, config, (32, 32), None) == Measured()
+    with pytest.raises(UserError) as told:
+        check_statistics(config, panel.accelerator, (32, 32))
+    (row,) = panel.rows
+    assert (row.check, row.result, f"{row.found}; {row.advice}") == ("memory", "fail", str(told.value))
 
 
 def test_a_check_that_does_not_come_back_is_a_failure(panel):

@@ -42,6 +42,7 @@ def test_every_option_that_the_documents_name_exists(capsys):
         known |= set(re.findall(r"--[a-z][a-z0-9.-]*", capsys.readouterr().out))
     known |= {"--config", "--multi_gpu", "--num_machines", "--num_processes", "--main_process_port", "--same_network"}
     known |= {"--section.field", "--mixed_precision", "--dynamo_backend", "--config_file", "--help"}
+    known |= {"--standalone", "--nproc-per-node"}  # of torchrun
     # of sbatch and scancel
     known |= {"--array", "--nodes", "--gpus-per-node", "--cpus-per-task", "--signal", "--batch"}
     known = {name.replace("_", "-") for name in known}

@@ -1,6 +1,8 @@
 """Variables of the environment do not change the weights that a training ends with."""
 
 import os
+import socket
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 from warm import warm_run
 
+from mde_dist.command import run_command
+from mde_dist.config import read_config
 from mde_dist.console import own_place
 from mde_dist.errors import UserError
-from mde_dist.run.distributed import processes
-from mde_dist.run.environment import ignored_variables, ranks_here
+from mde_dist.run.distributed import processes, promised_processes
+from mde_dist.run.environment import ignored_variables, missing_interface, ranks_here
+from mde_dist.run.rendezvous import read_alone
 
 LEFTOVERS = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -94,6 +99,71 @@ def test_what_says_nothing_that_can_be_understood_is_one_line(monkeypatch, name,
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^{name}={value}: .*unset it"), processes():
         raise AssertionError("it began")
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+"""What torchrun says to one of two ranks."""
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("WORLD_SIZE", ["", "abc", "-1", "0", "1.5"]),
+        ("RANK", ["", "abc", "-1", "2", None]),
+        ("LOCAL_RANK", ["", "abc", "-1", "2", None]),
+        ("LOCAL_WORLD_SIZE", ["", "abc", "0"]),
+        ("MASTER_PORT", ["", "abc", "0", "65536", None]),
+        ("MASTER_ADDR", ["", " ", None]),
+    ],
+)
+def test_what_a_launcher_cannot_have_said_is_one_line_that_names_it(monkeypatch, capsys, name, values):
+    """Also where the command has failed before; nobody is waited for, and no traceback shown."""
+    for value in values:
+        for key, given in (LAUNCHED | {name: value}).items():
+            monkeypatch.delenv(key, raising=False) if given is None else monkeypatch.setenv(key, given)
+        for config in ("no-such.toml", None):
+            with pytest.raises(SystemExit) as stop:
+                run_command(partial(begin, config))
+            said = capsys.readouterr().err
+            assert stop.value.code == 2
+            assert said.startswith("error") and said.count("\n") == 1
+            assert (f"{name} is not set" if value is None else f"{name}={value.strip()}") in said
+
+
+def begin(config: str | None, argv: list[str]) -> None:
+    given = ["--config", config] if config else []
+    _, error = read_alone(lambda: read_config(given), None)
+    with processes(error=error):
+        raise AssertionError("it began")
+
+
+@pytest.mark.parametrize("name", ["no-such-0", "lo,no-such-0"])
+def test_a_network_interface_that_is_not_here_is_named_with_those_that_are(monkeypatch, name):
+    for key, value in LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
+    assert f"GLOO_SOCKET_IFNAME={name}: this machine has no address on no-such-0" in missing_interface(cuda=False)
+    assert "lo" in missing_interface(cuda=False).split("(there are")[1]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert missing_interface(cuda=True) is None
+    for told, cuda, found in (
+        *(("lo", True, True), ("=lo", True, True), ("no-such", False, True), ("no-such", True, False)),
+        *(("=l", True, False), ("l", True, True), ("no-such,lo", True, True), ("^no-such", True, True)),
+        ("^" + ",".join(name for _, name in socket.if_nameindex()), True, False),
+    ):
+        monkeypatch.setenv("NCCL_SOCKET_IFNAME", told)
+        assert (missing_interface(cuda) is None) == found, told
+
+
+def test_launchers_of_which_each_task_started_one_are_told(monkeypatch, capsys):
+    for key, value in (LAUNCHED | {"GROUP_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"}).items():
+        monkeypatch.setenv(key, value)
+    assert promised_processes() == 2
+    assert "SLURM_STEP_NUM_TASKS=4" in capsys.readouterr().err
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
+    assert promised_processes() == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_the_place_that_another_job_had_among_its_ranks_is_not_this_process_s(monkeypatch):

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from .. import __version__
 from ..run.distributed import clock_offsets
-from ..run.environment import Ignored
+from ..run.environment import Ignored, missing_interface
 from .panel import Panel, Row
 
 _PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
@@ -109,7 +109,8 @@ def check_environment(panel: Panel, ignored: Sequence[Ignored]) -> None:
     def look() -> list[str]:
         found = [f"{v} is not obeyed" for v in ignored if v.value != panel.accelerator.mixed_precision]
         read = [f"{name}={os.environ[name]} changes digits or speed" for name in _READ_BELOW if name in os.environ]
-        return found + read
+        missing = missing_interface(panel.accelerator.device.type == "cuda")  # with which several ranks would not start
+        return found + read + ([missing] if missing else [])
 
     answers = panel.ask(look, "")
     texts = {rank: "\n".join(answer.value) for rank, answer in enumerate(answers) if answer.value}

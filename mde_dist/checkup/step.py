@@ -13,7 +13,8 @@ from ..data.augment import prepare
 from ..data.loader import Batch
 from ..data.views import view_size
 from ..errors import UserError
-from ..learner import Learner
+from ..learner import Learner, shares_statistics
+from ..learning.flops import has_spread
 from ..learning.losses import counts
 from ..run.account import peak_memory
 from ..run.checkpoint import newest_record
@@ -72,8 +73,15 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
     accelerator, measured = panel.accelerator, Measured()
     if panel.failed("views", panel.ask(lambda: [*view_size(size, config.augment)], "a smaller --augment.crop")):
         return measured
-    alone = replace(config, train=replace(config.train, sync_bn=False, compile="off"))
-    part = config.train.batch_size // (panel.world * config.train.accumulate)
+    parts = panel.world * config.train.accumulate
+    part = config.train.batch_size // parts
+    if (
+        part == 1
+        and shares_statistics(config, accelerator)
+        and not has_spread(config.model, view_size(size, config.augment))
+    ):
+        part, batch = 2, None  # without the other ranks' images, one is too few
+    alone = replace(config, train=replace(config.train, batch_size=part * parts, sync_bn=False, compile="off"))
     learners: list[Learner] = []
 
     def build() -> list[int]:

@@ -1,4 +1,4 @@
-"""How much arithmetic a model needs: counted on shapes alone, nothing is computed."""
+"""Shapes of a model, without anything computed: how much arithmetic it needs, and whether it can normalise."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,3 +15,14 @@ def training_flops(config: ModelConfig, size: tuple[int, int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.autograd.set_detect_anomaly(False):
         model(image).sum().backward()
     return counter.get_total_flops() // 2
+
+
+def has_spread(config: ModelConfig, size: tuple[int, int]) -> bool:
+    """False where one image of `size` leaves some normalisation a single value of a channel, which torch refuses."""
+    with torch.device("meta"):
+        model, image = skeleton(config), torch.empty(1, 3, *size)
+    try:
+        model(image)
+    except ValueError:
+        return False
+    return True

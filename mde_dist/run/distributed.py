@@ -18,8 +18,8 @@ from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKw
 from torch import distributed, nn
 
 from ..console import say, say_once
-from ..errors import OtherRankError, UserError
-from .environment import count, flag, ignored_variables, ranks_here, without_leftovers
+from ..errors import OtherRankError, RankError, UserError
+from .environment import check_ranks, count, flag, ignored_variables, missing_interface, ranks_here, without_leftovers
 from .launcher import watched_launcher
 from .rendezvous import compare_ranks, raise_first
 
@@ -69,6 +69,7 @@ def processes(
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    error = error or _lost_interface(promised, cuda=not cpu)
     patience = timeout if error is None else min(timeout, _PATIENCE)
     options = [
         InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
@@ -125,15 +126,26 @@ def _leaving_in_order() -> Iterator[list[Accelerator]]:
             distributed.destroy_process_group()
 
 
+def _lost_interface(promised: int, cuda: bool) -> RankError | None:
+    """A network interface that is named for the ranks, but is not here: left out, to meet the others and tell them."""
+    missing = missing_interface(cuda) if promised > 1 or "LOCAL_RANK" in os.environ else None
+    if missing is None:
+        return None
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+    return RankError(missing)
+
+
 def _not_met(failure: Exception) -> str:
-    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    host, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     why = " ".join(str(failure).split())[:200]
     return f"the processes did not meet at {place} ({why}); see whether all nodes were started and can reach it"
 
 
 def promised_processes() -> int:
     """How many processes the launcher says this training has. Raises UserError where it says so to a lone process."""
-    promised = count("WORLD_SIZE")
+    promised = check_ranks()
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # what `accelerate launch --cpu --num_processes N` leaves behind: it starts one process whatever N is
         say(f"note: accelerate started one process; for several: {SEVERAL.format(n='N')}", file=sys.stderr)
@@ -143,6 +155,14 @@ def promised_processes() -> int:
             raise UserError(
                 f"{name}={siblings}, but no launcher gave these processes a rank: they would be {siblings} independent "
                 "trainings; start one `accelerate launch` per node instead of one process per task"
+            )
+        tasks = os.environ.get(name, "")
+        if "GROUP_WORLD_SIZE" in os.environ and tasks.isdecimal() and int(tasks) > count("GROUP_WORLD_SIZE"):
+            launchers = count("GROUP_WORLD_SIZE")
+            say_once(
+                f"note: {name}={tasks}, but {launchers} launcher{'s' * (launchers > 1)} of ranks met: if every task "
+                "started one, they are independent trainings; start one per node, told of the others",
+                file=sys.stderr,
             )
     return promised
 

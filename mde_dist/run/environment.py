@@ -1,11 +1,14 @@
 """Environment of a process: what a launcher says of its ranks, and what accelerate would take for a run's config."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from ..errors import UserError
+from torch import distributed
+
+from ..errors import RankError, UserError
 
 _PREFIX = "ACCELERATE_"
 _KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL", "ACCELERATE_MIXED_PRECISION")
@@ -26,6 +29,7 @@ _DECIDED_BY = {
 }
 """Variables that ask for another training, and the option or rule that decides instead. Other variables only detail
 these."""
+_START = "start with `accelerate launch` or torchrun, which set it"
 _ASKS_NOTHING = ("", "no", "none", "false", "0", "1")
 
 
@@ -86,3 +90,55 @@ def count(name: str) -> int:
 def ranks_here() -> int:
     """Ranks on this machine, as the launcher says; 1 where there was none. Raises UserError."""
     return count("LOCAL_WORLD_SIZE") if "WORLD_SIZE" in os.environ else 1
+
+
+def check_ranks() -> int:
+    """How many processes the launcher says there are: 1 where there is none. Puts MASTER_ADDR without brackets.
+
+    Raises UserError where what it says of them, or RankError where what it says of this one, makes no group.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    world, all_here = count("WORLD_SIZE"), "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "WORLD_SIZE"
+    if world > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"WORLD_SIZE={world}, but {name} is not set; {_START}, or unset WORLD_SIZE")
+    for name, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", all_here)):
+        value = os.environ.get(name, "0")
+        if not value.isdecimal() or int(value) >= count(of):
+            raise RankError(f"{name}={value}: is no number from 0 to {count(of) - 1} ({of}={count(of)}); {_START}")
+    port = os.environ.get("MASTER_PORT", "1")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_PORT={port}: is no port, a number from 1 to {2**16 - 1}; {_START}")
+    if "MASTER_ADDR" in os.environ:
+        host = os.environ["MASTER_ADDR"].strip()
+        if not host:
+            raise UserError(f"MASTER_ADDR=: is no address of the machine of rank 0; {_START}")
+        if host.startswith("[") and host.endswith("]"):  # an IPv6 address as it stands before a port
+            os.environ["MASTER_ADDR"] = host[1:-1]
+    return world
+
+
+def missing_interface(cuda: bool) -> str | None:
+    """Say which interface that gloo, or on GPUs NCCL, is told to use is not on this machine; None where all are."""
+    names = [name for _, name in socket.if_nameindex()]
+    there = f"(there are {', '.join(names)}); name one that has an address, or unset it"
+    told = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    for name in filter(None, told.split(",")):
+        try:
+            distributed.ProcessGroupGloo.create_device(interface=name)
+        except RuntimeError:
+            return f"GLOO_SOCKET_IFNAME={told}: this machine has no address on {name} {there}"
+    told = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    if cuda and told and not any(_nccl_takes(name, told) for name in names):
+        return f"NCCL_SOCKET_IFNAME={told}: names no interface of this machine {there}"
+    return None
+
+
+def _nccl_takes(name: str, told: str) -> bool:
+    """NCCL's rules: prefixes in a list; a leading ^ excludes them, a leading = wants whole names."""
+    prefixes = told.removeprefix("^").removeprefix("=").split(",")
+    whole = told.removeprefix("^").startswith("=")
+    found = any(name == prefix if whole else name.startswith(prefix) for prefix in prefixes)
+    return found != told.startswith("^")

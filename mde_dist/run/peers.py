@@ -62,7 +62,7 @@ def watched_peers(
 def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | None) -> "_Peers":
     """Connect all ranks to rank 0. Raises UserError where one cannot be reached."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    hub = together(accelerator, lambda: socket.create_server(("", 0), backlog=world) if rank == 0 else None)
+    hub = together(accelerator, lambda: _listen(world) if rank == 0 else None)
     port = hub.getsockname()[1] if hub else 0
     # the token keeps strangers out, who may knock at any port of a cluster
     place = torch.tensor([port, secrets.randbits(62)], device=accelerator.device)
@@ -73,6 +73,13 @@ def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | 
         return _answer(hub, token, world) if hub else {0: _call(port, token, rank)}
 
     return _Peers(rank, together(accelerator, connect), stop, silence, run)
+
+
+def _listen(backlog: int) -> socket.socket:
+    """For IPv6 as well, where the system has it: MASTER_ADDR may be such an address, or a name that stands for one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _call(port: int, token: int, rank: int) -> socket.socket:

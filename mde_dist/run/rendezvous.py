@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
+from ..console import alone
 from ..errors import OtherRankError, RankError, UserError
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ def read_alone(read: Callable[[], T], otherwise: T) -> tuple[T, Exception | None
     try:
         return read(), None
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if alone():
             raise
         return otherwise, error
 

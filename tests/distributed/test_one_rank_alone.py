@@ -1,6 +1,7 @@
 """A fault of one rank before the first step: that rank says it, and all end soon."""
 
 import os
+import socket
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 from commands import small
-from faults import elsewhere, mine, together
+from faults import elsewhere, left_behind, mine, together
 from warm import warm_run
 
 from mde_dist import trainer
@@ -55,6 +56,18 @@ def test_a_file_of_options_that_is_on_one_node_only(places):
     assert said.startswith("error (rank 2): --config options.toml: No such file")
 
 
+def test_a_network_interface_that_one_node_lacks(places):
+    done = start("train", places, partial(left_behind_on, 1, "GLOO_SOCKET_IFNAME", "no-such-0"))
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert said.startswith("error (rank 1): GLOO_SOCKET_IFNAME=no-such-0")
+
+
+def left_behind_on(rank: int, name: str, value: str) -> None:
+    if mine(rank):
+        left_behind(name, value)
+
+
 def test_options_that_are_others_on_one_node(places, room_shards):
     for place, seed in zip(places, (3, 4), strict=True):
         (place / "options.toml").write_text(f"[train]\nseed = {seed}\n[data]\ncache = '{place}'\n")
@@ -62,6 +75,44 @@ def test_options_that_are_others_on_one_node(places, room_shards):
     assert done.returncode == 2
     (said,) = errors(done.stderr)
     assert "rank 1" in said and "train.seed is 4, not 3" in said and "cache" not in said
+
+
+ADDS_UP = """
+import torch
+from mde_dist.command import run_command
+from mde_dist.run.distributed import all_sum, processes
+from mde_dist.run.peers import watched_peers
+from mde_dist.run.preemption import StopFlag
+
+def main(argv):
+    with processes() as accelerator, watched_peers(accelerator, StopFlag()):
+        print(all_sum(accelerator, torch.ones(1)).item())
+
+run_command(main)
+"""
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ranks_meet_and_watch_one_another_at_an_ipv6_address(tmp_path, host):
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            pytest.skip("there is no ::1")
+    (tmp_path / "adds_up.py").write_text(ADDS_UP)
+    before = partial(left_behind, "MASTER_ADDR", host)
+    done = warm_run(tmp_path / "adds_up.py", processes=2, before=before, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2.0\n2.0\n"), done.stderr
+
+
+def test_one_small_image_per_rank_is_refused_in_one_line(places, room_shards):
+    given = small(data_shards=room_shards, train_batch_size=2)
+    done = warm_run("train", processes=2, cwd=places[0], run="run", **given)
+    assert done.returncode == 2
+    (said,) = errors(done.stderr)
+    assert "1 image of 32x32" in said and "--train.batch-size 4 " in said
+    assert not list(places[0].iterdir())
 
 
 def test_weights_that_are_on_one_node_only(places, room_shards):
