@@ -47,7 +47,10 @@ def writing(what: str | Path, hint: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{what}: cannot be written ({error.strerror or error}){hint and '; ' + hint}") from None
+        why = error.strerror or str(error)
+        if isinstance(error, FileExistsError) and leads_nowhere(Path(error.filename or what)):
+            why = f"{error.filename or what} is a link that leads nowhere"
+        raise UserError(f"{what}: cannot be written ({why}){hint and '; ' + hint}") from None
 
 
 def sync_directory(path: Path) -> None:

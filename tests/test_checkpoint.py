@@ -171,6 +171,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_removed_later(tmp_
     assert steps(tmp_path) == ["step-00000004"] and len(said) == 3
 
 
+def test_of_an_old_checkpoint_on_another_disk_the_link_goes_and_the_rest_stays(tmp_path):
+    run, other, said = tmp_path / "run", tmp_path / "other", []
+    write(run, 1, keep=2, warn=said.append)
+    (run / "step-00000001").rename(other)
+    (run / "step-00000001").symlink_to(other)
+    assert newest(run) == (1, [])
+    (run / ".step-00000000-1.tmp").symlink_to(other)  # as an earlier version left them
+    for step in (2, 3):
+        write(run, step, keep=2, warn=said.append)
+    assert sorted(path.name for path in run.iterdir()) == ["step-00000002", "step-00000003"]
+    assert (other / MODEL).is_file() and not said
+
+
 def test_nothing_but_safetensors_and_json_is_written(tmp_path):
     target = write(tmp_path, 1)
     assert {path.name for path in target.iterdir()} == {MODEL, OPTIMIZER, STATE}

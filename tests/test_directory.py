@@ -54,6 +54,19 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
+@pytest.mark.parametrize("link", ["run", "run/checkpoints"])
+def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path, link):
+    """Where its checkpoints lie behind a link that leads nowhere, it would begin anew."""
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "disk/run")
+    with (
+        pytest.raises(UserError, match=f"{link} is a link that leads nowhere"),
+        RunDirectory(tmp_path / "run", {}, "", writes=True),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), RunDirectory(tmp_path / "file/run", {}, "", writes=True):

@@ -85,34 +85,40 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
     written there, not even for a moment.
     """
     panel.begin("disk")
-    place = config.run if config.run.is_dir() else nearest(config.run)
+    run, checkpoints = config.run, config.run / "checkpoints"
+    folders = [run if run.is_dir() else nearest(run)]
+    if checkpoints.is_dir() and checkpoints.stat().st_dev != run.stat().st_dev:
+        folders.append(checkpoints)  # on another disk, behind a link
     (name,) = {answer.value for answer in panel.ask(lambda: secrets.token_hex(8) if panel.rank == 0 else None, "")} - {
         None
     }
-    probe = place / f".{name}.tmp"  # a name that training sweeps away
+    probes = [folder / f".{name}.tmp" for folder in folders]  # names that training sweeps away
 
     def write() -> list[int]:
         if panel.rank:
             return []
         if not refused:
-            try:
-                with probe.open("xb") as file:
-                    file.write(bytes(2**16))
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise UserError(
-                    f"{place}: cannot be written ({error.strerror}); give yourself the right to, or another --run"
-                ) from None
-        about = os.statvfs(place)
-        return [about.f_bavail * about.f_frsize, sum(p.stat().st_size for p in config.run.glob("checkpoints/*/*"))]
+            for probe in probes:
+                try:
+                    with probe.open("xb") as file:
+                        file.write(bytes(2**16))
+                        file.flush()
+                        os.fsync(file.fileno())
+                except OSError as error:
+                    raise UserError(
+                        f"{probe.parent}: cannot be written ({error.strerror}); give yourself the right to, or another "
+                        "--run"
+                    ) from None
+        about = os.statvfs(folders[-1])
+        on_it = [file for file in checkpoints.glob("*/*") if not file.parent.is_symlink()]
+        return [about.f_bavail * about.f_frsize, sum(file.lstat().st_size for file in on_it)]
 
     try:
         answers = panel.ask(write, "choose another --run", _LIMIT)
         written = not refused and not any(answer.error for answer in answers)
-        seen = panel.ask(lambda: not written or probe.exists(), "", _LIMIT)
+        seen = panel.ask(lambda: not written or all(probe.exists() for probe in probes), "", _LIMIT)
     finally:
-        if panel.rank == 0:
+        for probe in probes if panel.rank == 0 else ():
             with contextlib.suppress(OSError):  # as where it could not be written
                 probe.unlink()
     if panel.failed("disk", answers):
@@ -120,7 +126,7 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
     free, there = answers[0].value
     keep = config.train.keep
     need = max(checkpoint, checkpoint * (keep + _SPARE) - there)  # what is there makes room as it goes
-    found = f"{in_words(free)} free at {place}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
+    found = f"{in_words(free)} free at {folders[-1]}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
     found += in_words(checkpoint)
     if there:
         found += f", {in_words(there)} of them there"

@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def save_checkpoint(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".step-*.tmp"):  # by a writer that died
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError):
+                _remove(left)
         temporary = _out_of_sight(target)
         temporary.mkdir()
         for name, data in files.items():
@@ -131,9 +133,17 @@ def _prune(directory: Path, keep: int, best: int | None) -> Iterator[str]:
         try:
             if not path.name.startswith("."):
                 path = path.rename(_out_of_sight(path))
-            shutil.rmtree(path)
+            _remove(path)
         except OSError as error:
             yield f"the old checkpoint {path} cannot be removed ({error.strerror}); the next one tries it again"
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of one that was moved to another disk the link only, for it was moved to be kept."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _out_of_sight(path: Path) -> Path:

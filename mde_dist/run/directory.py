@@ -21,7 +21,8 @@ from typing import Any
 from .. import __version__
 from ..console import say
 from ..errors import UserError
-from ..files import write_atomic, writing
+from ..files import refuse_dead_links, write_atomic, writing
+from ..locks import locked
 from ..folders import is_empty
 from ..locks import locked
 from ..weights import MODEL
@@ -152,7 +153,8 @@ class RunDirectory:
         return self.path / MODEL
 
     def refuse_foreign(self) -> None:
-        """Raises UserError where the directory holds something, and no run."""
+        """Raises UserError where the directory holds something, and no run, or stands for what is not there."""
+        refuse_dead_links([self.path, self.path / "checkpoints"])
         known = {"config.toml", "metrics.jsonl", "checkpoints", ".lock"}
         if self.path.is_dir():
             names = {path.name for path in self.path.iterdir()}
