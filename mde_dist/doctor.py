@@ -9,7 +9,6 @@ Prints a table and a verdict. Exit code 0 where training can start, 1 where not.
 import contextlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from .checkup.machine import (
     check_environment,
     check_minimums,
     check_open_files,
+    check_scratch,
     check_versions,
 )
 from .checkup.panel import Panel, Row
@@ -38,6 +38,7 @@ from .run.environment import Ignored, ignored_variables
 from .run.peers import watched_peers
 from .run.preemption import StopFlag
 from .run.rendezvous import read_alone
+from .user import temporary_folder
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WIDTH = 140  # columns of the table where it goes to a file, unless COLUMNS says otherwise
@@ -46,7 +47,7 @@ _WIDTH = 140  # columns of the table where it goes to a file, unless COLUMNS say
 def main(argv: list[str]) -> None:
     config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:  # which trains in a new directory there
-        config = replace(config, run=Path(tempfile.gettempdir(), "mde_dist-debug-new"))
+        config = replace(config, run=Path(temporary_folder(), "mde_dist-debug-new"))
     ignored = ignored_variables()  # before they are taken out
     with (
         processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
@@ -74,6 +75,7 @@ def examine(config: Config, accelerator: Accelerator, ignored: Sequence[Ignored]
         check_clocks(panel)
         splits = check_shards(panel, config, opened)
         check_open_files(panel, sum(split.most_open for split in splits or ()))
+        check_scratch(panel)
         start = check_run(panel, config, splits)
         speeds, batch = None, None
         if splits:

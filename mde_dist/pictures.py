@@ -1,5 +1,6 @@
 """Depth as colours: panels and single maps, as pixels and as image files. The only place that loads matplotlib."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -45,15 +46,21 @@ class Thumbnail:
 def load_matplotlib() -> Any:
     """The module, with figure, backends.backend_agg, colors and ticker; also where MPLBACKEND names a backend that is
     not there, as in what a notebook starts: nothing here opens a window. Raises UserError."""
-    backend = os.environ.pop("MPLBACKEND", None)
+    backend, log = os.environ.pop("MPLBACKEND", None), logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a user without a home reads at length that the cache is in a temporary folder
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.colors
         import matplotlib.figure
         import matplotlib.ticker
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"matplotlib cannot be loaded ({error}); see MATPLOTLIBRC and the files matplotlibrc") from None
+        raise UserError(
+            f"matplotlib cannot be loaded ({error}); see MATPLOTLIBRC and the files matplotlibrc, and whether TMPDIR "
+            "can be written"
+        ) from None
     finally:
+        log.setLevel(level)
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if backend is not None:

@@ -35,12 +35,13 @@ from .run.scores import show_scores
 from .scoring import Interrupted
 from .stream import poisoned, share_news, take_share, training_stream
 from .trainer import Trainer, opened_trainer
+from .user import temporary_folder
 
 
 def main(argv: list[str]) -> None:
     config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:
-        config = replace(config, run=Path(tempfile.mkdtemp(prefix="mde_dist-debug-")))
+        config = replace(config, run=Path(tempfile.mkdtemp(prefix="mde_dist-debug-", dir=temporary_folder())))
     stop = StopFlag()
     with (
         processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,

@@ -29,7 +29,7 @@ from mde_dist.errors import UserError
 from mde_dist.learner import Learner, check_statistics
 
 CHECKS = [
-    *("batch", "versions", "environment", "devices", "shards", "open files", "run directory", "samples"),
+    *("batch", "versions", "environment", "devices", "shards", "open files", "scratch", "run directory", "samples"),
     *("memory", "network", "loader", "disk"),
 ]
 """Rows of one process, in their order."""
@@ -148,13 +148,21 @@ def test_damaged_samples_are_named(damaged, tmp_path):
 
 @root_only
 def test_a_disk_without_room_for_the_checkpoints(room_shards, tmp_path):
-    if not mount(tmp_path, 250):
+    """They lie on another disk than the run, behind a link; one was moved from there, and its file is gone."""
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    moved = run / "moved"
+    disk.mkdir()
+    moved.mkdir(parents=True)
+    (run / "checkpoints").symlink_to(disk)
+    (moved / "model.safetensors").symlink_to(tmp_path / "gone")
+    if not mount(disk, 250):
         pytest.skip("no file system can be mounted here")
     try:
-        done, rows = examine(run=tmp_path / "new/run", **small(data_shards=room_shards, model_backbone="resnet18"))
-        left = list(tmp_path.iterdir())
+        (disk / "step-00000001").symlink_to(moved)
+        done, rows = examine(run=run, **small(data_shards=room_shards, model_backbone="resnet18"))
+        left = [*disk.glob(".*"), *run.glob(".*")]
     finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
     assert done.returncode == 1
     assert rows["disk"][0] == "fail"
     assert "262 MB free" in rows["disk"][1]

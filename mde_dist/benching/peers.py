@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import writing
 from ..run.distributed import processes
 from ..train import make_sample
+from ..user import temporary_folder
 from .metres import metres
 from .peer_pairs import Truth, bytes_in, bytes_in_shards, take_pairs
 from .peer_scripts import PEERS, Peer, PeerFailed, call, chosen_interpreters, interpreter_of
@@ -93,7 +94,7 @@ def bench(options: Options) -> Result:
         pairs = min(options.pairs, len(shards))
         if pairs < options.batch:
             raise UserError(f"{data.shards} has {pairs} pairs in {data.train_split}, less than a batch")
-        work = options.work or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mde_dist-peers-")))
+        work = options.work or Path(opened.enter_context(tempfile.TemporaryDirectory(dir=temporary_folder())))
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)
         task = _Task(options, shards, pairs, work, Truth(shards, pairs), at_hand[: counts[-1]])

@@ -16,6 +16,7 @@ from ..console import say
 from ..errors import UserError
 from ..run.distributed import SEVERAL
 from ..train import check_batch
+from ..user import temporary_folder
 from .loader import chosen_counts
 from .pinned import own_environment
 from .result import Column, Result, Table, Timing, cores_at_hand, cpu_name, plain_config
@@ -59,7 +60,7 @@ def bench(options: Options) -> Result:
     counts = chosen_counts(options.ranks, gpus or len(cores_at_hand()), "ranks")
     configs = [at_ranks(config, ranks, counts[-1], options.strong) for ranks in counts]
     rows, device = list[dict[str, Any]](), ""
-    with tempfile.TemporaryDirectory(prefix="mde_dist-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mde_dist-bench-", dir=temporary_folder()) as folder:
         for ranks, its in zip(counts, configs, strict=True):
             say(f"measuring {ranks} rank{'s' if ranks > 1 else ''}, batch {its.train.batch_size}")
             record = launched(its, ranks, options, Path(folder))

@@ -1,10 +1,11 @@
-"""The machines: versions, devices, clocks, files that may be open."""
+"""The machines: versions, devices, clocks, files that may be open, and where those that do not stay are put."""
 
 import importlib.metadata
 import os
 import platform
 import re
 import resource
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,9 +16,11 @@ import torch
 from packaging.requirements import Requirement
 
 from .. import __version__
+from ..errors import UserError
 from ..run.distributed import clock_offsets
 from ..run.environment import Ignored, missing_interface
-from .panel import Panel, Row
+from ..user import temporary_folder
+from .panel import Panel, Row, in_words
 
 _PACKAGES = ("torchvision", "accelerate", "numpy", "safetensors", "simplejpeg", "numcodecs")
 _MAY_DIFFER = ("driver",)
@@ -34,6 +37,8 @@ _READ_BELOW = (
 _CLOCK_WARN, _CLOCK_FAIL = 2.0, 60.0  # seconds
 _MARGIN = 128  # descriptors for libraries, devices, logs, checkpoints and pipes
 _DRIVER = Path("/proc/driver/nvidia/version")
+_SHARED = Path("/dev/shm")
+_FOR_GPUS = 10**9  # bytes of it: NCCL takes ten million for each of some channels of each pair, NVIDIA advises 1 GB
 
 
 def versions() -> dict[str, str]:
@@ -201,3 +206,42 @@ def check_open_files(panel: Panel, shards_open: int) -> None:
         panel.add(Row("open files", "fail", panel.differing(low), advice))
     else:
         panel.add(Row("open files", "ok", f"{min(limits)} allowed, {need} needed ({shards_open} shards)"))
+
+
+def check_scratch(panel: Panel) -> None:
+    """Room for files that do not stay: launchers of several ranks, compilers and pictures want it, and NCCL does."""
+    panel.begin("scratch")
+    answers = panel.ask(lambda: look_at_scratch(torch.cuda.device_count()), "see what is mounted there")
+    if panel.failed("scratch", answers):
+        return
+    found = {node: answers[node].value for node in dict.fromkeys(panel.nodes)}
+    lacking = {node: text for node, (text, *advice) in found.items() if advice}
+    advice = dict.fromkeys(line for _, *lines in found.values() for line in lines)
+    if lacking:
+        panel.add(Row("scratch", "warn", panel.differing(lacking), "\n".join(advice)))
+    else:
+        panel.add(Row("scratch", "ok", found[0][0]))
+
+
+def look_at_scratch(gpus: int) -> list[str]:
+    """What this machine has, and a line of advice for each thing that a training on so many GPUs may miss."""
+    advice, room = [], 0
+    try:
+        found = f"temporary files in {temporary_folder()}"
+    except UserError as error:
+        found, _, todo = str(error).partition("; ")
+        advice.append(todo)
+    try:
+        with tempfile.TemporaryFile(dir=_SHARED) as file:
+            file.write(bytes(1))
+        about = os.statvfs(_SHARED)
+        room = about.f_bavail * about.f_frsize
+        shared = f"{in_words(room)} free in {_SHARED}"
+    except OSError as error:
+        shared = f"{_SHARED} cannot be written ({error.strerror})"
+    if gpus > 1 and room < _FOR_GPUS:
+        advice.append(
+            f"GPUs of a node talk through {_SHARED}: docker run --shm-size=1g (Kubernetes: an emptyDir of medium "
+            "Memory mounted there), or NCCL_SHM_DISABLE=1"
+        )
+    return [f"{found}; {shared}", *advice]

@@ -22,7 +22,6 @@ from .. import __version__
 from ..console import say
 from ..errors import UserError
 from ..files import refuse_dead_links, write_atomic, writing
-from ..locks import locked
 from ..folders import is_empty
 from ..locks import locked
 from ..weights import MODEL
