@@ -16,6 +16,7 @@ import tyro
 
 from .console import alone, lasting, own_place, say
 from .errors import OtherRankError, RankError, UserError
+from .files import decode_text
 from .urls import without_keys
 
 T = TypeVar("T")
@@ -129,8 +130,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
 def toml_arguments(path: Path) -> list[str]:
     """A TOML file as command-line arguments. Raises UserError."""
     try:
-        with path.open("rb") as file:
-            return list(arguments_of(tomllib.load(file)))
+        return list(arguments_of(tomllib.loads(decode_text(path.read_bytes()))))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

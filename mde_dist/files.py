@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name, flushed to the disk, renamed."""
 
+import codecs
 import errno
 import hashlib
 import os
@@ -51,6 +52,23 @@ def writing(what: str | Path, hint: str = "") -> Iterator[None]:
         if isinstance(error, FileExistsError) and leads_nowhere(Path(error.filename or what)):
             why = f"{error.filename or what} is a link that leads nowhere"
         raise UserError(f"{what}: cannot be written ({why}){hint and '; ' + hint}") from None
+
+
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file: UTF-8, or UTF-16 as Windows writes it, with or without the mark of its kind in front.
+
+    UTF-16 without a mark is known by ASCII letters, of which every second byte is 0. Raises UnicodeError.
+    """
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding)
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if len(data) % 2 == 0 and max(even, odd) > max(len(data) // 8, 4 * min(even, odd)):
+        return data.decode("utf-16-be" if even > odd else "utf-16-le")
+    return data.decode()
 
 
 def sync_directory(path: Path) -> None:

@@ -34,6 +34,13 @@ def test_both_ways_to_name_the_file(tmp_path, argument):
     assert read_config([text.replace("FILE", str(file)) for text in argument]).optim.lr == 0.5
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_file_as_editors_of_windows_save_it(tmp_path, encoding):
+    file = tmp_path / "mine.toml"
+    file.write_bytes("# größer\r\n[optim]\r\nlr = 0.5\r\n".encode(encoding))
+    assert read_config(["--config", str(file)]).optim.lr == 0.5
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_that_come_along_are_read(path):
     assert len(CONFIGS) >= 2

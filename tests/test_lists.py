@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from trees import bts, h5, jpeg_bytes, labeled_mat, marigold, millimetres, newcrfs, picture, write
+from hypothesis import given
+from hypothesis import strategies as st
+from trees import bts, densedepth, h5, jpeg_bytes, labeled_mat, marigold, millimetres, newcrfs, picture, write
 
 from mde_dist.data.sources import open_source
 from mde_dist.data.sources.official import official_split
+from mde_dist.data.sources.rows import read_rows
 from mde_dist.errors import UserError
 from mde_dist.shard import main
+from mde_dist.source import open_checked
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")
@@ -130,13 +136,13 @@ H5_LINE = "data/nyudepth_hdf5/train/a/00001.h5\n"
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        (NEWCRFS, "rgb depth filled\n" + LINE, "row 1: 'rgb,depth,filled' is a heading"),
+        (NEWCRFS, "rgb depth filled\n", "lists no pairs"),
         (NEWCRFS, LINE + LINE, "row 2: sync/a/1.jpg is listed twice"),
         (NEWCRFS, "C:\\nyu\\1.jpg C:\\nyu\\1.png\n", "row 1: 'C:/nyu/1.jpg' leaves"),
         (NEWCRFS, "/../1.jpg 1.png\n", "leaves"),
-        (NEWCRFS, LINE + "a/2.jpg\0 a/2.png b.png\n", "row 2: 'a/2.jpg\\x00' leaves"),
+        (NEWCRFS, LINE + "a/2.jpg\0 a/2.png b.png\n", "row 2: 'a/2.jpg\\x00"),
         (NEWCRFS, "", "lists no pairs"),
-        ("data/nyu2_train.csv", "image,depth\ndata/1.jpg,data/1.png\n", "row 1: 'image,depth' is a heading"),
+        (NEWCRFS, "# of the kitchen\n\nonly-an-image.jpg\n", "row 3: expected an image and a depth path"),
         ("data/nyu2_train.csv", "a" * 200_000 + ",b\n", "not a readable list"),
         ("filename_list_train.txt", LINE + "\\\\server\\..\\x.png b.png c.png\n", "row 2"),
         ("nyudepth_hdf5_train.csv", "Name\n", "lists no pairs"),
@@ -152,6 +158,120 @@ def test_lists_that_cannot_be_right_are_one_line_with_their_row(
     said = said_of(tmp_path)
     assert str(tmp_path / name) in said
     assert words in said
+
+
+def test_a_list_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path / NEWCRFS, "büro/1.jpg büro/1.png\n".encode("latin-1"))
+    said = said_of(tmp_path)
+    assert str(tmp_path / NEWCRFS) in said
+    assert "UTF-8" in said
+
+
+def test_paths_that_lead_nowhere_are_one_line_that_says_which_folder_is_wanted(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", "".join(f"/mnt/{i}/a/{i}.jpg,/mnt/{i}/a/{i}.png\n" for i in range(3)).encode())
+    with pytest.raises(UserError, match="--source has to be the folder") as error:
+        open_checked(tmp_path, None, (), (f"train={tmp_path / 'train.csv'}",))
+    assert "\n" not in str(error.value)
+
+
+# --- the same pairs, however their list is written ---
+
+NAMES = [
+    ("living room/rgb 1.jpg", "living room/depth 1.png"),
+    ("客厅 一/一.jpg", "客厅 一/二.png"),
+    ("b/3.jpg", "b/3.png"),
+]
+
+
+def spelled(separator: str = ",", quoting: int = csv.QUOTE_MINIMAL, start: str = "", heading: str = "") -> str:
+    text = io.StringIO()
+    rows = [[start + image, start + depth] for image, depth in NAMES]
+    csv.writer(text, delimiter=separator, quoting=quoting, lineterminator="\n").writerows(rows)
+    return heading + text.getvalue()
+
+
+PLAIN = spelled()
+WRITTEN: dict[str, str | bytes] = {
+    "commas": PLAIN,
+    "commas and blanks": PLAIN.replace(",", ", "),
+    "tabs": spelled("\t"),
+    "semicolons": spelled(";", heading="rgb;depth\n"),
+    "quotes": spelled(quoting=csv.QUOTE_ALL),
+    "blanks, quotes": spelled(" "),
+    "blanks": PLAIN.replace(",", "  "),
+    "blanks, focal length": PLAIN.replace(",", " ").replace("\n", " 518.8579\n"),
+    "a mark": "\ufeff".encode() + PLAIN.encode(),
+    "UTF-16": PLAIN.encode("utf-16"),
+    "UTF-16, big-endian, a mark": "\ufeff".encode("utf-16-be") + PLAIN.encode("utf-16-be"),
+    "UTF-16 without a mark": PLAIN.encode("utf-16-le"),
+    "UTF-16, big-endian, without a mark": PLAIN.encode("utf-16-be"),
+    "lines of Windows": PLAIN.replace("\n", "\r\n\r\n"),
+    "lines of old Macs": PLAIN.replace("\n", "\r"),
+    "pandas": ",image,depth\n" + "".join(f"{i},{row}\n" for i, row in enumerate(PLAIN.splitlines())),
+    "an index": "".join(f"{i}\t{row}\n" for i, row in enumerate(spelled("\t").splitlines())),
+    "comments": "# of my flat\n" + PLAIN.replace("\n", "\n# more, and more\n"),
+    "the folder itself": spelled(start="./"),
+    "Windows": spelled(start="./").replace("/", "\\"),
+    "another Linux": spelled(start="/home/alice/my data/nyu/"),
+    "another Windows": spelled(start="C:/Users/Alice/nyu/").replace("/", "\\"),
+    "a share": spelled(start="//nas/nyu/").replace("/", "\\"),
+    "the folder above": spelled(start="../nyu/"),
+    "blanks, another Linux": spelled(start="/home/alice/my data/").replace(",", " "),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_a_list_is_read_however_it_is_written(tmp_path: Path, form: str) -> None:
+    for name in (name for row in NAMES for name in row):
+        write(tmp_path / "tree" / name, b"")
+    text = WRITTEN[form]
+    write(tmp_path / "list.txt", text if isinstance(text, bytes) else text.encode())
+    source = open_source(tmp_path / "tree", lists={"train": tmp_path / "list.txt"})
+    assert [(pair.image, pair.depth) for pair in source.splits["train"].pairs] == NAMES
+    cut = [note for note in source.notes if "taken without" in note]
+    assert len(cut) == (
+        form in ("another Linux", "another Windows", "a share", "the folder above", "blanks, another Linux")
+    )
+
+
+def test_what_is_left_out_of_paths_is_the_least_with_which_they_are_there(tmp_path: Path) -> None:
+    """And the same for all, though a shorter end of the first one is there, too."""
+    rows = [[f"/mnt/a/train/{i}.jpg", f"/mnt/b/a/train/{i}.png"] for i in range(12)]
+    for name in ("train/0.jpg", "0.jpg", *(f"a/train/{i}.{suffix}" for i in range(3, 12) for suffix in ("jpg", "png"))):
+        write(tmp_path / name, b"")
+    write(tmp_path / "train.csv", "".join(f"{image},{depth}\n" for image, depth in rows).encode())
+    source = open_source(tmp_path, lists={"train": tmp_path / "train.csv"})
+    pairs = source.splits["train"].pairs
+    assert [(pair.image, pair.depth) for pair in pairs] == [(f"a/train/{i}.jpg", f"a/train/{i}.png") for i in range(12)]
+    (note,) = (note for note in source.notes if "taken without" in note)
+    assert note.endswith("without mnt and mnt/b")
+
+
+def test_paths_of_a_layout_with_lists_of_its_own_are_cut_as_well(tmp_path: Path) -> None:
+    for make in (densedepth, lambda root: h5(root, lists=True)):
+        root = make(tmp_path / make.__name__)
+        plain = open_source(root).splits
+        for path in root.rglob("*.csv"):
+            lines = path.read_text().splitlines()
+            text = "".join(",".join(f"/scratch/bob/{name}" for name in line.split(",")) + "\n" for line in lines)
+            path.write_text(text.replace("/scratch/bob/Name", "Name"))
+        assert open_source(root).splits == plain
+
+
+NAME = st.text(st.sampled_from("ab1 ,;#'é一.-"), min_size=1, max_size=9).map(lambda text: f"{text}x".strip())
+
+
+@given(
+    st.lists(st.tuples(NAME, NAME), min_size=1, max_size=5),
+    st.sampled_from("\t;,"),
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+def test_what_is_written_as_a_table_comes_back(names: list[tuple[str, str]], separator: str, encoding: str) -> None:
+    rows = [[f"{image}.jpg", f"{depth}.png"] for image, depth in names]
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator).writerows(rows)
+    there = {column for row in rows for column in row}.__contains__
+    assert [row for _, row in read_rows(text.getvalue().encode(encoding), there)] == rows
 
 
 @pytest.mark.parametrize("make", [newcrfs, marigold, lambda root: h5(root, lists=True)])

@@ -304,7 +304,6 @@ ROW = "data/nyu2_train/a_out/1.jpg,data/nyu2_train/a_out/1.png\n"
         (ROW + "data/2.jpg,../1.png\n", "row 2", "leaves"),
         ("C:/nyu/1.jpg,C:/nyu/1.png\n", "row 1", "leaves"),
         (ROW + "data/2.jpg\n", "row 2", "expected an image and a depth path"),
-        ("data/2.jpg data/2.png\n", "row 1", "expected an image and a depth path"),
         (ROW + "data/2.jpg,\n", "row 2", ""),
         (ROW + ",data/2.png\n", "row 2", ""),
         ("", "", "no pairs"),

@@ -23,6 +23,7 @@ from typing import Any
 from ..command import arguments_of, parse
 from ..config import FREE, Config, checked, flat
 from ..errors import UserError
+from ..files import decode_text
 from ..results import EVALUATIONS
 from ..weights import MODEL
 
@@ -136,7 +137,7 @@ def read_table(path: Path, output: Path) -> Table:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(decode_text(path.read_bytes()))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -56,6 +56,12 @@ def probe(source: Source) -> dict[str, Probe]:
                 raw.append(found)
             except BadPair as error:
                 bad.append(str(error))
+        tried = [split.pairs[place] for place in chosen]
+        if not raw and all(source.place(pair.image) in source.missing(pair) for pair in tried):
+            raise UserError(
+                f"split {name}: {source.place(tried[0].image)} is missing, and so are the other images "
+                "that were tried; --source has to be the folder that the paths of its list start from"
+            )
         if not raw:
             raise UserError(f"split {name}: none of the pairs that were tried can be used; {bad[-1]}")
         millimetres = np.concatenate([pair.depth.reshape(-1) for pair in raw])

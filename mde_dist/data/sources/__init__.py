@@ -6,6 +6,7 @@ From a file's bytes to a recognised data set, each of these imports only from th
     tree        files by name, in a folder or in a ZIP
     pictures    pairs of two picture files
     keys        paths of images -> names of pairs in the shards
+    rows        the text of a list -> rows of columns
     lists       lists of files -> pairs
     official    the official split, and how many pairs each layout has
     choice      what the user chose: layout, scales, lists, depth map

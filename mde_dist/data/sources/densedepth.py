@@ -3,9 +3,11 @@
 8-bit depth 0..10 m for training, 16-bit millimetres for test; both filled.
 """
 
+from pathlib import PurePosixPath
+
 from ..depth import DENSEDEPTH_8BIT, MILLIMETRES
 from .choice import Choice
-from .lists import find_list, pairs_of
+from .lists import find_list, locate_list, pairs_of
 from .pairs import Source, Split
 from .pictures import PictureReader
 from .tree import FolderTree, Tree, is_named
@@ -21,9 +23,13 @@ def densedepth(tree: Tree, choice: Choice) -> Source | None:
     if not has and not (choice.lists and choice.layout == "densedepth"):
         return None
     base, splits = has[0] if has else tree, {}
+    notes: list[str] = []
     for split, declared in (("train", DENSEDEPTH_8BIT), ("test", MILLIMETRES)):
-        listed = find_list(base, [f"data/nyu2_{split}.csv"], choice.lists.get(split), comma=True)
+        listed = find_list(base, [f"data/nyu2_{split}.csv"], [""], choice.lists.get(split))
         if listed:
             choice.only("filled", "densedepth")
-            splits[split] = Split(pairs_of(listed, "", "data"), choice.scale(split, declared), "filled")
-    return Source("densedepth", base.root, splits, PictureReader(base)) if splits else None
+            listed = locate_list(base, listed, [""])
+            notes += listed.notes(split)
+            pairs = pairs_of(listed, listed.base, str(PurePosixPath(listed.base, "data")))
+            splits[split] = Split(pairs, choice.scale(split, declared), "filled")
+    return Source("densedepth", base.root, splits, PictureReader(base), tuple(notes)) if splits else None

@@ -21,7 +21,7 @@ from ..tars import members
 from .choice import Choice
 from .hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
 from .keys import unique_keys
-from .lists import FileList, find_base, find_list, inside
+from .lists import FileList, find_list, inside, locate_list
 from .pairs import BadPair, Pair, RawPair, Source, Split
 from .tree import FolderTree, Tree, Unreadable, check_size, whole_folders
 
@@ -39,26 +39,22 @@ def h5(tree: Tree, choice: Choice) -> Source | None:
         return _tars(tree, choice)
     import_h5py()
     choice.none("h5")
-    splits = {}
+    splits, notes = {}, [_VAL] if "test" in lists else []
     for split, listed in lists.items():
-        base = find_base(tree, listed, _BASES)
-        splits[split] = Split(_pairs(listed, base, _NAMES[split]), choice.scale(split, FLOAT_METRES))
-    return Source("h5", tree.root, splits, H5Reader(tree), (_VAL,) if "test" in splits else ())
+        listed = locate_list(tree, listed, _BASES)
+        notes += listed.notes(split)
+        splits[split] = Split(_pairs(listed, listed.base, _NAMES[split]), choice.scale(split, FLOAT_METRES))
+    return Source("h5", tree.root, splits, H5Reader(tree), tuple(notes))
 
 
 def _listed(tree: Tree, split: str, choice: Choice) -> FileList | None:
-    """A list of one column, headed `Name`; its rows without what leads to the folder of `train` and `val`."""
+    """A list of one column, its rows without what leads to the folder of `train` and `val`."""
     name = f"{_HOME}_{_NAMES[split]}.csv"
-    listed = find_list(tree, [name, f"data/{name}", f"{_HOME}/{name}", f"data/{_HOME}/{name}"], choice.lists.get(split))
-    if listed is None:
-        return None
-    headed = listed.rows[0] == ["Name"]
-    rows = [[row[0].rpartition(f"{_HOME}/")[2], *row[1:]] for row in listed.rows[headed:]]
-    if not rows:
-        raise UserError(f"{listed.place} lists no pairs")
-    if not headed and not rows[0][0].endswith(".h5"):
-        return None  # a list of another layout
-    return FileList(listed.place, rows, 1 + headed)
+    names = [str(PurePosixPath(base, name)) for base in ("", "data", _HOME, f"data/{_HOME}")]
+    listed = find_list(tree, names, _BASES, choice.lists.get(split))
+    if listed is None or not listed.rows[0][0].endswith(".h5"):
+        return None  # or a list of another layout
+    return replace(listed, rows=[[row[0].rpartition(f"{_HOME}/")[2], *row[1:]] for row in listed.rows])
 
 
 def _walked(tree: Tree, split: str) -> FileList | None:
@@ -78,8 +74,7 @@ def _walked(tree: Tree, split: str) -> FileList | None:
 
 def _pairs(listed: FileList, base: str, drop: str) -> tuple[Pair, ...]:
     names, places, pairs = [], [], []
-    for number, row in enumerate(listed.rows, listed.first):
-        where = f"{listed.place}, row {number}"
+    for where, row in listed.places():
         if len(row) != 1 or not row[0].endswith(".h5"):
             raise UserError(f"{where}: expected the path of an .h5 file, found {' '.join(row)!r}")
         path = inside(row[0], base, where)

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from ..depth import MILLIMETRES
 from ..images import IMAGE_SUFFIXES
 from .choice import Choice
-from .lists import FileList, find_base, find_list, pairs_of
+from .lists import FileList, find_list, locate_list, pairs_of
 from .pairs import AS_GIVEN, Source, Split
 from .pictures import PictureReader
 from .tree import Tree, is_named, whole_folders
@@ -28,6 +28,9 @@ class _Kind:
     """In which they may lie."""
     bases: Mapping[str, Sequence[str]]
     """Folders from which a split's paths may start; the first one where no file is found."""
+
+    def bases_of(self, split: str) -> Sequence[str]:
+        return self.bases.get(split, self.bases["train"])
 
 
 _BTS = _Kind(
@@ -62,7 +65,7 @@ def _lists(kind: _Kind, tree: Tree, choice: Choice) -> dict[str, FileList]:
     found = {}
     for split in ("train", "test", *sorted(set(choice.lists) - {"train", "test"})):
         names = [str(PurePosixPath(folder, name.format(split))) for folder in kind.folders for name in kind.names]
-        listed = find_list(tree, names, choice.lists.get(split))
+        listed = find_list(tree, names, kind.bases_of(split), choice.lists.get(split))
         if listed and (split not in choice.lists or choice.layout == kind.name or _is_of(listed, kind)):
             found[split] = listed
     return found
@@ -84,13 +87,15 @@ def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Choi
         choice.none(f"{kind.name} with these lists")
     splits, notes = {}, []
     for split, listed in lists.items():
-        base = find_base(tree, listed, kind.bases.get(split, kind.bases["train"]))
+        listed = locate_list(tree, listed, kind.bases_of(split))
+        base = listed.base
         column = 2 if split in two and choice.depth_map == "filled" else 1
         pairs = pairs_of(listed, base, _drop(kind, base, split), depth=column)
         held = ("raw" if column == 1 else "filled") if split in two else AS_GIVEN
         splits[split] = Split(pairs, choice.scale(split, MILLIMETRES), held)
         if listed.place.suffix:
             notes.append(f"{split}: listed in {listed.place.name}, with paths below {base or tree.root}")
+        notes += listed.notes(split)
     return Source(kind.name, tree.root, splits, PictureReader(tree), tuple(notes))
 
 

@@ -2,17 +2,19 @@
 
 import csv
 import itertools
+import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError
 from .keys import unique_keys
 from .pairs import Pair
+from .rows import Row, read_rows
 from .tree import MAX_FILE, FolderTree, Tree, Unreadable, is_named
 
-Row = list[str]
 _FIRST_ROWS = 8  # with which the folder is sought that paths start from
 
 
@@ -22,33 +24,45 @@ class FileList:
 
     place: Path
     rows: list[Row]
-    first: int = 1
-    """Number of the first row in the file."""
+    lines: Sequence[int] = ()
+    """Number of each row's line in the file."""
+    base: str = ""
+    """Folder below which the paths lie, see `locate_list`."""
+    cut: str = ""
+    """What stood before the paths, of another machine, and was left out."""
+
+    def places(self) -> Iterator[tuple[str, Row]]:
+        """Each row, and where it stands, in words."""
+        numbers = self.lines or itertools.count(1)
+        return ((f"{self.place}, row {number}", row) for number, row in zip(numbers, self.rows, strict=False))
+
+    def notes(self, split: str) -> list[str]:
+        """A line about what was left out of the paths."""
+        return [f"{split}: the paths in {self.place.name} are taken without {self.cut}"] if self.cut else []
 
 
-def find_list(tree: Tree, names: Iterable[str], given: Path | None = None, comma: bool = False) -> FileList | None:
+def find_list(tree: Tree, names: Iterable[str], bases: Sequence[str], given: Path | None = None) -> FileList | None:
     """The list `given`, or else the first of `names` that is there; None where none is.
 
-    Raises UserError, also where the first is a link that leads nowhere.
+    `bases`: as of `locate_list`. Raises UserError, also where the first is a link that leads nowhere.
     """
     if given is not None:
-        return parse_list(given, _unpacked(given, _read(FolderTree(given.parent), given.name)), comma)
+        return _parsed(tree, given, _unpacked(given, _read(FolderTree(given.parent), given.name)), bases)
     found = next((name for name in names if is_named(tree, name)), None)
-    return None if found is None else parse_list(tree.root / found, _read(tree, found), comma)
+    return None if found is None else _parsed(tree, tree.root / found, _read(tree, found), bases)
 
 
-def parse_list(place: Path, data: bytes, comma: bool = False) -> FileList:
-    """Text -> rows: without the mark that some editors put first, with '/' as the separator of paths."""
+def _parsed(tree: Tree, place: Path, data: bytes, bases: Sequence[str]) -> FileList:
+    places = _Bases(tree, bases)
     try:
-        text = data.decode("utf-8-sig").replace("\\", "/")
-        lines = text.splitlines()
-        split = csv.reader(lines) if comma else (line.split() for line in lines)
-        rows = [[column.strip() for column in row] for row in split if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = read_rows(data, cache(lambda path: _find(places, [path], len(_parts(path))) is not None))
+    except UnicodeError as error:
+        raise UserError(f"{place}: not a readable list of files ({error}); save it as UTF-8") from None
+    except csv.Error as error:
         raise UserError(f"{place}: not a readable list of files ({error})") from None
     if not rows:
         raise UserError(f"{place} lists no pairs")
-    return FileList(place, rows)
+    return FileList(place, [row for _, row in rows], [number for number, _ in rows])
 
 
 def _read(tree: Tree, name: str) -> bytes:
@@ -74,17 +88,59 @@ def _unpacked(place: Path, data: bytes) -> bytes:
     return plain
 
 
-def find_base(tree: Tree, listed: FileList, bases: Sequence[str], column: int = 0) -> str:
-    """The folder below which the first rows' paths lie: one of `bases`, in the tree or in one of its folders.
+def locate_list(tree: Tree, listed: FileList, bases: Sequence[str]) -> FileList:
+    """The list with its `base`: one of `bases`, in the tree or in one of its folders, below which the paths lie.
 
-    The first of `bases` where none of the paths is there.
+    Where no path is there as it stands, but all begin alike, as those of another machine do, the smallest part of that
+    beginning is left out with which a file is found. The base is the first one where none is.
     """
-    deeper = (str(PurePosixPath(folder, base)) for folder in tree.folders("") for base in bases)
-    for base in itertools.chain(bases, deeper):
-        for row in listed.rows[:_FIRST_ROWS]:
-            if len(row) > column and is_named(tree, str(PurePosixPath(base, row[column].lstrip("/")))):
-                return base
-    return bases[0]
+    starts = [_common([row[column] for row in listed.rows if len(row) > column]) for column in range(3)]
+    firsts = [[row[column] for row in listed.rows[:_FIRST_ROWS] if len(row) > column] for column in range(3)]
+    base, cut = _find(_Bases(tree, bases), firsts[0], len(starts[0])) or (bases[0], 0)
+    cuts = [cut]
+    for paths, start in zip(firsts[1:], starts[1:], strict=True):
+        cuts.append((_find(_Bases(tree, [base]), paths, len(start)) or (base, 0))[1])
+    if not any(cuts):
+        return replace(listed, base=base)
+    tails = ("/".join(_parts(path)[cut:]) for row in listed.rows for path, cut in zip(row, cuts, strict=False))
+    rows = [[*itertools.islice(tails, len(row[:3])), *row[3:]] for row in listed.rows]
+    left_out = dict.fromkeys("/".join(start[:cut]) for start, cut in zip(starts, cuts, strict=True) if cut)
+    return replace(listed, rows=rows, base=base, cut=" and ".join(left_out))
+
+
+class _Bases:
+    """Folders of a tree from which paths may start: those named, and the same within each folder of the tree."""
+
+    def __init__(self, tree: Tree, bases: Sequence[str]):
+        self._tree, self._bases = tree, bases
+
+    @cached_property
+    def _inner(self) -> list[str]:
+        return [str(PurePosixPath(folder, base)) for folder in self._tree.folders("") for base in self._bases]
+
+    def of(self, path: str, cut: int = 0) -> str | None:
+        """The one below which a path is a file without its first `cut` folders; None where it is below none."""
+        parts = _parts(path)[cut:]
+        if not parts or ".." in parts:
+            return None
+        every = itertools.chain(self._bases, () if cut else self._inner)  # not all for all: a disk is asked each time
+        return next((base for base in every if is_named(self._tree, str(PurePosixPath(base, *parts)))), None)
+
+
+def _find(bases: _Bases, paths: Sequence[str], most: int) -> tuple[str, int] | None:
+    """The base of the first path that is there, and of how many folders, at most `most`, it is shortened for that."""
+    tries = ((bases.of(path, cut), cut) for cut in range(most + 1) for path in paths)
+    return next(((base, cut) for base, cut in tries if base is not None), None)
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+def _common(paths: Sequence[str]) -> list[str]:
+    """The folders with which all paths begin."""
+    first, last = (_parts(path)[:-1] for path in (min(paths, default=""), max(paths, default="")))
+    return [one for one, _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, last, strict=False))]
 
 
 def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: int = 1) -> tuple[Pair, ...]:
@@ -93,12 +149,9 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
     `image` and `depth` say which columns. Raises UserError with the row.
     """
     names, places, pairs = [], [], []
-    for number, row in enumerate(listed.rows, listed.first):
-        where = f"{listed.place}, row {number}"
+    for where, row in listed.places():
         if len(row) <= max(image, depth) or not (row[image] and row[depth]):
             raise UserError(f"{where}: expected an image and a depth path, found {' '.join(row)!r}")
-        if number == 1 and not any("." in column or "/" in column for column in row):
-            raise UserError(f"{where}: {','.join(row)!r} is a heading, not a pair; remove it")
         picture, target = (inside(row[column], folder, where) for column in (image, depth))
         name = picture.relative_to(drop) if drop and picture.is_relative_to(drop) else picture
         names.append(name)
@@ -111,6 +164,6 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
 def inside(path: str, folder: str, where: str) -> PurePosixPath:
     """A listed path below `folder`, with or without a leading '/'. Raises UserError where it leads out of it."""
     whole = PurePosixPath(folder, path.lstrip("/"))
-    if ".." in whole.parts or not path.strip("/.") or ":" in path.lstrip("/").split("/")[0] or "\0" in path:
-        raise UserError(f"{where}: {path!r} leaves the data set's folder")
+    if ".." in whole.parts or not path.strip("/.") or re.match("[A-Za-z]:/", path) or "\0" in path:
+        raise UserError(f"{where}: {path!r} leaves the data set's folder, which --source names")
     return whole
