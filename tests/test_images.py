@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from trees import SIZE, jpeg_bytes, members, millimetres, packed, picture, sample_members, silent, write, write_tar
 
 from mde_dist import shard
-from mde_dist.data.images import decode_jpeg
+from mde_dist.data.images import UnreadableImage, decode_image, decode_jpeg
 from mde_dist.data.manifest import NAME
 from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.predictions import open_predictions
@@ -225,6 +225,20 @@ NO_MARKER = st.binary(min_size=1, max_size=16).filter(lambda stray: 0xFF not in 
 def test_stray_bytes_before_the_end_change_no_pixel(stray: bytes) -> None:
     pixels, _ = decode_jpeg(WHOLE[:-2] + stray + END)
     np.testing.assert_array_equal(pixels, decode_jpeg(WHOLE)[0])
+
+
+@pytest.mark.parametrize("kind", ["RGB", "progressive", "L", "CMYK"])
+def test_a_jpeg_of_any_kind_that_is_cut_off_is_refused_and_one_with_stray_bytes_read(kind: str) -> None:
+    image = Image.fromarray(picture(SEED)).convert("RGB" if kind == "progressive" else kind)
+    data = saved(image, "JPEG", progressive=kind == "progressive")
+    with Image.open(io.BytesIO(data)) as judge:
+        expected = np.asarray(judge.convert("RGB"))
+    stray = decode_image(data[:-2] + bytes(range(1, 13)) + END)
+    np.testing.assert_array_equal(stray.pixels, expected)
+    assert (stray.stray_bytes, decode_image(data).stray_bytes) == (True, False)
+    for cut in (data[: len(data) // 2], data[: len(data) // 2] + END, data[:-20] + END):
+        with pytest.raises(UnreadableImage):
+            decode_image(cut)
 
 
 @given(st.integers(WHOLE.rindex(b"\xff\xda") + 14, len(WHOLE) - 3), st.sampled_from([b"", END, END + bytes(16)]))

@@ -35,6 +35,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 """EXIF orientation -> what brings the stored pixels upright."""
 _POINTERS = {b"/annex/objects/": "git-annex", b"version https://git-lfs.": "Git LFS"}
 """First bytes of small files that stand for a content that was not fetched -> whose they are."""
+_JPEG = b"\xff\xd8"
+"""With which every JPEG begins."""
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
 """libjpeg's words about bytes between the last pixel and the end marker. They are of its first warning, and nothing is
 read behind that marker: where it says this, nothing else is wrong."""
@@ -74,32 +76,41 @@ class DecodedImage:
 def decode_image(data: bytes) -> DecodedImage:
     """The bytes of an image file of any mode -> RGB; of several pictures in a file the first. Raises UnreadableImage.
 
-    Baseline JPEGs are decoded as the loader decodes those of shards: the same pixels.
+    JPEGs are decoded as the loader decodes those of shards: the same pixels. Of CMYK ones PIL makes RGB, which it does
+    of a file that is cut off as well, so they are looked at first.
     """
     with _reasons():
-        if _is_baseline_rgb_jpeg(data):
-            _check_sides(*simplejpeg.decode_jpeg_header(data)[:2])
-            (pixels, stray), orientation = decode_jpeg(data), jpeg_orientation(data)
-            return DecodedImage(_turned(pixels, orientation), "JPEG", orientation, orientation == 1, stray)
+        stray = False
+        if data.startswith(_JPEG):
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            _check_sides(height, width)
+            inks = colours in ("CMYK", "YCCK")
+            pixels, stray = decode_jpeg(data, colorspace="CMYK" if inks else "RGB")
+            if not inks:
+                orientation = jpeg_orientation(data)
+                as_stored = orientation == 1 and colours == "YCbCr" and _is_baseline(data)
+                return DecodedImage(_turned(pixels, orientation), "JPEG", orientation, as_stored, stray)
         with open_image(data, IMAGE_FORMATS) as picture:
             orientation, pixels = _orientation(picture), _rgb(picture)
             left = _orientation(picture)  # PIL turns TIFFs itself while it decodes them
-            return DecodedImage(_turned(pixels, left), str(picture.format), orientation, shown_as_stored=False)
+            return DecodedImage(_turned(pixels, left), str(picture.format), orientation, False, stray)
 
 
-def decode_jpeg(data: bytes | memoryview, buffer: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+def decode_jpeg(
+    data: bytes | memoryview, buffer: np.ndarray | None = None, colorspace: str = "RGB"
+) -> tuple[np.ndarray, bool]:
     """The bytes of a JPEG -> RGB uint8 (height, width, 3) as stored, and whether it has stray bytes.
 
     `buffer`: where to decode to. Raises ValueError where libjpeg has anything else to say: the rest of a picture that
     ends early is grey.
     """
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer), False
+        return simplejpeg.decode_jpeg(data, colorspace=colorspace, buffer=buffer), False
     except ValueError as error:
         found = _STRAY.search(str(error))
         if found is None or int(found[1]) > _MOST_STRAY:
             raise
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=buffer, strict=False), True
+    return simplejpeg.decode_jpeg(data, colorspace=colorspace, buffer=buffer, strict=False), True
 
 
 def stray_in_words(count: int) -> str:
@@ -205,15 +216,13 @@ def _unknown(data: bytes, formats: tuple[str, ...]) -> str:
     return f"of no known format; known are {', '.join(formats)}"
 
 
-def _is_baseline_rgb_jpeg(data: bytes) -> bool:
+def _is_baseline(data: bytes) -> bool:
     """True for a three-component JPEG in baseline mode (SOF0), which every decoder reads at full speed."""
-    if data[:2] != b"\xff\xd8":
-        return False
-    place = 2
+    place = len(_JPEG)
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker == 0xC0:
-            return data[place + 9] == 3 and simplejpeg.decode_jpeg_header(data)[2] == "YCbCr"
+            return data[place + 9] == 3
         if marker in (0xC1, 0xC2, 0xC3, 0xDA):
             return False
         place += 2 + length
