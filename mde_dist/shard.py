@@ -41,7 +41,7 @@ class ShardConfig:
     """Pack a folder of image and depth pairs into WebDataset shards."""
 
     output: Path | None = None
-    """Directory for the shards; it must not hold any yet."""
+    """Directory for the shards, such as a mounted volume; it must not hold anything yet."""
     source: Path | None = None
     """Folder of the data set, its ZIP as downloaded, or nyu_depth_v2_labeled.mat. Not needed for --layout rooms. Images
     are turned as their EXIF data say, and laid on white where they are transparent; depth is taken as upright."""

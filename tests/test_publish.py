@@ -1,5 +1,6 @@
 """Outputs that are mounted volumes, and sets of files whose publication is cut off at any of its steps."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from trees import bts, contents, packed, packed_yet, silent
 
 from mde_dist import export, publish, shard
 from mde_dist.data.adopt import adopt
-from mde_dist.data.pack import PackOptions, pack_part
+from mde_dist.data.pack import PackOptions, pack, pack_part
 from mde_dist.data.shards import open_split
 from mde_dist.data.sources import open_source
 from mde_dist.errors import UserError
@@ -149,12 +150,13 @@ def test_shards_that_are_removed_from_a_half_published_set_are_packed_again(tree
 
 def test_files_that_come_meanwhile_are_not_mixed_with(tree, whole, tmp_path):
     output = tmp_path / "out"
-    pack_part(open_source(tree), output, OPTIONS, 1, silent, (0, 1))
-    (output / "train-000000.tar").write_bytes(b"of somebody else")
+    foreign = output / "train-000000.tar"
+    with pytest.raises(UserError, match="is there already and not empty"):
+        pack(open_source(tree), output, OPTIONS, 1, lambda done, total: foreign.write_bytes(b"of another"))  # type: ignore[arg-type, return-value]
+    assert foreign.read_bytes() == b"of another"
     with pytest.raises(UserError, match="is there already and not empty"):
         packed(tree, output, OPTIONS)
-    assert (output / "train-000000.tar").read_bytes() == b"of somebody else"
-    (output / "train-000000.tar").unlink()
+    foreign.unlink()
     packed(tree, output, OPTIONS)
     assert contents(output) == whole
 
@@ -206,6 +208,26 @@ def test_an_export_killed_at_any_step_of_publishing_is_whole_or_replaced(tmp_pat
         assert contents(output).keys() == {"README.md", "b"}
     else:
         assert packed_yet(output) == ["README.md", "a", "b"]
+
+
+def test_an_export_that_the_disk_refuses_half_way_leaves_nothing(tmp_path, monkeypatch):
+    names, real, calls = ["a", "b", "README.md"], Path.rename, 0
+
+    def rename(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with (
+        pytest.raises(UserError, match=r"out: cannot be written \(Input/output error\)"),
+        export.whole_folder(tmp_path / "out", names) as folder,
+    ):
+        for name in names:
+            write_atomic(folder / name, name)
+    assert calls > 2 and not (tmp_path / "out").exists()
 
 
 def test_an_output_of_ones_own_in_a_folder_of_others_is_filled():
