@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ def figure_file(path: Path, size: tuple[float, float], dpi: int, layout: str | N
         figure = matplotlib.figure.Figure(figsize=size, dpi=dpi, layout=layout)
         matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         yield figure
-        with atomic_file(path) as file:
+        with atomic_file(path) as file, warnings.catch_warnings():
+            # a letter that its font lacks is a box in the picture; its advice names a place in this file
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
             figure.savefig(file, format="png", metadata={"Software": None})
 
 

@@ -49,8 +49,9 @@ class PredictCommand:
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, folders with images in them (and in folders of these), or videos. An image is turned as its EXIF
-    data say, and laid on white where it is transparent. Videos need PyAV: pip install 'mde_dist[video]'."""
+    """Image files, folders with images in them (and in folders of these, linked ones too), or videos. An image is
+    turned as its EXIF data say, and laid on white where it is transparent. Videos need PyAV: pip install
+    'mde_dist[video]'."""
     output: Path
     """Folder for the results. Those of FOLDER/sub/cat.jpg are sub/cat_depth.png and so on, those of walk.mp4
     walk/000123_depth.png, by the number of the frame."""

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -25,7 +26,17 @@ from mde_dist.pictures import figure_file, literal
 from mde_dist.run.scores import show_scores
 
 MARKUP = ["[/b]", "[red]x", "[link=https://a.example]b", ":smile:", "a[0]"]
-COMMANDS = ["\x1b[2J", "\x1b]0;title\x07", "a\rb", "\x9b31m", "\u202egnp.exe", "a\nerror: b", "\udcff", "a\x08\x08"]
+COMMANDS = [
+    "\x1b[2J",
+    "\x1b]0;title\x07",
+    "a\rb",
+    "\x9b31m",
+    "\u202egnp.exe",
+    "a\nerror: b",
+    "two  blanks",
+    "\udcff",
+    "a\x08\x08",
+]
 
 
 def drawn(table: Table) -> str:
@@ -60,6 +71,10 @@ def test_what_a_terminal_would_obey_is_written_out(name, capsys):
     assert printable(name) in said and printable(name).isascii()
 
 
+def test_bytes_that_are_no_text_are_written_out_as_bytes():
+    assert printable(os.fsdecode(b"caf\xe9.png")) == r"caf\xe9.png"
+
+
 def test_names_in_other_scripts_stay():
     for name in ("深度", "глубина", "عمق", "e\u0301", "👩‍🔬", "a b\u3000c"):
         assert printable(name) == name
@@ -84,6 +99,7 @@ def test_an_error_is_one_line_whatever_it_names(monkeypatch, capsys):
             run_command(fail)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and harmless(said) and said.count("\n") == 1, said
+        assert f"error: {printable(name)}: no such file\n" == said
 
 
 def test_a_packing_into_a_folder_with_such_a_name_ends_well(tmp_path, capsys):
@@ -118,6 +134,12 @@ def test_a_picture_shows_a_name_letter_by_letter(name, tmp_path):
             figure.text(0, 0.5, **options)
         drawings.append((tmp_path / "x.png").read_bytes())
     assert drawings[0] == drawings[1]
+
+
+def test_a_picture_of_a_name_that_the_font_lacks_is_drawn_in_silence(tmp_path, recwarn):
+    with figure_file(tmp_path / "x.png", (3, 1), 80) as figure:
+        figure.text(0, 0.5, literal("客厅"))
+    assert not recwarn.list
 
 
 def test_nothing_writes_to_the_terminal_past_these_functions():

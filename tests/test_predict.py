@@ -1,6 +1,7 @@
 """Images in, depth maps, pictures and point clouds out: the command."""
 
 import json
+import os
 import shutil
 import signal
 import threading
@@ -24,6 +25,8 @@ from mde_dist.predicting.inputs import Frame
 from mde_dist.predicting.preview import preview, round_numbers
 from mde_dist.predictor import open_predictor
 from mde_dist.weights import model_bytes
+
+LATIN = os.fsdecode(b"caf\xe9")  # on the disk it is no UTF-8
 
 
 def save_model(folder, size):
@@ -56,15 +59,17 @@ def run(images, checkpoint, output, *arguments):
 
 def test_a_folder_gives_a_map_and_a_picture_per_image(checkpoint, images, tmp_path, capsys):
     output = tmp_path / "depth"
+    for name in ("客厅", LATIN):
+        shutil.copy(images / "a.jpg", images / f"{name}.jpg")
     run(images, checkpoint.parent, output)
-    names = ("a", "b", "grey", "inner/a")
+    names = ("a", "b", "grey", "inner/a", "客厅", LATIN)
     assert files_below(output) == {f"{name}_{kind}.png" for name in names for kind in ("depth", "color")}
     with Image.open(output / "b_depth.png") as depth, Image.open(output / "b_color.png") as color:
         assert depth.mode.startswith("I;16")
         assert depth.size == (61, 97)
         assert color.mode == "RGB"
     said = capsys.readouterr().out
-    assert f"made: 4 depth maps in {output} (" in said
+    assert f"made: 6 depth maps in {output} (" in said
     assert f"next: python -m mde_dist.evaluate --predictions {output} --source DATA" in said
 
 
