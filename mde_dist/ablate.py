@@ -31,7 +31,7 @@ from .ablation import report
 from .ablation.numbers import gather
 from .ablation.runs import Work, check_devices, default_jobs, log_of, run_all
 from .ablation.table import Table, Training, check_begun, read_table
-from .command import Part, parse, run_command
+from .command import Part, check_ranges, parse, run_command
 from .console import open_console, say
 from .errors import UserError
 from .files import writing
@@ -62,9 +62,8 @@ def main(argv: list[str]) -> None:
     command = parse(AblateCommand, argv, "python -m mde_dist.ablate")
     if command.table is None or command.output is None:
         raise UserError("name what to train, and where: python -m mde_dist.ablate TABLE.toml --output DIR (see --help)")
+    check_ranges(command, {"jobs": (1, 1024), "processes": (1, 1024)})
     jobs = default_jobs(command.processes) if command.jobs is None else command.jobs
-    if jobs < 1 or command.processes < 1:
-        raise UserError("--jobs and --processes: at least 1")
     check_devices(command.processes)
     table = read_table(command.table, command.output)
     for training in table.trainings:

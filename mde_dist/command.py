@@ -7,8 +7,8 @@ import re
 import sys
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,9 +17,13 @@ import tyro
 from .console import alone, lasting, own_place, say
 from .errors import OtherRankError, RankError, UserError
 from .files import decode_text
+from .paths import expanded, local_path
 from .urls import without_keys
 
 T = TypeVar("T")
+
+_LARGEST = 1e30  # of what becomes float32
+_MOST = 10**15  # of what is counted: products of it with a few others have room in 64 bits
 
 
 def _size_from(text: list[str]) -> tuple[int, int]:
@@ -54,6 +58,26 @@ Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
 RUN_DIR = tyro.conf.arg(aliases=("--run-dir",))
 """A second name of `--run`: torchrun's own parser looks through all that follows its module, takes `--run` for an
 abbreviation of its `--run-path`, and refuses it."""
+
+
+def _path(metavar: str, kind: type, read: Callable[[str], Any]) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda text: read(text[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Place = Annotated[str, _path("DIR|URL", str, expanded)]
+"""A directory; or a URL, which is not expanded."""
+Weights = Annotated[str, _path("none|imagenet|FILE", str, expanded)]
+LatePath = Annotated[Path, _path("PATH", Path, lambda text: Path(expanded(text, home=False)))]
+"""A path whose `~` is left for where it is opened: whoever goes on with a run has another home, or none."""
+
+_registry = tyro.constructors.ConstructorRegistry()
+_registry.primitive_rule(lambda info: _path("PATH", Path, local_path) if info.type is Path else None)
 
 
 def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None:
@@ -109,14 +133,14 @@ def _run(main: Callable[[list[str]], None]) -> str | int | None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return re.sub(r"\s*\n\s*", " ", str(error).strip())  # other blanks may be part of a path
 
 
 def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     """Dataclass defaults <- the TOML file of `--config FILE` <- `--section.field value`. Raises UserError.
 
     The dataclass's docstrings are the help text. A file's keys go the way of the command line, so that both accept the
-    same names and values.
+    same names and values. Paths are expanded, see `paths.py`; numbers have an end, see `check_numbers`.
     """
     rest, file = _take_config(list(argv))
     if not any(item.name == "debug" for item in fields(kind)):  # type: ignore[arg-type]
@@ -124,7 +148,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     default: Any = tyro.MISSING_NONPROP
     if file is not None:
         default = _call(kind, toml_arguments(file), prog, f"{file}: ", default)
-    return _call(kind, rest, prog, "", default)
+    return check_numbers(_call(kind, rest, prog, "", default))
 
 
 def toml_arguments(path: Path) -> list[str]:
@@ -149,12 +173,64 @@ def arguments_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from (f"--{prefix}{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`section.field`, value) of every field."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+def words_of(config: Any) -> Iterator[str | Path]:
+    """The options that a config without sections differs from its defaults by, as words; a Path stays one."""
+    for item in fields(config):
+        value, name = getattr(config, item.name), item.name.replace("_", "-")
+        if value == item.default:
+            continue
+        if isinstance(value, bool):
+            yield f"--{'' if value else 'no-'}{name}"
+        elif isinstance(value, tuple):
+            yield from (f"--{name}", *(("x".join(map(str, value)),) if isinstance(value[0], int) else value))
+        else:
+            yield from (f"--{name}", value if isinstance(value, Path) else str(value))
+
+
+def check_numbers(config: T) -> T:
+    """The config, in which no number is one that float32 or 64 bits cannot hold. Raises UserError."""
+    for name, value in flat(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                _check(name, number, -_LARGEST, _LARGEST)
+            elif isinstance(number, int):
+                bounds = (-(2**63), 2**64 - 1) if name.endswith("seed") else (-_MOST, _MOST)
+                _check(name, number, *bounds)
+    return config
+
+
+def check_ranges(config: T, ranges: Mapping[str, tuple[float, float]]) -> T:
+    """The config, in which these fields, where they are numbers, lie between these ends. Raises UserError."""
+    for name, value in flat(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if name in ranges and isinstance(number, int | float):
+                _check(name, number, *ranges[name])
+    return config
+
+
+def _check(name: str, number: float, low: float, high: float) -> None:
+    if not low <= number <= high:  # false for nan, too
+        limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        said = f"{name} = {number}" if "." in name else f"--{name.replace('_', '-')} {number}"
+        raise UserError(f"{said}: must be {limits}")
+
+
 def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
     for place, argument in enumerate(argv):
         if argument == "--config" and place + 1 < len(argv):
-            return argv[:place] + argv[place + 2 :], Path(argv[place + 1])
+            return argv[:place] + argv[place + 2 :], local_path(argv[place + 1])
         if argument.startswith("--config="):
-            return argv[:place] + argv[place + 1 :], Path(argument.removeprefix("--config="))
+            return argv[:place] + argv[place + 1 :], local_path(argument.removeprefix("--config="))
     return argv, None
 
 
@@ -162,8 +238,10 @@ def _call(kind: type[T], arguments: list[str], prog: str, where: str, default: A
     """tyro, with its boxed message folded into one line."""
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _registry:
             return tyro.cli(kind, args=arguments, prog=prog, default=default)
+    except UserError as error:  # of a path
+        raise UserError(f"{where}{error}") from None
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed
             raise

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from .command import RUN_DIR, Size, parse, run_command
+from .command import RUN_DIR, LatePath, Place, Size, check_ranges, flat, parse, run_command
 from .data.remote import PATIENCE
 from .data.store import CacheOptions
 from .data.views import AugmentConfig, view_size
@@ -15,8 +15,9 @@ from .errors import UserError
 from .learning.losses import LossConfig
 from .learning.model import ModelConfig
 from .learning.optim import OptimConfig
+from .paths import as_typed, whole_path
 from .run.distributed import Gradients, Precision
-from .urls import hide_key
+from .urls import hide_key, is_remote
 
 SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
@@ -31,14 +32,14 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim"
 class DataConfig:
     """Which shards, and how they are streamed."""
 
-    shards: str = SAMPLE_SHARDS
+    shards: Place = SAMPLE_SHARDS
     """Directory made by `python -m mde_dist.shard`, or where it lies on a server: http(s)://… or s3://… (with the extra
     `s3`). The query of a signed URL is noted down nowhere. The default directory is rendered and packed if need be."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
     """Split to evaluate on."""
-    eval_shards: str | None = None
+    eval_shards: Place | None = None
     """Directory or URL of that split, where it is another one; None = the same."""
     size: Size | None = (120, 160)
     """Training size, pixels; None = that of the shards. Images are resized on the device."""
@@ -52,7 +53,7 @@ class DataConfig:
     """Damaged samples are replaced and counted; past this share of the samples the run stops. 0..1."""
     read_timeout: float = 300
     """Seconds after which a read that does not come back ends the run."""
-    cache: Path = CacheOptions.directory
+    cache: LatePath = CacheOptions.directory
     """Where shards of a server are kept, whole: one directory per node for all its processes; best on a local disk."""
     cache_gb: float = 100
     """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
@@ -203,6 +204,10 @@ _AT_LEAST: dict[str, float] = {
 _AT_MOST: dict[str, float] = {
     **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
     **{"loss.focus": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
+    # threads that a system can have, seconds that its clocks take, images and bytes that memories can hold
+    **{"data.threads": 1024, "train.cpu_threads": 1024, "train.timeout": 1e6, "train.lost_after": 1e6},
+    **{"data.ahead": 1024, "train.batch_size": 1e6, "evaluate.batch_size": 1e6, "train.bucket_mb": 1e6},
+    **{"data.cache_gb": 1e9, "train.seed": 2**64 - 1},
 }
 
 
@@ -213,13 +218,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 def checked(config: C) -> C:
     """The config, all values of which are possible ones. Raises UserError."""
-    for name, value in flat(config):
-        if value is None or not isinstance(value, int | float):
-            continue
-        low, high = _AT_LEAST.get(name, float("-inf")), _AT_MOST.get(name, float("inf"))
-        if not low <= value <= high:  # false for nan, too
-            limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-            raise UserError(f"{name} = {value}: must be {limits}")
+    check_ranges(config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flat(config)})
     for name in ("read_timeout", "patience"):
         if getattr(config.data, name) >= config.train.timeout:
             raise UserError(
@@ -248,16 +247,6 @@ def _debug(config: C) -> C:
     )
 
 
-def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(`section.field`, value) of every field."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from flat(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value
-
-
 def as_json(config: Config) -> dict[str, Any]:
     """`section.field` -> plain value, as stored in checkpoints."""
     return json.loads(json.dumps(dict(flat(config)), default=str))
@@ -274,9 +263,34 @@ def for_all_ranks(config: Config) -> dict[str, Any]:
     return {name: value for name, value in as_json(config).items() if name not in PLACES}
 
 
+def with_whole_paths(config: C) -> C:
+    """The same config with paths from the root on, which hold in every folder: what RUN/config.toml has.
+
+    Weights and records have paths as they were typed: the same training gives the same files wherever it runs.
+    """
+
+    def whole(part: Any, prefix: str = "") -> Any:
+        changes = {}
+        for item in dataclasses.fields(part):
+            name, value = f"{prefix}{item.name}", getattr(part, item.name)
+            if dataclasses.is_dataclass(value):
+                changes[item.name] = whole(value, f"{name}.")
+            elif _is_path(name, value):
+                changes[item.name] = str(whole_path(value)) if isinstance(value, str) else whole_path(value)
+        return dataclasses.replace(part, **changes)
+
+    return whole(config)
+
+
+def _is_path(name: str, value: Any) -> bool:
+    if name == "model.weights":
+        return value not in ("none", "imagenet")
+    return name in PLACES and value is not None and not is_remote(str(value))
+
+
 def as_toml(config: Config) -> str:
     """The resolved config as a file that `--config` reads back."""
-    return toml_text(flat(config))
+    return toml_text((name, as_typed(value) if _is_path(name, value) else value) for name, value in flat(config))
 
 
 def toml_text(values: Iterable[tuple[str, Any]]) -> str:
@@ -295,5 +309,13 @@ def _toml(value: Any) -> str:
     return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
 
 
-if __name__ == "__main__":  # what a command line comes to, for job scripts and for people
-    run_command(lambda argv: print(as_toml(read_config(argv))))
+def show_config(argv: list[str]) -> None:
+    """Print what a command line comes to; the value of one field alone, as it is, where its name comes first."""
+    if argv and argv[0] in dict(flat(Config())):
+        print(dict(flat(read_config(argv[1:])))[argv[0]])
+    else:
+        print(as_toml(read_config(argv)))
+
+
+if __name__ == "__main__":  # for job scripts and for people
+    run_command(show_config)

@@ -1,7 +1,6 @@
 """What packing a data set would do, without packing it: all that was recognised, a picture of it, and what is wrong."""
 
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .console import say
@@ -28,9 +27,9 @@ def dry_run(
     depth_map: DepthMap | None,
     options: PackOptions,
     preview: Path,
-    output: Path | None,
+    then: str,
 ) -> None:
-    """Say what packing would pack, draw a few pairs into `preview`, and name the command that packs.
+    """Say what packing would pack, draw a few pairs into `preview`, and name the command that packs: `then`.
 
     Raises UserError where packing would be refused; then the rest of what is wrong has been printed.
     """
@@ -57,7 +56,7 @@ def dry_run(
     if refused:
         say(*(f"also refused: {problem}" for problem in refused[1:]))
         raise UserError(refused[0])
-    say(f"next: {packing_command(root, layout, depth_scale, lists, depth_map, options, output)}")
+    say(f"next: {then}")
 
 
 def describe_fully(source: Source, probes: Mapping[str, Probe]) -> None:
@@ -107,26 +106,3 @@ def packing_problems(source: Source, probes: Mapping[str, Probe], options: PackO
         shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
         problems.append(f"the images have several sizes ({shown}); choose one with --size")
     return problems
-
-
-def packing_command(
-    root: Path | None,
-    layout: Layout | None,
-    depth_scale: Sequence[str],
-    lists: Sequence[str],
-    depth_map: DepthMap | None,
-    options: PackOptions,
-    output: Path | None,
-) -> str:
-    """The command that packs what was looked at."""
-    words = ["python", "-m", "mde_dist.shard"]
-    words += ["--source", str(root)] if root else []
-    words += ["--layout", layout] if layout else []
-    words += ["--depth-scale", *depth_scale] if depth_scale else []
-    words += ["--list", *lists] if lists else []
-    words += ["--depth-map", depth_map] if depth_map else []
-    words += ["--size", f"{options.size[0]}x{options.size[1]}"] if options.size else []
-    words += ["--limit", str(options.limit)] if options.limit else []
-    words += ["--validation", str(options.validation)] if options.validation else []
-    words += ["--skip-bad"] if options.skip_bad else []
-    return shlex.join([*words, "--output", str(output or Path("shards") / (root.stem if root else "rooms"))])

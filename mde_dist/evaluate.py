@@ -12,7 +12,6 @@ the metrics' definitions.
 import contextlib
 import hashlib
 import io
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 
-from .command import RUN_DIR, Size, parse, run_command
+from .command import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
 from .compare import compare
 from .console import open_console, say
 from .data.depth import COUNTS_PER_METRE
@@ -42,6 +41,7 @@ from .learning.breakdown import split_breakdown
 from .learning.metrics import PROTOCOLS, Protocol, summarise, to_size
 from .learning.model import restore
 from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
+from .paths import command_line
 from .progress import shown
 from .results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
 from .run.checkpoint import open_model
@@ -79,7 +79,7 @@ class EvaluateCommand:
     match: Match = "name"
     """Match predictions to images by their names, or by the order of these, in which 2 comes before 10. One file with
     all of them is in the order of the split."""
-    shards: str | None = None
+    shards: Place | None = None
     """Directory or URL of shards; by default those that the run was trained on."""
     source: Path | None = None
     """Instead of shards: a data set as it lies on disk, in any layout that `python -m mde_dist.shard` knows."""
@@ -103,7 +103,7 @@ class EvaluateCommand:
     """Images per forward pass."""
     threads: int = 2
     """Decoding threads per rank."""
-    cache: Path = CacheOptions.directory
+    cache: LatePath = CacheOptions.directory
     """Where shards of a server are kept."""
     cache_gb: float = 100
     """Gigabytes that it may take."""
@@ -185,10 +185,7 @@ def for_all_ranks(command: EvaluateCommand) -> dict[str, Any]:
 
 def check(command: EvaluateCommand) -> None:
     """Refuse what does not go together. Raises UserError."""
-    if command.batch_size < 1:
-        raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
-    if command.threads < 0:
-        raise UserError(f"--threads {command.threads}: must be 0 or more")
+    check_ranges(command, {"batch_size": (1, 1e6), "threads": (0, 1024), "cache_gb": (0, 1e9)})
     if command.prediction_scale is not None and not 0 < command.prediction_scale < 1000:
         raise UserError(f"--prediction-scale {command.prediction_scale:g}: metres per stored unit, such as 0.001")
     if sum(thing is not None for thing in (command.run, command.checkpoint, command.predictions)) != 1:
@@ -357,14 +354,15 @@ def progress_of(doing: str, accelerator: Accelerator) -> AbstractContextManager[
 def summary(command: EvaluateCommand) -> list[str]:
     """What was made, and what to do next."""
     if command.json:
-        words = shlex.join(["--compare", str(command.json), "OTHER.json"])
-        then = f"python -m mde_dist.evaluate {words}  (does another result differ by more than chance?)"
+        line = command_line("evaluate", "--compare", command.json, then="OTHER.json")
+        then = f"{line}  (does another result differ by more than chance?)"
     elif command.predictions:
         then = "the same with --json FILE, to --compare it with another"
     elif command.run:
-        then = f"python -m mde_dist.report --run {shlex.quote(str(command.run))}"
+        then = command_line("report", "--run", command.run)
     else:
-        then = f"python -m mde_dist.predict --checkpoint {shlex.quote(str(command.checkpoint))} --output depth IMAGE …"
+        assert command.checkpoint
+        then = command_line("predict", "--checkpoint", command.checkpoint, "--output", "depth", then="IMAGE …")
     return [*(f"made: {path}" for path in (command.json, command.csv) if path), f"next: {then}"]
 
 

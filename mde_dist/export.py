@@ -23,7 +23,7 @@ import torch
 from . import __version__
 from .card import NAME as CARD
 from .card import Program, write_card
-from .command import RUN_DIR, Size, parse, run_command
+from .command import RUN_DIR, Place, Size, parse, run_command
 from .console import say
 from .data.augment import resize_image
 from .data.images import IMAGE_SUFFIXES
@@ -40,7 +40,7 @@ from .predicting.images import Unreadable, read_image
 from .predictor import SMALLEST, estimate
 from .programs import FORMATS, OLDEST_TORCH, Run, trace
 from .publish import is_free, publish, take_back, work_folder
-from .run.checkpoint import open_model
+from .run.checkpoint import open_model, run_of
 from .urls import hide_key
 from .weights import MODEL
 
@@ -70,7 +70,7 @@ class ExportCommand:
     """Programs to write: model.onnx, which needs the extra `export`, and model.pt2."""
     size: Size | None = None
     """Size of the images that the programs take; by default the one that it was trained at."""
-    shards: str | None = None
+    shards: Place | None = None
     """Directory or URL of shards with images to check on; by default those that it was evaluated on."""
     images: tuple[Path, ...] = ()
     """Instead of shards: image files, or folders of them, to check on."""
@@ -222,11 +222,6 @@ def about(size: tuple[int, int]) -> dict[str, str]:
         "output": f"depth: float32 (batch, {height}, {width}), metres",
         "made_by": f"mde_dist {__version__}, torch {torch.__version__}",
     }
-
-
-def run_of(weights: Path) -> Path | None:
-    """The run directory that weights lie in, as they were published or in a checkpoint."""
-    return next((path for path in weights.absolute().parents[:3] if (path / "checkpoints").is_dir()), None)
 
 
 @contextmanager

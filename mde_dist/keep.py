@@ -1,6 +1,5 @@
 """Shards that are there: verified, repaired, indexed, and shown. The part of `mde_dist.shard` behind the packing."""
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from .data.repair import QUARANTINE, repair
 from .data.verify import verify
 from .errors import UserError
 from .files import writing
+from .paths import command_line
 from .progress import shown
 
 _SHOWN = 20  # problems that are listed
@@ -104,7 +104,7 @@ def say_stray(count: int) -> None:
 
 def training_command(shards: Path) -> str:
     """What to do with shards that are there."""
-    return f"next: accelerate launch -m mde_dist.train --data.shards {shlex.quote(str(shards))}"
+    return f"next: {command_line('train', '--data.shards', shards, launcher='accelerate launch')}"
 
 
 def show_splits(console: Console, manifest: Manifest, place: Path) -> None:

@@ -21,11 +21,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from .command import RUN_DIR, parse, run_command
+from .command import RUN_DIR, check_ranges, parse, run_command
 from .console import open_console, say
 from .data.images import stray_in_words
 from .errors import UserError
 from .learning.model import restore
+from .paths import command_line
 from .predicting.ahead import in_order, threads
 from .predicting.cloud import Intrinsics
 from .predicting.inputs import Damage, Frame, Inputs, find_inputs
@@ -125,12 +126,9 @@ def open_results(command: PredictCommand) -> Results:
 
 def check(command: PredictCommand, inputs: Inputs, results: Results) -> None:
     """Refuse what does not go together. Raises UserError."""
-    if command.every < 1:
-        raise UserError(f"--every {command.every}: must be at least 1")
+    check_ranges(command, {"every": (1, 1e9), "batch_size": (1, 1e6)})
     if command.every > 1 and not inputs.videos:
         raise UserError(f"--every {command.every} is for videos, and none is named")
-    if command.batch_size is not None and command.batch_size < 1:
-        raise UserError(f"--batch-size {command.batch_size}: must be at least 1")
     if command.range:
         low, high = command.range
         if not 0 <= low < high < math.inf:
@@ -210,7 +208,8 @@ def summarise(outcome: Outcome, predictor: Predictor, results: Results, seconds:
         speed = f"{outcome.images / seconds:.1f} images/s on {predictor.device}, {predictor.precision}"
         kinds = [f"NAME{kind}: {words}" for kind, words in results.kinds().items()]
         say(f"made: {made} ({speed})", *kinds, *(results.cameras(outcome.sizes) if results.ply else ()))
-        say(f"next: python -m mde_dist.evaluate --predictions {results.folder} --source DATA  (where truth is known)")
+        score = command_line("evaluate", "--predictions", results.folder, then="--source DATA")
+        say(f"next: {score}  (where truth is known)")
     if outcome.stray:
         say(stray_in_words(outcome.stray))
     for line in outcome.damage[:_NAMED]:

@@ -20,6 +20,7 @@ from .page.figures import draw_charts
 from .page.history import Run, read_runs
 from .page.pages import Report, charts_of, collect, render
 from .page.panels import last_panels
+from .paths import command_line
 from .pictures import draw_panels, own_style
 from .run.scores import show_scores
 
@@ -71,8 +72,8 @@ def write(runs: Sequence[Run], output: Path | None = None, tell: Callable[[str],
         report = collect(runs)
         for line in report.missing:
             tell(f"note: {line}")
-        words = ["python", "-m", "mde_dist.report", "--run", *(str(run.path) for run in runs)]
-        text = render(report, words + (["--output", str(output)] if output else []))
+        where = ("--output", output) if output else ()
+        text = render(report, command_line("report", "--run", *(run.path for run in runs), *where))
         with writing(page):
             write_atomic(page, text)
             return [page, *draw_pictures(report, page)]

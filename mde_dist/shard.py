@@ -15,14 +15,14 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
-from .command import Part, Size, parse, run_command
+from .command import Part, Size, check_ranges, parse, run_command, words_of
 from .console import open_console, say
 from .data.claim import refuse_full
 from .data.holdout import hold_out
@@ -31,8 +31,9 @@ from .data.pack import PackOptions, pack, pack_part
 from .data.sources import DepthMap
 from .errors import UserError
 from .keep import index_shards, say_stray, show_splits, training_command, verify_shards
+from .paths import as_typed, command_line, whole_path
 from .progress import shown
-from .source import Layout, given_scales, open_checked
+from .source import Layout, given_lists, given_scales, open_checked
 from .urls import is_remote
 
 
@@ -117,8 +118,16 @@ def look(config: ShardConfig) -> None:
         config.depth_map,
         pack_options(config),
         config.preview or PREVIEW,
-        config.output,
+        packing_command(config),
     )
+
+
+def packing_command(config: ShardConfig) -> str:
+    """The command that packs what a dry run looks at."""
+    name = config.source.resolve().stem if config.source else "rooms"
+    output = config.output or Path("shards", name)
+    lists = tuple(f"{split}={as_typed(whole_path(file))}" for split, file in given_lists(config.list).items())
+    return command_line("shard", *words_of(replace(config, dry_run=False, preview=None, output=output, list=lists)))
 
 
 def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
@@ -156,10 +165,9 @@ def pack_options(config: ShardConfig) -> PackOptions:
 
 def check(config: ShardConfig) -> None:
     """Refuse impossible values. Raises UserError."""
-    for name in ("workers", "samples_per_shard", "limit"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    check_ranges(
+        config, {"workers": (1, 1024), "samples_per_shard": (1, 1e9), "limit": (1, 1e9), "jpeg_quality": (1, 100)}
+    )
     others = [name for name in ("output", "verify", "repair", "index") if getattr(config, name) is not None]
     if config.dry_run and others in ([], ["output"]):
         others = ["output"]  # where a dry run names one, it is where the packing would go
@@ -186,8 +194,6 @@ def check(config: ShardConfig) -> None:
         raise UserError("--layout rooms is rendered, in metres: leave out --source and --depth-scale")
     if config.validation is not None and not 0 < config.validation < 1:
         raise UserError(f"--validation {config.validation:g}: must be a share between 0 and 1, such as 0.15")
-    if not 1 <= config.jpeg_quality <= 100:
-        raise UserError(f"--jpeg-quality {config.jpeg_quality}: must be 1 to 100")
     if config.output:
         refuse_full(config.output)
 

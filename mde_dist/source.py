@@ -13,6 +13,7 @@ from .data.probe import INDOOR_METRES, USUAL_METRES, Probe, probe, unit_problems
 from .data.sources import DepthMap, Source, open_source
 from .data.sources.official import count_in_words, leaked
 from .errors import UserError
+from .paths import local_path
 
 Layout = Literal["densedepth", "bts", "h5", "labeled", "marigold", "folder", "rooms"]
 _SHOWN = 3  # scenes, or pairs, that a warning names
@@ -116,5 +117,5 @@ def given_lists(arguments: tuple[str, ...]) -> dict[str, Path]:
             raise UserError(f"--list {argument}: expected train=FILE or test=FILE")
         if split in lists:
             raise UserError(f"--list {argument}: {split} has a list already, {lists[split]}")
-        lists[split] = Path(file)
+        lists[split] = local_path(file)
     return lists

@@ -26,6 +26,7 @@ from .data.shards import ShardSet, open_split
 from .errors import UserError
 from .files import writing
 from .locks import locked
+from .paths import command_line
 from .run.distributed import agree, gather_rows, processes, same_everywhere, together
 from .run.peers import watched_peers
 from .run.preemption import StopFlag, unless_stopped
@@ -220,9 +221,9 @@ def publish(trainer: Trainer) -> None:
             say(f"warning: the weights are whole, but after that: {kind}{' '.join(str(error).split())}")
     for path in made:
         say(f"made: {path}")
-    say(f"next: python -m mde_dist.evaluate --run {run} --protocols eigen full blog")
-    say(f"      python -m mde_dist.predict --run {run} --output depth IMAGE …")
-    say(f"      python -m mde_dist.export --run {run} --output model")
+    say(f"next: {command_line('evaluate', '--run', run, '--protocols', 'eigen', 'full', 'blog')}")
+    say(f"      {command_line('predict', '--run', run, '--output', 'depth', then='IMAGE …')}")
+    say(f"      {command_line('export', '--run', run, '--output', 'model')}")
 
 
 if __name__ == "__main__":

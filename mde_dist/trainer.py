@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from .config import Config, as_json, as_toml, identity
+from .config import Config, as_json, as_toml, identity, with_whole_paths
 from .console import say
 from .data.shards import ShardSet
 from .data.views import view_size
@@ -25,6 +25,7 @@ from .learning.breakdown import split_breakdown
 from .learning.flops import training_flops
 from .learning.metrics import PROTOCOLS, summarise
 from .learning.optim import learning_rate
+from .paths import command_line
 from .results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
 from .run.account import Account, peak_flops
 from .run.checkpoint import Checkpoint, newest_checkpoint, newest_record, versions
@@ -223,11 +224,12 @@ class Trainer:
         state.samples_seen, state.replaced, state.step = where_from, before.replaced, before.step
         self.unsettled.clear()  # what came after it was left out as well
         left_out = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
+        places = ("--debug-from", config.run / "failed", "--config", config.run / "config.toml")
+        look = command_line("train", "--debug", *places)
         together(self.accelerator, lambda: self._save_failed(keys))
         raise UserError(
             f"{what}{left_out}; it was not learned from, and the checkpoints before it are whole; "
-            f"--train.nonfinite skip leaves such batches out; look inside: python -m mde_dist.train --debug "
-            f"--debug-from {config.run}/failed --config {config.run}/config.toml"
+            f"--train.nonfinite skip leaves such batches out; look inside: {look}"
         )
 
     def _save_failed(self, keys: list[str]) -> None:
@@ -260,7 +262,8 @@ def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, h
     if learner.start and writes:
         say(learner.start.in_words())
     this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
-    directory = RunDirectory(config.run, this_run, as_toml(config), writes, defaults=as_json(Config()))
+    toml = as_toml(with_whole_paths(config))
+    directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()))
     troubles: list[UserError] = []
 
     def complain(error: UserError) -> None:

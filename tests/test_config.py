@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from mde_dist.command import toml_arguments
-from mde_dist.config import FREE, Config, TrainConfig, as_json, as_toml, flat, identity, read_config
+from mde_dist.command import flat, toml_arguments
+from mde_dist.config import FREE, Config, TrainConfig, as_json, as_toml, identity, read_config
 from mde_dist.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))

@@ -63,7 +63,7 @@ def test_it_says_all_it_recognised_and_packs_nothing(
     assert lines[test + 1] == "image: 24x32, PNG"
     assert lines[test + 2].startswith("depth: 16-bit PNG, filled; metres = v * 0.001 (16-bit millimetres, declared")
     assert lines[-2] == "preview: preview.png"
-    assert lines[-1] == f"next: python -m mde_dist.shard --source {root} --output shards/tree"
+    assert lines[-1] == f"next: python -m mde_dist.shard --output {here}/shards/tree --source {root}"
     assert [path.name for path in here.iterdir()] == ["preview.png"]
     assert contents(root) == before
 

@@ -50,7 +50,7 @@ def pages(room_shards, scratch) -> dict[str, Path]:
     bad = make_run(folder / "<b>bad\"'&", strange, changes={"optim.lr": "</pre><script>window.hacked=5</script>"})
     shown = {"calm": [calm], "restarted": [restarted], "both": [calm, restarted], "bad": [bad, calm]}
     for name, runs in shown.items():
-        (folder / f"{name}.html").write_text(render(collect(read_runs(runs)), ["python", "-m", "mde_dist.report"]))
+        (folder / f"{name}.html").write_text(render(collect(read_runs(runs)), "python -m mde_dist.report"))
     return {name: folder / f"{name}.html" for name in shown}
 
 

@@ -72,7 +72,7 @@ def all_charts(run: Run) -> list[Chart]:
 def page_of(runs: list[Path]) -> tuple[list[str], str]:
     """What a page leaves out, and the page."""
     found = collect(read_runs(runs))
-    return found.missing, render(found, ["make"])
+    return found.missing, render(found, "make")
 
 
 # --- curves ---
@@ -424,7 +424,7 @@ def test_runs_of_other_protocols_or_images_share_no_chart_of_scores(made, images
     make_run(folder / "fewer", fewer, total=240)
     runs = read_runs([made / "calm", folder / "full", made / "restarted", folder / "fewer"])
     assert [[run.name for _, run in group] for group in groups_of(runs)] == [["calm", "restarted"], ["full"], ["fewer"]]
-    text = render(collect(runs), ["make"])
+    text = render(collect(runs), "make")
     assert "cannot be held against each other" in text
     assert text.count("full protocol, fingerprint") >= 1 and text.count("eigen protocol, fingerprint") >= 2
 

@@ -90,7 +90,8 @@ def test_embedded_rooms_from_nothing_to_shards_with_a_table_and_the_next_command
         assert 0.5 < said["depth"]["median"] < 8
         assert cells[5] == f"{said['depth']['holes']:.1%}"
     assert "6 pairs in" in done.stdout
-    assert done.stdout.splitlines()[-1] == "next: accelerate launch -m mde_dist.train --data.shards my/shards"
+    where = tmp_path / "my/shards"  # whole, so that it can be pasted in another folder, too
+    assert done.stdout.splitlines()[-1] == f"next: accelerate launch -m mde_dist.train --data.shards {where}"
     assert [path.name for path in (tmp_path / "my").iterdir()] == ["shards"]
     with open_split(tmp_path / "my/shards", "test") as shards:
         assert len(shards) == 3

@@ -16,6 +16,7 @@ from ..config import as_toml
 from ..errors import UserError
 from ..files import write_atomic, writing
 from ..locks import Taken, locked
+from ..paths import as_typed
 from ..run.launcher import PARENT
 from ..run.preemption import StopFlag
 from ..run.records import read_records
@@ -124,7 +125,7 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
     shape = f"--multi_gpu --num_machines 1 --num_processes {work.processes} --main_process_port 0"
     shape += " --mixed_precision no --dynamo_backend no"
     launcher = ["-m", "accelerate.commands.launch", *shape.split()] if work.processes > 1 else []
-    line = [sys.executable, *launcher, "-m", "mde_dist.train", "--config", str(config)]
+    line = [sys.executable, *launcher, "-m", "mde_dist.train", "--config", as_typed(config)]
     env = {name: value for name, value in os.environ.items() if not name.startswith(_LEFTOVERS)}
     # a launcher dies at signals and leaves the ranks behind, unless told to pass them on
     env["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"

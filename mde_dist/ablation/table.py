@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..command import arguments_of, parse
-from ..config import FREE, Config, checked, flat
+from ..command import arguments_of, flat, parse
+from ..config import FREE, Config, checked, with_whole_paths
 from ..errors import UserError
 from ..files import decode_text
+from ..paths import as_typed, expanded
 from ..results import EVALUATIONS
 from ..weights import MODEL
 
@@ -95,8 +96,8 @@ def check_begun(training: Training) -> None:
     file = training.config.run / "config.toml"
     if not file.is_file():
         return
-    before = dict(flat(parse(Config, ["--config", str(file)], PROG)))
-    for name, value in flat(training.config):
+    before = dict(flat(with_whole_paths(parse(Config, ["--config", as_typed(file)], PROG))))
+    for name, value in flat(with_whole_paths(training.config)):
         if name not in FREE - _LEARNED_FROM and before[name] != value:
             raise UserError(
                 f"row {training.row!r}, seed {training.seed}: {training.config.run} holds a training with {name} = "
@@ -151,7 +152,7 @@ def _config(path: Path, base: str | None, common: dict[str, Any], row: dict[str,
             raise UserError(f"{name} cannot be set in a table: {FIXED[name]}")
     arguments = list(arguments_of(_merged(common, values)))
     base = row.get("base", base)
-    start = [] if base is None else ["--config", str(path.parent / str(base))]
+    start = [] if base is None else ["--config", as_typed(path.parent / expanded(str(base)))]
     return parse(Config, [*start, *arguments], PROG)
 
 

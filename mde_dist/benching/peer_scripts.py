@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..paths import expanded
 from .pinned import on_cores
 
 _SCRIPTS = Path(__file__).with_name("peer_loaders")
@@ -65,6 +66,7 @@ def chosen_interpreters(given: Sequence[str]) -> dict[str, str]:
         if not sign or name not in names:
             known = ", ".join(dict.fromkeys(names))
             raise UserError(f"--python {text}: write NAME=INTERPRETER, where NAME is one of {known}")
+        path = expanded(path)
         if shutil.which(path) is None:
             raise UserError(f"--python {text}: {path} is no program")
         found[name] = path

@@ -14,6 +14,7 @@ import torch
 from ..config import Config, as_toml
 from ..console import say
 from ..errors import UserError
+from ..paths import as_typed
 from ..run.distributed import SEVERAL
 from ..train import check_batch
 from ..user import temporary_folder
@@ -102,7 +103,7 @@ def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict
     """What `bench train` found. Raises UserError where it failed."""
     told, found = folder / f"{ranks}.toml", folder / f"{ranks}.json"
     told.write_text(as_toml(replace(config, debug=False, debug_from=None)), "utf-8")
-    arguments = ["--config", str(told), "--json", str(found)]
+    arguments = ["--config", as_typed(told), "--json", as_typed(found)]
     arguments += ["--seconds", str(options.seconds), "--rounds", str(options.rounds)]
     done = to_its_end(command(ranks, arguments))
     if done.returncode or not found.is_file():

@@ -14,6 +14,8 @@ import numpy as np
 from .. import __version__
 from ..errors import UserError
 from ..files import atomic_file, sha256_of, write_atomic
+from ..paths import command_line
+from ..urls import is_remote
 from . import depth
 from .statistics import Statistics
 
@@ -112,7 +114,9 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 def command_for(action: str, place: str) -> str:
     """The command that verifies, repairs or indexes shards; a server's shards where they were made."""
-    return f"python -m mde_dist.shard --{action} {'DIR (where they were packed)' if '://' in place else place}"
+    if is_remote(place):
+        return command_line("shard", f"--{action}", then="DIR (where they were packed)")
+    return command_line("shard", f"--{action}", Path(place))
 
 
 def _split(name: str, raw: Mapping[str, Any]) -> SplitInfo:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..errors import UserError
 from ..folders import left_behind
+from ..paths import command_line, with_home
 from ..urls import is_remote
 from .cache import Cache
 from .claim import WORK
@@ -105,12 +106,12 @@ def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Mani
         remote = open_remote(str(place))
         data = read_whole(remote, NAME, _MAX_MANIFEST, cache.patience)
         manifest = parse_manifest(data, remote.url("").rstrip("/"))
-        return manifest, RemoteStore(remote, Cache(cache.directory.expanduser(), cache.limit, cache.patience))
+        return manifest, RemoteStore(remote, Cache(with_home(cache.directory), cache.limit, cache.patience))
     directory = Path(place)
     try:
         data = (directory / NAME).read_bytes()
     except FileNotFoundError:
-        advice = f"pack a data set into it with: python -m mde_dist.shard --source DIR --output {directory}"
+        advice = f"pack a data set into it with: {command_line('shard', '--output', directory, then='--source DIR')}"
         if (directory / WORK).is_dir():
             advice = "their packing is at work, or was cut off: the command that packs them goes on with it"
         elif tars_in(directory):

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from ..command import Weights
 from ..errors import UserError
 from .decoder import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 from .start import Start, initialise
@@ -25,7 +26,7 @@ class ModelConfig:
     backbone: Backbone = "resnet18"
     """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
     learns little: to try things out."""
-    weights: str = "none"
+    weights: Weights = "none"
     """Where the model starts: none (random), imagenet (torchvision's encoder), or the path of a safetensors file of a
     torchvision ResNet or of a trained model, such as RUN/model.safetensors. Of a trained model all is taken that fits;
     the start of a run says what that is."""
@@ -153,8 +154,8 @@ def _architecture(config: Mapping[str, Any]) -> ModelConfig:
     for name in config:
         if name.startswith("model.") and name.removeprefix("model.") not in values:
             raise ValueError(f"{name:.60} = {config[name]!r:.40} is not known to this version of mde_dist")
-    for item in fields(ModelConfig):
-        value, known = values[item.name], get_args(item.type)
-        if (value not in known) if known else not isinstance(value, item.type):  # type: ignore[arg-type]
-            raise ValueError(f"model.{item.name}: unknown {value!r:.40}")
+    for name, kind in get_type_hints(ModelConfig).items():
+        value, known = values[name], get_args(kind)
+        if (value not in known) if known else not isinstance(value, kind):
+            raise ValueError(f"model.{name}: unknown {value!r:.40}")
     return ModelConfig(**values)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..errors import UserError
 from ..learning.metrics import PROTOCOLS
+from ..paths import command_line
 from ..results import short
 from . import tables
 from .axes import Axis
@@ -134,8 +134,8 @@ def _group(runs: Sequence[Place], several: bool) -> Group:
     )
 
 
-def render(report: Report, command: Sequence[str]) -> str:
-    """`command`: what makes the page again, word by word."""
+def render(report: Report, command: str) -> str:
+    """`command`: what makes the page again."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,  # keys, scenes and paths come from files
@@ -157,7 +157,7 @@ def render(report: Report, command: Sequence[str]) -> str:
         starts=[tables.starts(run) for run in runs],
         facts=tables.aligned([tables.facts(run) for run in runs]),
         differing=tables.differing(runs),
-        command=shlex.join(command),
+        command=command,
         next_commands=list(next_commands(runs)),
     )
 
@@ -184,14 +184,14 @@ def _csp_hash(text: str) -> str:
 def next_commands(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     """What for, and the command."""
     for run in runs:
-        who, where = (f" ({run.name})" if len(runs) > 1 else ""), shlex.quote(str(run.path))
+        who, its = (f" ({run.name})" if len(runs) > 1 else ""), ("--run", run.path)
         if not run.finished:
-            config = shlex.quote(f"{run.path}/config.toml")
-            yield f"go on{who}", f"accelerate launch -m mde_dist.train --config {config}"
+            words = ("--config", run.path / "config.toml", *its)  # which may have been moved
+            yield f"go on{who}", command_line("train", *words, launcher="accelerate launch")
             continue
-        yield f"score it{who}", f"python -m mde_dist.evaluate --run {where} --protocols eigen full blog"
-        yield f"use it{who}", f"python -m mde_dist.predict --run {where} --output depth IMAGE …"
-        yield f"take it elsewhere{who}", f"python -m mde_dist.export --run {where} --output model"
-    records = [shlex.quote(f"{run.path}/evaluations/last.json") for run in runs if run.record is not None]
+        yield f"score it{who}", command_line("evaluate", *its, "--protocols", "eigen", "full", "blog")
+        yield f"use it{who}", command_line("predict", *its, "--output", "depth", then="IMAGE …")
+        yield f"take it elsewhere{who}", command_line("export", *its, "--output", "model")
+    records = [run.path / "evaluations/last.json" for run in runs if run.record is not None]
     if len(records) > 1:
-        yield "tell whether they differ", f"python -m mde_dist.evaluate --compare {' '.join(records[:2])}"
+        yield "tell whether they differ", command_line("evaluate", "--compare", *records[:2])

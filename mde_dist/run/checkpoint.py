@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .. import __version__
 from ..console import say, say_once
 from ..errors import UserError
 from ..files import UNSEALED, sealed, sync_directory, write_atomic
+from ..paths import local_path
+from ..urls import is_remote
 from ..weights import (
     EMA,
     FORMAT,
@@ -200,19 +203,37 @@ def open_model(run: Path | None, checkpoint: Path | None) -> tuple[Path, dict[st
     """
     if checkpoint is not None and run is None:
         path = checkpoint / MODEL if checkpoint.is_dir() else checkpoint
-        return path, *read_model(path)
+        return _opened(path)
     if run is None or checkpoint is not None:
         raise UserError("name what to use: either --run DIR or --checkpoint FILE.safetensors")
     folders = _by_age(run / "checkpoints")
     for folder in folders:
         try:
-            path = _scored(folder)
-            return path, *read_model(path)
+            return _opened(_scored(folder))
         except UserError as error:
             say_once(f"{error}; looking at the one before", sys.stderr)
     if folders:
         raise UserError(f"--run {run}: none of its {len(folders)} checkpoints is whole")
     raise UserError(f"--run {run}: no checkpoint in it; is it a run directory?")
+
+
+def run_of(weights: Path) -> Path | None:
+    """The run directory that weights lie in, as they were published or in a checkpoint."""
+    return next((path for path in weights.absolute().parents[:3] if (path / "checkpoints").is_dir()), None)
+
+
+def _opened(weights: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """See `open_model`. Weights have the places of shards as they were typed; where those are relative, their run knows
+    from which folder, and is asked."""
+    metadata, tensors = read_model(weights)
+    config, run = metadata["config"], run_of(weights)
+    for name in ("shards", "eval_shards"):
+        typed = config.get(f"data.{name}")
+        if run and typed and not is_remote(typed) and not Path(typed).is_absolute():
+            with suppress(OSError, ValueError, KeyError, TypeError, UserError):
+                noted = local_path(tomllib.loads((run / "config.toml").read_text("utf-8"))["data"][name])
+                config = config | {f"data.{name}": str(noted) if noted.is_dir() else typed}
+    return weights, metadata | {"config": config}, tensors
 
 
 def _scored(folder: Path) -> Path:
