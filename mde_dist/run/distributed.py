@@ -69,7 +69,8 @@ def processes(
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # the name that all versions of DDP since 2.5 know, which is what accelerate passes on
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    error = error or _lost_interface(promised, cuda=not cpu)
+    missing = _missing_interface(promised, cuda=not cpu)
+    error = error or missing
     patience = timeout if error is None else min(timeout, _PATIENCE)
     options = [
         InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
@@ -126,8 +127,8 @@ def _leaving_in_order() -> Iterator[list[Accelerator]]:
             distributed.destroy_process_group()
 
 
-def _lost_interface(promised: int, cuda: bool) -> RankError | None:
-    """A network interface that is named for the ranks, but is not here: left out, to meet the others and tell them."""
+def _missing_interface(promised: int, cuda: bool) -> RankError | None:
+    """Find an interface that the ranks are told to use, but is not here; then they meet without, for it to be told."""
     missing = missing_interface(cuda) if promised > 1 or "LOCAL_RANK" in os.environ else None
     if missing is None:
         return None

@@ -93,9 +93,9 @@ def ranks_here() -> int:
 
 
 def check_ranks() -> int:
-    """How many processes the launcher says there are: 1 where there is none. Puts MASTER_ADDR without brackets.
+    """Check what the launcher says -> number of processes, 1 without a launcher. Takes brackets off MASTER_ADDR.
 
-    Raises UserError where what it says of them, or RankError where what it says of this one, makes no group.
+    Raises UserError where that cannot be, which may be so for this process alone.
     """
     if "WORLD_SIZE" not in os.environ:
         return 1
@@ -103,18 +103,18 @@ def check_ranks() -> int:
     if world > 1:
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UserError(f"WORLD_SIZE={world}, but {name} is not set; {_START}, or unset WORLD_SIZE")
+                raise RankError(f"WORLD_SIZE={world}, but {name} is not set; {_START}, or unset WORLD_SIZE")
     for name, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", all_here)):
         value = os.environ.get(name, "0")
         if not value.isdecimal() or int(value) >= count(of):
             raise RankError(f"{name}={value}: is no number from 0 to {count(of) - 1} ({of}={count(of)}); {_START}")
     port = os.environ.get("MASTER_PORT", "1")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"MASTER_PORT={port}: is no port, a number from 1 to {2**16 - 1}; {_START}")
+        raise RankError(f"MASTER_PORT={port}: is no port, a number from 1 to {2**16 - 1}; {_START}")
     if "MASTER_ADDR" in os.environ:
         host = os.environ["MASTER_ADDR"].strip()
         if not host:
-            raise UserError(f"MASTER_ADDR=: is no address of the machine of rank 0; {_START}")
+            raise RankError(f"MASTER_ADDR=: is no address of the machine of rank 0; {_START}")
         if host.startswith("[") and host.endswith("]"):  # an IPv6 address as it stands before a port
             os.environ["MASTER_ADDR"] = host[1:-1]
     return world
