@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -220,7 +221,9 @@ def check_ranges(config: T, ranges: Mapping[str, tuple[float, float]]) -> T:
 
 def _check(name: str, number: float, low: float, high: float) -> None:
     if not low <= number <= high:  # false for nan, too
-        limits = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        limits = f"{low:g} to {high:g}"
+        if high >= 1000 and not math.isnan(number):  # an end that hardly anybody comes near
+            limits = f"at least {low:g}" if number < low else f"at most {high:g}"
         said = f"{name} = {number}" if "." in name else f"--{name.replace('_', '-')} {number}"
         raise UserError(f"{said}: must be {limits}")
 

@@ -83,6 +83,14 @@ def test_every_field_has_a_docstring_and_stands_in_help(capsys):
         (["--data.thread", "3"], ["data.thread", "data.threads"]),
         (["--data.threads", "many"], ["data.threads", "many"]),
         (["sometimes"], ["sometimes"]),
+        (["--train.seed", str(2**70)], ["train.seed", "at most"]),
+        (["--train.samples", str(2**62)], ["train.samples", "at most"]),
+        (["--train.cpu-threads", str(2**31)], ["train.cpu_threads", "at most 1024"]),
+        (["--train.timeout", "inf"], ["train.timeout", "inf"]),
+        (["--train.lost-after", "1e9"], ["train.lost_after", "at most"]),
+        (["--optim.lr", "nan"], ["optim.lr", "nan"]),
+        (["--optim.clip", "inf"], ["optim.clip", "inf"]),
+        (["--data.cache-gb", "1e300"], ["data.cache_gb", "at most"]),
     ],
 )
 def test_impossible_values_are_one_line_that_names_them(arguments, words):

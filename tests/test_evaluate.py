@@ -116,6 +116,8 @@ def test_a_damaged_image_ends_the_evaluation_with_its_key(checkpoint, room_shard
         (["--checkpoint", "CHECKPOINT", "--split", "val"], "no split 'val'"),
         (["--checkpoint", "CHECKPOINT", "--protocols", "eigne"], "eigne"),
         (["--checkpoint", "CHECKPOINT", "--batch-size", "0"], "at least 1"),
+        (["--checkpoint", "CHECKPOINT", "--threads", str(2**31)], "at most 1024"),
+        (["--checkpoint", "CHECKPOINT", "--cache-gb", "inf"], "inf"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint, arguments, words):

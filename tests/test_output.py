@@ -69,6 +69,11 @@ def test_an_error_that_nobody_hears_keeps_its_exit_code():
     assert warm_run("config", "--train.samples", "-1", before=partial(lose_output, "its reader")).returncode == 2
 
 
+def test_help_goes_into_a_pipe_that_closes_early():
+    done = warm_run("train", "--help", before=partial(lose_output, "its reader", (1,)))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_command_started_without_outputs_does_not_print_into_its_files(tmp_path):
     """A file would be opened as handle 1, and all that is printed would go there."""
     target = tmp_path / "printed"

@@ -300,6 +300,8 @@ def test_ctrl_c_leaves_whole_files_only(checkpoint, tmp_path):
         (["IMAGES", "--device", "toaster"], "toaster"),
         (["IMAGES", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["IMAGES", "--every", "0"], "--every 0: must be at least 1"),
+        (["IMAGES", "--batch-size", str(2**70)], "must be at most"),
+        (["IMAGES", "--ply", "--intrinsics", "inf", "1", "0", "0"], "inf"),
         (["IMAGES", "--every", "2"], "for videos, and none is named"),
         (["IMAGES", "--range", "3", "3"], "--range 3 3"),
         (["IMAGES", "--range", "-1", "3"], "--range -1 3"),

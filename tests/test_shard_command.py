@@ -158,6 +158,7 @@ def tree(root: Path, kind: str) -> Path:
         ("bts", ["--layuot", "bts"], ["--layuot"]),
         ("bts", ["--workers", "0"], ["--workers 0", "at least 1"]),
         ("bts", ["--workers", "two"], ["two"]),
+        ("bts", ["--workers", "1000000"], ["--workers 1000000", "at most 1024"]),
         ("bts", ["--samples-per-shard", "0"], ["--samples-per-shard 0", "at least 1"]),
         ("bts", ["--limit", "-1"], ["--limit -1", "at least 1"]),
         ("bts", ["--jpeg-quality", "101"], ["--jpeg-quality 101", "1 to 100"]),

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ..checkup.step import noise, out_of_memory
+from ..command import check_ranges
 from ..config import Config
 from ..data.augment import prepare
 from ..data.shards import open_split
@@ -41,9 +42,7 @@ class Own(Timing):
 
     def check(self) -> None:
         super().check()
-        for batch in self.batches:
-            if batch < 1:
-                raise UserError(f"batches = {batch}: must be at least 1")
+        check_ranges(self, {"batches": (1, 1e6)})
 
 
 @dataclass(frozen=True)
