@@ -244,7 +244,7 @@ def test_what_is_left_out_of_paths_is_the_least_with_which_they_are_there(tmp_pa
     pairs = source.splits["train"].pairs
     assert [(pair.image, pair.depth) for pair in pairs] == [(f"a/train/{i}.jpg", f"a/train/{i}.png") for i in range(12)]
     (note,) = (note for note in source.notes if "taken without" in note)
-    assert note.endswith("without mnt and mnt/b")
+    assert note.endswith("without mnt and mnt/b in front")
 
 
 def test_paths_of_a_layout_with_lists_of_its_own_are_cut_as_well(tmp_path: Path) -> None:

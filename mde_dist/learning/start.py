@@ -22,7 +22,7 @@ class Start:
     """Where a model's weights came from, for the record of its run."""
 
     source: str
-    """`imagenet`, or the path of a file."""
+    """The path of a file, or torchvision's weights in words."""
     sha256: str
     """Of the file; empty for torchvision's, which has it in its name."""
     taken: Mapping[str, tuple[int, int]]
@@ -76,7 +76,7 @@ def initialise(model: nn.Module, weights: str, backbone: str, output: str) -> St
         sha256,
         {part: (len(names), sum(sizes.get(n, 0) for n in names)) for part, names in taken.items() if names},
         Counter((_part(name), why) for name, why in reasons.items()),
-        len(state.keys() - own.keys()),
+        sum(not name.endswith("num_batches_tracked") for name in state.keys() - own.keys()),
     )
 
 

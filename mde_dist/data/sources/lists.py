@@ -38,7 +38,7 @@ class FileList:
 
     def notes(self, split: str) -> list[str]:
         """A line about what was left out of the paths."""
-        return [f"{split}: the paths in {self.place.name} are taken without {self.cut}"] if self.cut else []
+        return [f"{split}: the paths in {self.place.name} are taken without {self.cut} in front"] if self.cut else []
 
 
 def find_list(tree: Tree, names: Iterable[str], bases: Sequence[str], given: Path | None = None) -> FileList | None:
@@ -53,9 +53,9 @@ def find_list(tree: Tree, names: Iterable[str], bases: Sequence[str], given: Pat
 
 
 def _parsed(tree: Tree, place: Path, data: bytes, bases: Sequence[str]) -> FileList:
-    places = _Bases(tree, bases)
+    folders = _Bases(tree, bases)
     try:
-        rows = read_rows(data, cache(lambda path: _find(places, [path], len(_parts(path))) is not None))
+        rows = read_rows(data, cache(lambda path: _find(folders, [path], len(_parts(path))) is not None))
     except UnicodeError as error:
         raise UserError(f"{place}: not a readable list of files ({error}); save it as UTF-8") from None
     except csv.Error as error:
@@ -99,7 +99,7 @@ def locate_list(tree: Tree, listed: FileList, bases: Sequence[str]) -> FileList:
     base, cut = _find(_Bases(tree, bases), firsts[0], len(starts[0])) or (bases[0], 0)
     cuts = [cut]
     for paths, start in zip(firsts[1:], starts[1:], strict=True):
-        cuts.append((_find(_Bases(tree, [base]), paths, len(start)) or (base, 0))[1])
+        cuts.append((_find(_Bases(tree, [base], deeper=False), paths, len(start)) or (base, 0))[1])
     if not any(cuts):
         return replace(listed, base=base)
     tails = ("/".join(_parts(path)[cut:]) for row in listed.rows for path, cut in zip(row, cuts, strict=False))
@@ -109,14 +109,15 @@ def locate_list(tree: Tree, listed: FileList, bases: Sequence[str]) -> FileList:
 
 
 class _Bases:
-    """Folders of a tree from which paths may start: those named, and the same within each folder of the tree."""
+    """Folders of a tree from which paths may start: those named, and `deeper` the same in each folder of the tree."""
 
-    def __init__(self, tree: Tree, bases: Sequence[str]):
-        self._tree, self._bases = tree, bases
+    def __init__(self, tree: Tree, bases: Sequence[str], deeper: bool = True):
+        self._tree, self._bases, self._deeper = tree, bases, deeper
 
     @cached_property
     def _inner(self) -> list[str]:
-        return [str(PurePosixPath(folder, base)) for folder in self._tree.folders("") for base in self._bases]
+        folders = self._tree.folders("") if self._deeper else []
+        return [str(PurePosixPath(folder, base)) for folder in folders for base in self._bases]
 
     def of(self, path: str, cut: int = 0) -> str | None:
         """The one below which a path is a file without its first `cut` folders; None where it is below none."""
@@ -139,7 +140,8 @@ def _parts(path: str) -> list[str]:
 
 def _common(paths: Sequence[str]) -> list[str]:
     """The folders with which all paths begin."""
-    first, last = (_parts(path)[:-1] for path in (min(paths, default=""), max(paths, default="")))
+    folders = [_parts(path)[:-1] for path in paths]
+    first, last = min(folders, default=[]), max(folders, default=[])
     return [one for one, _ in itertools.takewhile(lambda both: both[0] == both[1], zip(first, last, strict=False))]
 
 
