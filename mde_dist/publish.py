@@ -68,8 +68,9 @@ def take_back(work: Path, output: Path) -> None:
     if not names or (output / names[-1]).exists():
         return
     for name in names:
-        with suppress(FileNotFoundError):
-            (output / name).rename(work / name)
+        if not (work / name).exists():  # else the one in the output is somebody else's
+            with suppress(FileNotFoundError):
+                (output / name).rename(work / name)
     sync_directory(work)
     (work / _LIST).unlink(missing_ok=True)
 

@@ -135,7 +135,7 @@ def test_a_packing_killed_while_it_publishes_leaves_a_whole_set_or_goes_on(tree,
         assert contents(output) == contents(tmp_path / "other")
 
 
-def test_shards_that_are_removed_from_a_half_published_set_are_packed_again(tree, whole, tmp_path):
+def test_what_is_removed_from_a_half_published_set_is_packed_again_and_what_is_added_is_refused(tree, whole, tmp_path):
     def cut_off() -> None:
         die_at(4)
         packed(tree, tmp_path / "out", OPTIONS)
@@ -144,6 +144,12 @@ def test_shards_that_are_removed_from_a_half_published_set_are_packed_again(tree
     assert packed_yet(tmp_path / "out")
     for name in packed_yet(tmp_path / "out"):
         (tmp_path / "out" / name).unlink()
+    foreign = tmp_path / "out/train-000000.tar"  # which had not been moved yet
+    foreign.write_bytes(b"of another")
+    with pytest.raises(UserError, match="is there already and not empty"):
+        packed(tree, tmp_path / "out", OPTIONS)
+    assert foreign.read_bytes() == b"of another"
+    foreign.unlink()
     packed(tree, tmp_path / "out", OPTIONS)
     assert contents(tmp_path / "out") == whole
 
