@@ -119,7 +119,10 @@ def check(command: ExportCommand) -> None:
     if command.size and min(command.size) < SMALLEST:
         raise UserError(f"--size {command.size[0]}x{command.size[1]}: must be at least {SMALLEST}x{SMALLEST}")
     if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
-        raise UserError(f"torch {torch.__version__} is too old to export; this needs {OLDEST_TORCH} or newer")
+        raise UserError(
+            f"torch {torch.__version__} is too old to export; this needs {OLDEST_TORCH} or newer: "
+            "pip install -e '.[export]'"
+        )
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if "onnx" in command.formats and missing:
         raise UserError(

@@ -21,7 +21,12 @@ from mde_dist import export
 from mde_dist.data.rooms import render_room
 from mde_dist.errors import UserError
 from mde_dist.learning.model import DepthModel, ModelConfig
+from mde_dist.programs import OLDEST_TORCH
 from mde_dist.weights import model_bytes, read_model
+
+pytestmark = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < OLDEST_TORCH, reason=f"torch is older than {OLDEST_TORCH}, which export needs"
+)
 
 SIZE = (50, 70)  # no multiple of 32
 FILES = ("model.onnx", "model.pt2")
