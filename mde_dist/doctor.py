@@ -28,7 +28,7 @@ from .checkup.machine import (
     check_versions,
 )
 from .checkup.panel import Panel, Row
-from .checkup.place import check_disk, check_run
+from .checkup.place import check_cache, check_disk, check_run
 from .checkup.step import Measured, check_divides, check_network, measure_step
 from .command import run_command
 from .config import Config, for_all_ranks, read_config
@@ -79,6 +79,8 @@ def examine(config: Config, accelerator: Accelerator, ignored: Sequence[Ignored]
         start = check_run(panel, config, splits)
         speeds, batch = None, None
         if splits:
+            if any(split.remote for split in splits):
+                check_cache(panel, config.data.cache_options.directory.expanduser())
             check_samples(panel, config, splits)
             supply = measure_loader(panel, config, splits[0], start or 0)
             speeds, batch = supply.speeds, supply.batch

@@ -71,14 +71,15 @@ def decode_text(data: bytes) -> str:
     return data.decode()
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory last through a power cut, where its file system can. Raises OSError."""
+def sync_directory(path: Path) -> bool:
+    """Make renames in a directory last through a power cut. Returns and raises as `sync`."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError as error:  # it may be written and not be read
-        return _note_unsynced(path, error)
+        _note_unsynced(path, error)
+        return False
     try:
-        sync(handle, path)
+        return sync(handle, path)
     finally:
         os.close(handle)
 

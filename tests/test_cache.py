@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from commands import environment
+from gaps import gaps
 from servers import Fault, FileServer
 
 from mde_dist.data.cache import Cache
@@ -89,10 +91,12 @@ for file in files:
 """
 
 
-def fetching_process(cache: Cache, server: FileServer, *wants: Wanted) -> subprocess.Popen[str]:
+def fetching_process(
+    cache: Cache, server: FileServer, *wants: Wanted, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     files = [f"{want.name}:{want.bytes}:{want.sha256}" for want in wants]
     command = [sys.executable, "-c", FETCH, str(cache.directory), server.url, *files]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
 
 
 def wait_for_size(path: Path, size: int) -> None:
@@ -381,6 +385,28 @@ def test_a_killed_download_is_resumed_by_the_one_who_waits_for_it(
     assert first is None
     assert second is not None
     assert 200_000 <= int(second.removeprefix("bytes=").removesuffix("-")) < MIB
+
+
+def test_where_no_file_can_be_locked_one_downloads_and_the_next_goes_on_when_it_is_killed(
+    cache: Cache, server: FileServer
+) -> None:
+    env = environment(**gaps(f"flock:ENOLCK:{cache.directory}", f"fsync-dir:EINVAL:{cache.directory}"))
+    want = wanted(server, "a.tar")
+    server.fail(Fault(rate=MIB / 8), times=1)
+    first = fetching_process(cache, server, want, env=env)
+    wait_for_size(part_of(cache, want), 200_000)
+    others = [fetching_process(cache, server, want, env=env) for _ in range(2)]
+    time.sleep(0.5)
+    assert server.requests["a.tar"] == 1
+    first.kill()
+    first.communicate()
+    for other in others:
+        assert other.communicate(timeout=30)[0].split() == [want.sha256]
+    begun, resumed = server.ranges["a.tar"]
+    assert begun is None
+    assert resumed is not None
+    assert held(cache) == [want.sha256]
+    assert (cache.directory / want.sha256).read_bytes() == content_of(server, "a.tar")
 
 
 def test_a_failed_download_is_tried_by_the_next_one_in_line(cache: Cache, server: FileServer, remote: Remote) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from commands import environment, small
 from faults import few_files, forbid_pickle, left_behind, no_locks, out_of_memory, quick_checkup, together
+from gaps import run_with_gaps
 from test_disk import mount, root_only
 from trees import write
 from warm import warm_run
 
 from mde_dist.checkup import data, machine, step
 from mde_dist.checkup.panel import Panel, Row, in_words
+from mde_dist.checkup.place import check_cache, check_disk
 from mde_dist.checkup.step import Measured, checkpoint_bytes
 from mde_dist.config import read_config
 from mde_dist.data.shards import open_split
@@ -219,6 +223,28 @@ def test_a_bad_command_line_is_one_line():
 
 
 # --- the parts, alone ---
+
+
+def look_at_disks(*folders: str) -> None:
+    """Tell the rows of run directories and of caches in these folders."""
+    for folder in folders:
+        panel = Panel(Accelerator(cpu=True), lambda word: None)
+        config = read_config(["--run", f"{folder}/run"])
+        check_disk(panel, config, checkpoint=1000, refused=False)
+        check_cache(panel, Path(folder))
+        sys.stderr.writelines(f"{Path(folder).name}: {row.check}: {row.result}: {row.found}\n" for row in panel.rows)
+
+
+def test_a_disk_without_locks_or_flushes_is_told_and_a_broken_one_is_a_failure(tmp_path):
+    lacking, broken = tmp_path / "lacking", tmp_path / "broken"
+    for folder in (lacking, broken):
+        folder.mkdir()
+    rules = [f"flock:ENOLCK:{lacking}", f"fsync-dir:EINVAL:{lacking}", f"fsync-dir:EIO:{broken}"]
+    said = run_with_gaps(look_at_disks, rules, lacking, broken)
+    for row in ("lacking: disk: warn", "lacking: cache: warn", "broken: disk: fail", "broken: cache: fail"):
+        assert row in said
+    assert said.count("no file locks") == said.count("nothing tells when the disk has it all") == 2
+    assert not [*lacking.iterdir(), *broken.iterdir()]
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """The run directory: would training take it, go on in it, and have room in it? Nothing in it is changed."""
 
 import contextlib
-import os
 import secrets
+import shutil
 from pathlib import Path
 
 from ..config import Config, as_json, as_toml, identity
 from ..data.shards import ShardSet
 from ..errors import UserError
+from ..files import sync, sync_directory
+from ..locks import SILENCE, has_flock, holder_beside
 from ..run.directory import RunDirectory
 from .panel import Panel, Row, in_words
 
@@ -64,10 +66,12 @@ def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | 
 
 
 def lock_holder(lock: Path) -> str | None:
-    """Who holds the lock of a run directory, by the system's own list: to try to take it would be to take it.
+    """Tell who holds the lock of a run directory, by the system's own list: to try to take it would be to take it.
 
     None where nobody does, or the list does not tell: it knows the processes of this machine.
     """
+    if beside := holder_beside(lock):
+        return beside
     try:
         inode, text = lock.stat().st_ino, lock.read_text("utf-8", errors="replace").strip()
         lines = [line.split() for line in Path("/proc/locks").read_text("utf-8").splitlines()]
@@ -94,24 +98,13 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
     }
     probes = [folder / f".{name}.tmp" for folder in folders]  # names that training sweeps away
 
-    def write() -> list[int]:
+    def write() -> list:
         if panel.rank:
             return []
-        if not refused:
-            for probe in probes:
-                try:
-                    with probe.open("xb") as file:
-                        file.write(bytes(2**16))
-                        file.flush()
-                        os.fsync(file.fileno())
-                except OSError as error:
-                    raise UserError(
-                        f"{probe.parent}: cannot be written ({error.strerror}); give yourself the right to, or another "
-                        "--run"
-                    ) from None
-        about = os.statvfs(folders[-1])
+        lacks = [] if refused else [lack for probe in probes for lack in lacking(probe, "--run")]
         on_it = [file for file in checkpoints.glob("*/*") if not file.parent.is_symlink()]
-        return [about.f_bavail * about.f_frsize, sum(file.lstat().st_size for file in on_it)]
+        size = sum(file.lstat().st_size for file in on_it)
+        return [shutil.disk_usage(folders[-1]).free, size, list(dict.fromkeys(lacks))]
 
     try:
         answers = panel.ask(write, "choose another --run", _LIMIT)
@@ -123,21 +116,68 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
                 probe.unlink()
     if panel.failed("disk", answers):
         return
-    free, there = answers[0].value
+    free, there, lacks = answers[0].value
     keep = config.train.keep
     need = max(checkpoint, checkpoint * (keep + _SPARE) - there)  # what is there makes room as it goes
     found = f"{in_words(free)} free at {folders[-1]}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
     found += in_words(checkpoint)
     if there:
         found += f", {in_words(there)} of them there"
+    found = "\n".join([found, *lacks])
     blind = [rank for rank, answer in enumerate(seen) if rank in panel.nodes and not answer.value]
     if free < need:
         panel.add(Row("disk", "fail", found, "free some, lower --train.keep, or choose another --run"))
     elif blind:
         found += f"\n{panel.named(blind)}: does not see what rank 0 writes there"
         panel.add(Row("disk", "warn", found, "put --run on a shared file system: it could not be resumed"))
+    elif lacks:
+        panel.add(Row("disk", "warn", found, "nothing, if you can live with that; else --run on another file system"))
     else:
         panel.add(Row("disk", "ok", found))
+
+
+def check_cache(panel: Panel, directory: Path) -> None:
+    """The cache of each node, where shards come from a server: can it be written, and what does its disk lack?"""
+    panel.begin("cache")
+    probe = directory / f".{secrets.token_hex(8)}.tmp"
+
+    def write() -> list[str]:
+        if panel.rank != panel.beside[0]:
+            return []
+        try:
+            return lacking(probe, "--data.cache")
+        finally:
+            probe.unlink(missing_ok=True)
+
+    answers = panel.ask(write, "choose another --data.cache", _LIMIT)
+    if panel.failed("cache", answers):
+        return
+    lacks = {rank: "\n".join(answer.value) for rank, answer in enumerate(answers) if answer.value}
+    if lacks:
+        advice = "nothing, if you can live with that; else --data.cache on another file system"
+        panel.add(Row("cache", "warn", f"{directory}\n{panel.differing(lacks)}", advice))
+
+
+def lacking(probe: Path, option: str) -> list[str]:
+    """Write a file and leave it there -> what its file system lacks and training does without, and what follows.
+
+    Raises UserError where it cannot be written.
+    """
+    lacks, place = [], probe.parent
+    try:
+        with probe.open("xb") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            if not has_flock(file):
+                until = f"only after {SILENCE:.0f} s of silence"
+                lacks.append(f"no file locks: a process killed on another machine is known for dead {until}")
+            if not (sync(file.fileno(), place) and sync_directory(place)):
+                lacks.append("nothing tells when the disk has it all: a power cut may undo what was written last")
+    except OSError as error:
+        raise UserError(
+            f"{place}: cannot be written ({error.strerror}); give yourself the right to, or another {option}"
+        ) from None
+    return lacks
 
 
 def nearest(path: Path) -> Path:
