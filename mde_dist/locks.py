@@ -303,7 +303,8 @@ def _start(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return "" if fields[0] in "ZX" else fields[19]
+    ended = fields[0] in "ZX" and int(fields[17]) <= 1  # its other threads may be in a last write
+    return "" if ended else fields[19]
 
 
 def _machine() -> list[str]:

@@ -123,16 +123,19 @@ def hammer(folder: str) -> None:
     """Four processes take a lock at once, one of them is killed at any moment and followed by another."""
     locks.POLL, locks.SILENCE = 0.001, 2.0  # silent is only who is killed between making his file and writing to it
     draw, workers, log, until = random.Random(0), list[int](), Path(folder, "judge"), time.monotonic() + 60
-    while min(map(log.read_text().count, "sa")) < 60 and time.monotonic() < until:
+    while min(map(log.read_text().count, "sa")) < 25 and time.monotonic() < until:
         workers += [forked(take_often, Path(folder)) for _ in range(4 - len(workers))]
-        time.sleep(0.05 * draw.random())
+        entries = log.stat().st_size
+        while log.stat().st_size == entries and time.monotonic() < until:
+            time.sleep(0.03 * draw.random())
         os.kill(victim := workers.pop(draw.randrange(4)), signal.SIGKILL)
         if draw.random() < 0.5:  # the others remain as zombies
             os.waitpid(victim, 0)
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
-    assert not is_taken(Path(folder, "gap/.lock"))
-    assert time.monotonic() < until
+        os.waitpid(worker, 0)
+    with locked(Path(folder, "gap/.lock"), "taken", wait=True):
+        assert time.monotonic() < until
 
 
 def take_often(folder: Path) -> None:
