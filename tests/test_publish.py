@@ -167,7 +167,7 @@ def test_files_that_come_meanwhile_are_not_mixed_with(tree, whole, tmp_path):
     assert contents(output) == whole
 
 
-def test_a_mounted_volume_takes_shards_packed_in_parts_though_its_parent_is_read_only(tree, whole, volume, capsys):
+def test_a_mounted_volume_takes_shards_packed_in_parts_though_its_parent_is_read_only(tree, whole, volume):
     given = ["--source", str(tree), "--output", str(volume), "--samples-per-shard", "2", "--workers", "1"]
     for part in ("0/2", "1/2"):
         shard.main([*given, "--part", part])
