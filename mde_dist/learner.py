@@ -57,7 +57,7 @@ class Learner:
         device = accelerator.device
         model = replace(config.model, weights="none") if resumes else config.model
         built, self.start = build_started(model, config.train.seed)
-        """What was taken of `model.weights`."""
+        """The part of `model.weights` that was taken; None for none."""
         self.bare: nn.Module = built.to(device)
         """The model as it is saved."""
         if shares_statistics(config, accelerator):

@@ -209,7 +209,7 @@ WRITTEN: dict[str, str | bytes] = {
     "lines of old Macs": PLAIN.replace("\n", "\r"),
     "pandas": ",image,depth\n" + "".join(f"{i},{row}\n" for i, row in enumerate(PLAIN.splitlines())),
     "an index": "".join(f"{i}\t{row}\n" for i, row in enumerate(spelled("\t").splitlines())),
-    "comments": "# of my flat\n" + PLAIN.replace("\n", "\n# more, and more\n"),
+    "comments": "# of my flat; 2, 3 or 4 rooms\n" * 12 + PLAIN.replace("\n", "\n# more, and more\n"),
     "the folder itself": spelled(start="./"),
     "Windows": spelled(start="./").replace("/", "\\"),
     "another Linux": spelled(start="/home/alice/my data/nyu/"),

@@ -36,7 +36,7 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _POINTERS = {b"/annex/objects/": "git-annex", b"version https://git-lfs.": "Git LFS"}
 """First bytes of small files that stand for a content that was not fetched -> whose they are."""
 _JPEG = b"\xff\xd8"
-"""With which every JPEG begins."""
+"""First bytes of every JPEG."""
 _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
 """libjpeg's words about bytes between the last pixel and the end marker. They are of its first warning, and nothing is
 read behind that marker: where it says this, nothing else is wrong."""

@@ -19,7 +19,7 @@ PARTS = ("encoder", "decoder", "head")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a model's weights came from, for the record of its run."""
+    """Origin of the weights that a model starts from, and their part in it."""
 
     source: str
     """The path of a file, or torchvision's weights in words."""
@@ -86,7 +86,7 @@ def _part(name: str) -> str:
 
 
 def _reasons(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], other_head: object) -> dict[str, str]:
-    """Why tensors of a model are not those of a file. A layer is taken whole or not at all."""
+    """The reason for each tensor of a model that is not taken from a file. A layer is taken whole or not at all."""
     why: dict[str, str] = {}
     for name, tensor in own.items():
         layer = name.rpartition(".")[0]

@@ -27,7 +27,7 @@ class Frame:
     image: np.ndarray
     """RGB uint8 (height, width, 3)."""
     stray_bytes: bool = False
-    """Whether it is a JPEG with stray bytes, see `decode_jpeg`."""
+    """True for a JPEG with stray bytes, see `decode_jpeg`."""
 
 
 @dataclass(frozen=True)

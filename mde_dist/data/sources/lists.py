@@ -29,7 +29,7 @@ class FileList:
     base: str = ""
     """Folder below which the paths lie, see `locate_list`."""
     cut: str = ""
-    """What stood before the paths, of another machine, and was left out."""
+    """Beginning of the paths, of another machine, that was left out."""
 
     def places(self) -> Iterator[tuple[str, Row]]:
         """Each row, and where it stands, in words."""

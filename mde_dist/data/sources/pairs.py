@@ -54,7 +54,7 @@ class RawPair:
     orientation: int = 1
     """EXIF orientation of the image's file, 1..8; `image` is upright always."""
     stray_bytes: bool = False
-    """Whether the image is a JPEG with stray bytes, see `images.decode_jpeg`."""
+    """True for a JPEG with stray bytes, see `images.decode_jpeg`."""
 
 
 class Reader(Protocol):

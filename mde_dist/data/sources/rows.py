@@ -27,7 +27,8 @@ def read_rows(data: bytes, there: There) -> list[tuple[int, Row]]:
     """
     lines = re.split(r"\r\n|\r|\n", decode_text(data).replace("\\", "/"))
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    split = _separator([line for _, line in numbered[: _FIRST + 1]], there)
+    telling = [line for _, line in numbered if not line.startswith("#")] or [line for _, line in numbered]
+    split = _separator(telling[: _FIRST + 1], there)
     rows = [(number, row) for number, line in numbered if any(row := split(line))]
     rows = [(number, row) for number, row in rows if not row[0].startswith("#") or there(row[0])]
     if rows and _is_heading([row for _, row in rows[:2]], there):
@@ -37,7 +38,7 @@ def read_rows(data: bytes, there: There) -> list[tuple[int, Row]]:
 
 
 def _separator(lines: Sequence[str], there: There) -> Callable[[str], Row]:
-    """How these lines are split: the way that gives most files that are there, or else most names that look like files.
+    """The way to split these lines that gives most files that are there, or else most names that look like files.
 
     Where lines are separated by blanks, a name may have some too: a column ends behind the suffix of an image.
     """
@@ -72,7 +73,7 @@ def _looks_like_file(column: str) -> bool:
 
 
 def _is_heading(rows: Sequence[Row], there: There) -> bool:
-    """Whether the first row names columns: none of them is a file, and those below it are, or are paths at least."""
+    """True where the first row names columns: none of its own is a file, while one below it is."""
     first, below = rows[0], rows[1:]
     if any(_looks_like_file(column) or there(column) for column in first):
         return False
@@ -80,6 +81,6 @@ def _is_heading(rows: Sequence[Row], there: There) -> bool:
 
 
 def _is_indexed(rows: Sequence[Row], there: There) -> bool:
-    """Whether the first column numbers the rows, and files stand behind it."""
+    """True where the first column numbers the rows, and files stand behind it."""
     numbers = bool(rows) and all(len(row) > 1 and row[0].isdecimal() and _looks_like_file(row[1]) for row in rows)
     return numbers and not any(there(row[0]) for row in rows)
