@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,10 +44,18 @@ class Thumbnail:
     depth: np.ndarray
 
 
+_loading = threading.Lock()  # the environment and the logger are changed meanwhile
+
+
 @cache
 def load_matplotlib() -> Any:
     """The module, with figure, backends.backend_agg, colors and ticker; also where MPLBACKEND names a backend that is
     not there, as in what a notebook starts: nothing here opens a window. Raises UserError."""
+    with _loading:
+        return _load_matplotlib()
+
+
+def _load_matplotlib() -> Any:
     backend, log = os.environ.pop("MPLBACKEND", None), logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)  # a user without a home reads at length that the cache is in a temporary folder
