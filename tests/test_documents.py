@@ -43,6 +43,7 @@ def test_every_option_that_the_documents_name_exists(capsys):
     known |= {"--config", "--multi_gpu", "--num_machines", "--num_processes", "--main_process_port", "--same_network"}
     known |= {"--section.field", "--mixed_precision", "--dynamo_backend", "--config_file", "--help"}
     known |= {"--standalone", "--nproc-per-node"}  # of torchrun
+    known |= {"--user", "--tmpfs", "--shm-size"}  # of docker
     # of sbatch and scancel
     known |= {"--array", "--nodes", "--gpus-per-node", "--cpus-per-task", "--signal", "--batch"}
     known = {name.replace("_", "-") for name in known}
