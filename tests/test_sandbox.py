@@ -17,9 +17,9 @@ if __name__ == "__main__":
     commands = json.load(sys.stdin)
     for module in ("mde_dist.train", *(words[0] for words in commands)):
         importlib.import_module(module)
-    from mde_dist.checkup import data, step
+    from mde_dist.checkup import data, machine, step
     data.SECONDS = step.SECONDS = 0.1
-    getpass.getuser()
+    print(getpass.getuser(), *machine.look_at_scratch(8), sep="\\n", file=sys.stderr, flush=True)
     for number, (module, *words) in enumerate(commands):
         if os.fork() == 0:
             for handle, name in ((1, "out"), (2, "err")):
@@ -60,6 +60,9 @@ def test_every_command_works_in_a_container_without_a_writable_root(tmp_path, la
     assert done.returncode == 0, done.stderr
     out, err = ([(work / f"{n}.{name}").read_text() for n in range(len(chain))] for name in ("out", "err"))
     assert done.stdout.split() == ["0"] * len(chain), (done.stderr, out, err)
+    assert (
+        len(done.stderr.splitlines()) == 4 and "--shm-size" in done.stderr
+    )  # name; what a node of 8 GPUs has and lacks
     packed(tree, tmp_path / "alone", PackOptions(samples_per_shard=2))
     assert contents(work / "shards") == contents(tmp_path / "alone")
     (scratch,) = (line for line in out[1].splitlines() if line.startswith("│ scratch"))
