@@ -33,7 +33,7 @@ def test_a_training_is_to_be_looked_at_and_ctrl_c_leaves_terminal_and_run_whole(
     assert re.search(r"^training mean everywhere +0\.\d{4} ", shown, re.MULTILINE), shown
     assert re.search(r"^the blog's ResNet18, NYU Depth v2 +0\.179 +0\.73$", shown, re.MULTILINE), shown
     assert re.search(r"^loss \d+\.\d{4}   lr \d\.\d\de-\d\d   \d+% waiting for data", shown, re.MULTILINE), shown
-    bar = r"training +[━╸╺]+ +\d+/1,200 samples +[\d.,]+/s \d:\d\d:\d\d \d:\d\d:\d\d left"
+    bar = r"training +[━╸╺]+ +\d+/1,200 samples +[\d.,]+/s \d:\d\d:\d\d +\d:\d\d:\d\d left"
     assert re.search(f"^{bar}$", shown, re.MULTILINE), shown  # below it stands another one during an evaluation
     assert max(len(line) for line in shown.splitlines()) <= 80
     # of the display the last state is left, and nothing of those before

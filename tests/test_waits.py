@@ -48,13 +48,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
-    build = learner.build
+    build = learner.build_started
 
-    def built_there(*arguments: Any) -> torch.nn.Module:
+    def built_there(*arguments: Any) -> Any:
         with GPU:
             return build(*arguments)
 
-    monkeypatch.setattr(learner, "build", built_there)
+    monkeypatch.setattr(learner, "build_started", built_there)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory=False, **rest: empty_like(tensor, **rest))
     # a copied tensor would bring a copy of its mode, whose weak references to storages are counted once and given back
