@@ -75,7 +75,7 @@ def bare(source: Path, codec: str, per_shard: int, place: Path) -> float:
     from PIL import Image
 
     from mde_dist.data import depth
-    from mde_dist.data.sources import open_source
+    from mde_dist.packing.sources import open_source
 
     opened = open_source(source)
     pairs = [(split.scale, pair) for split in opened.splits.values() for pair in split.pairs]

@@ -85,9 +85,9 @@ def check_constants() -> None:
     from torch import nn
 
     from mde_dist.data.manifest import INDEX
-    from mde_dist.learning import breakdown
-    from mde_dist.learning.model import ModelConfig, build
-    from mde_dist.results import DIGEST
+    from mde_dist.evaluation import breakdown
+    from mde_dist.evaluation.results import DIGEST
+    from mde_dist.models.depth_model import ModelConfig, build
 
     seed = build(ModelConfig(weights="none"), 0)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in seed.modules())

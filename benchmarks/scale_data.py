@@ -36,7 +36,7 @@ def said(times: list[float], unit: float, name: str) -> str:
 
 def order(folder: str, samples: int, window: int, batch: int = 16) -> dict[str, Any]:
     """Layout of windows and batches of an order, in a fresh process: seconds of each, and bytes of Python at most."""
-    from mde_dist.data import order as module
+    from mde_dist.data import sampler as module
 
     its = module.Order(samples, BLOCK, window, seed=0)
     count = -(-its.samples // (BLOCK * window))
@@ -98,7 +98,7 @@ def index(folder: str, samples: int) -> dict[str, Any]:
     """Open an index cold and warm, its hash alone, and read rows at random."""
     from mde_dist.data.index import Index
     from mde_dist.data.manifest import FileInfo, ShardInfo
-    from mde_dist.files import sha256_of
+    from mde_dist.utils.io import sha256_of
 
     record = made_index(Path(folder), samples)
     shards, info = [ShardInfo(**shard) for shard in record["shards"]], FileInfo(**record["index"])
@@ -157,7 +157,7 @@ def made_manifest(folder: str, place: str, shards: int, files: bool) -> dict[str
 def manifest(folder: str, place: str, files: bool) -> dict[str, Any]:
     """Parse a manifest, and look for its files as opening a split does; bytes that the process grows by."""
     from mde_dist.data.manifest import NAME, parse_manifest
-    from mde_dist.data.store import CacheOptions, open_store
+    from mde_dist.data.storage.store import CacheOptions, open_store
 
     before = psutil.Process().memory_info().rss
     its, store = open_store(place, CacheOptions())
@@ -209,7 +209,7 @@ def wait(folder: str, shards: str, threads: int, ahead: int, step: float, batch:
     import torch
 
     from mde_dist.data.loader import Loader
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
     from mde_dist.data.shards import open_split
 
     torch.set_num_threads(1)
@@ -257,7 +257,7 @@ def show_wait(given: argparse.Namespace) -> None:
 
 def readahead(folder: str, shards: str, nodes: int) -> dict[str, float]:
     """Bytes that the disk gives a node which reads its part of every batch, against those of its samples."""
-    from mde_dist.data.order import Order, share
+    from mde_dist.data.sampler import Order, share
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:

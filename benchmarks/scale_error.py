@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mde_dist.data.augment import AugmentConfig, prepare, prepare_images
+from mde_dist.data.augmentation import AugmentConfig, prepare, prepare_images
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.learning.model import DepthModel, restore
-from mde_dist.predictor import estimate
-from mde_dist.run.checkpoint import find_model, read_model
+from mde_dist.inference.predictor import estimate
+from mde_dist.models.depth_model import DepthModel, restore
+from mde_dist.training.checkpoint import find_model, read_model
 
 
 def newest(run: Path) -> tuple[DepthModel, tuple[int, int]]:

@@ -162,7 +162,7 @@ def read_by_node(samples: int, block: int, window: int, batch: int, nodes: int, 
 
     `by_shard`: were each global batch dealt out sorted by sample, which leaves it the same set.
     """
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
 
     order, shards = Order(samples, block, window, seed=0), -(-samples // block)
     read = np.zeros((nodes, shards), bool)
@@ -175,7 +175,7 @@ def read_by_node(samples: int, block: int, window: int, batch: int, nodes: int, 
 
 def groups_in_batches(group: np.ndarray, block: int, window: int, batch: int) -> float:
     """Groups in a global batch, mean over an epoch of the real order; `group`: of each sample."""
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
 
     order = Order(len(group), block, window, seed=0)
     firsts = range(0, len(group) - batch + 1, batch)
@@ -184,7 +184,7 @@ def groups_in_batches(group: np.ndarray, block: int, window: int, batch: int) ->
 
 def shards_fetched(samples: int, block: int, window: int, short: int) -> float:
     """Shards that a window of the order touches, of as many as it has blocks, where the first shard lacks `short`."""
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
 
     ends = np.minimum(np.arange(1, -(-(samples + short) // block) + 1) * block - short, samples)
     order, found = Order(samples, block, window, seed=0), []

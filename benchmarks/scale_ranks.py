@@ -19,7 +19,7 @@ def reduce(folder: str, size: int) -> dict[str, Any]:
     import torch
     from torch import distributed
 
-    from mde_dist.run.distributed import processes, time_all_reduce
+    from mde_dist.distributed.process_group import processes, time_all_reduce
 
     found: dict[str, Any] = {"gradient": [], "half": [], "news": [], "gather": []}
     with processes(cpu_threads=1) as accelerator:
@@ -63,10 +63,18 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     """Copy, serialise and write checkpoints: seconds of each, and bytes."""
     import torch
 
-    from mde_dist.learning.model import ModelConfig, build
-    from mde_dist.learning.optim import OptimConfig, make_optimizer, optimizer_tensors
-    from mde_dist.run.checkpoint import EMA, MODEL, OPTIMIZER, host_copy, load_checkpoint, model_bytes, save_checkpoint
-    from mde_dist.run.state import State
+    from mde_dist.models.depth_model import ModelConfig, build
+    from mde_dist.training.checkpoint import (
+        EMA,
+        MODEL,
+        OPTIMIZER,
+        host_copy,
+        load_checkpoint,
+        model_bytes,
+        save_checkpoint,
+    )
+    from mde_dist.training.optim import OptimConfig, make_optimizer, optimizer_tensors
+    from mde_dist.training.state import State
 
     model = build(ModelConfig(backbone=encoder), 0)
     optimizer = make_optimizer(model, OptimConfig())
@@ -110,8 +118,8 @@ def show_checkpoint(_: argparse.Namespace) -> None:
 
 def peers(folder: str, ranks: int, beats: int = 8) -> dict[str, float]:
     """Share of a core that rank 0 takes to hear of all ranks: sockets of one process, signs of life spread out."""
-    from mde_dist.run.peers import _BEAT, _MESSAGE, _TICK, _Peers
-    from mde_dist.run.preemption import StopFlag
+    from mde_dist.distributed.heartbeat import _BEAT, _MESSAGE, _TICK, _Peers
+    from mde_dist.distributed.signals import StopFlag
 
     pairs = {rank: socket.socketpair() for rank in range(1, ranks)}
     own = _Peers(0, {rank: pair[0] for rank, pair in pairs.items()}, StopFlag(), 60.0, None)

@@ -20,8 +20,8 @@ NEVER = 10**9
 
 def make_shards(folder: str, test: int) -> str:
     """64 rooms at 48x64 to train on, `test` to evaluate on."""
-    from mde_dist.data.pack import PackOptions, pack
-    from mde_dist.data.sources import rooms
+    from mde_dist.packing.pack import PackOptions, pack
+    from mde_dist.packing.sources import rooms
 
     options, target = PackOptions(size=(48, 64), samples_per_shard=32), Path(folder, "rooms")
     pack(rooms({"train": 64, "test": test}), target, options, workers=2, progress=lambda done, total: None)

@@ -86,7 +86,7 @@ def decode() -> None:
     import torch
 
     from mde_dist.data.loader import Loader
-    from mde_dist.data.order import Order, share
+    from mde_dist.data.sampler import Order, share
     from mde_dist.data.shards import open_split
 
     found: Found = {}

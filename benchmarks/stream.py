@@ -63,7 +63,7 @@ def epoch(shards: str, threads: str) -> dict[str, float]:
     import torch
 
     from mde_dist.data.loader import Loader
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:
@@ -83,7 +83,7 @@ def resume(shards: str, position: str) -> dict[str, float]:
     import torch
 
     from mde_dist.data.loader import Loader
-    from mde_dist.data.order import Order
+    from mde_dist.data.sampler import Order
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:

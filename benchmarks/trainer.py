@@ -43,8 +43,9 @@ def train_fed(argv: list[str], pause: Callable[[int, Any, Any], bool]) -> list[l
 
     `pause(step, config, accelerator)` is called before each step, outside of all; where it is false, training stops.
     """
-    from mde_dist import stream, train
+    from mde_dist import train
     from mde_dist.data.loader import Batch
+    from mde_dist.training import data_stream as stream
 
     steps = []
 
@@ -82,7 +83,7 @@ class Stub(nn.Module):
 
 def bare_loop(config: Any, world: int, build: Callable, **ddp: bool) -> Callable[[], object]:
     """A step of what one would write without a trainer: nothing logged, nothing checked."""
-    from mde_dist.learning.optim import make_optimizer
+    from mde_dist.training.optim import make_optimizer
 
     bare = build(config.model, config.train.seed).to(memory_format=torch.channels_last)
     model = nn.parallel.DistributedDataParallel(bare, **ddp) if world > 1 else bare
@@ -104,7 +105,7 @@ def bare_loop(config: Any, world: int, build: Callable, **ddp: bool) -> Callable
 
 def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool, **changes: Any) -> dict[str, Any]:
     """Steps of bare loops and of the trainer, in blocks in turn, in the same process group."""
-    from mde_dist import learner
+    from mde_dist.training import step as learner
 
     learner.build = Stub if stub else learner.build
     counted, loops = Rounds(*rounds), {}
@@ -150,7 +151,7 @@ def overhead(given: argparse.Namespace, folder: str) -> None:
 
 def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[str, Any]:
     """A save every few steps: (called, copied, on disk) of each, and (begin, end, …) of all steps."""
-    from mde_dist.run.saver import Saver
+    from mde_dist.training.checkpoint_writer import Saver
 
     saves, counted, start = [], Rounds(*rounds), Saver.start
 

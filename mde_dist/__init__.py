@@ -1,6 +1,6 @@
 """Distributed training of monocular depth estimation on NYU Depth v2."""
 
-from .user import complete_user
+from mde_dist.utils.user import complete_user
 
 __version__ = "0.1.0"
 

@@ -27,16 +27,16 @@ from pathlib import Path
 
 import tyro
 
-from .ablation import report
-from .ablation.numbers import gather
-from .ablation.runs import Work, check_devices, default_jobs, log_of, run_all
-from .ablation.table import Table, Training, check_begun, read_table
-from .command import Part, check_ranges, parse, run_command
-from .console import open_console, say
-from .errors import UserError
-from .files import writing
-from .progress import clock_time, shown
-from .run.preemption import StopFlag
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.tools.ablation import report
+from mde_dist.tools.ablation.numbers import gather
+from mde_dist.tools.ablation.runs import Work, check_devices, default_jobs, log_of, run_all
+from mde_dist.tools.ablation.table import Table, Training, check_begun, read_table
+from mde_dist.utils.cli import Part, check_ranges, parse, run_command
+from mde_dist.utils.console import open_console, say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import writing
+from mde_dist.utils.progress import clock_time, shown
 
 
 @dataclass(frozen=True)

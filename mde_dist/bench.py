@@ -14,9 +14,9 @@ line, "limit: …; try …".
 
 from importlib import import_module
 
-from .command import parse, run_command
-from .config import checked
-from .errors import UserError
+from mde_dist.training.config import checked
+from mde_dist.utils.cli import parse, run_command
+from mde_dist.utils.errors import UserError
 
 WORDS = ("loader", "step", "train", "scaling", "peers")
 

@@ -17,8 +17,13 @@ from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
 
-from .checkup.data import check_samples, check_shards, judge_loader, measure_loader
-from .checkup.machine import (
+from mde_dist.distributed.environment import Ignored, ignored_variables
+from mde_dist.distributed.heartbeat import watched_peers
+from mde_dist.distributed.process_group import processes
+from mde_dist.distributed.rendezvous import read_alone
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.tools.diagnostics.data import check_samples, check_shards, judge_loader, measure_loader
+from mde_dist.tools.diagnostics.machine import (
     check_clocks,
     check_devices,
     check_environment,
@@ -27,18 +32,13 @@ from .checkup.machine import (
     check_scratch,
     check_versions,
 )
-from .checkup.panel import Panel, Row
-from .checkup.place import check_cache, check_disk, check_run
-from .checkup.step import Measured, check_divides, check_network, measure_step
-from .command import run_command
-from .config import Config, for_all_ranks, read_config
-from .console import open_console, say
-from .run.distributed import processes
-from .run.environment import Ignored, ignored_variables
-from .run.peers import watched_peers
-from .run.preemption import StopFlag
-from .run.rendezvous import read_alone
-from .user import temporary_folder
+from mde_dist.tools.diagnostics.panel import Panel, Row
+from mde_dist.tools.diagnostics.place import check_cache, check_disk, check_run
+from mde_dist.tools.diagnostics.step import Measured, check_divides, check_network, measure_step
+from mde_dist.training.config import Config, for_all_ranks, read_config
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.console import open_console, say
+from mde_dist.utils.user import temporary_folder
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WIDTH = 140  # columns of the table where it goes to a file, unless COLUMNS says otherwise

@@ -22,34 +22,21 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 
-from .command import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
-from .compare import compare
-from .console import open_console, say
-from .data.depth import COUNTS_PER_METRE
-from .data.images import stray_in_words
-from .data.loader import Batch
-from .data.manifest import NAME
-from .data.predictions import Match, Predictions, open_predictions
-from .data.remote import NotThere
-from .data.samples import Samples
-from .data.shards import ShardSet, open_split
-from .data.source_samples import SourceSamples
-from .data.sources import DepthMap
-from .data.store import CacheOptions, open_store
-from .errors import UserError
-from .learning.breakdown import split_breakdown
-from .learning.metrics import PROTOCOLS, Protocol, summarise, to_size
-from .learning.model import restore
-from .learning.sanity import SIGNALS, diagnose, mean_depth, signals
-from .paths import command_line
-from .progress import shown
-from .results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
-from .run.checkpoint import open_model
-from .run.distributed import Precision, all_sum, processes, same_everywhere, together
-from .run.peers import watched_peers
-from .run.preemption import StopFlag
-from .run.rendezvous import read_alone
-from .scoring import (
+from mde_dist.data.dataset import Samples
+from mde_dist.data.depth import COUNTS_PER_METRE
+from mde_dist.data.images import stray_in_words
+from mde_dist.data.loader import Batch
+from mde_dist.data.manifest import NAME
+from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.storage.remote import NotThere
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.distributed.heartbeat import watched_peers
+from mde_dist.distributed.process_group import Precision, all_sum, processes, same_everywhere, together
+from mde_dist.distributed.rendezvous import read_alone
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.evaluation.breakdown import split_breakdown
+from mde_dist.evaluation.compare import compare
+from mde_dist.evaluation.evaluator import (
     Measure,
     Predict,
     breakdown_measure,
@@ -59,8 +46,21 @@ from .scoring import (
     score_mean,
     score_split,
 )
-from .source import Layout, open_checked
-from .urls import hide_key, is_remote
+from mde_dist.evaluation.metrics import PROTOCOLS, Protocol, summarise, to_size
+from mde_dist.evaluation.predictions import Match, Predictions, open_predictions
+from mde_dist.evaluation.results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
+from mde_dist.evaluation.sanity_checks import SIGNALS, diagnose, mean_depth, signals
+from mde_dist.models.depth_model import restore
+from mde_dist.packing.inspect import Layout, open_checked
+from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.sources import DepthMap
+from mde_dist.training.checkpoint import open_model
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
+from mde_dist.utils.console import open_console, say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.paths import command_line
+from mde_dist.utils.progress import shown
+from mde_dist.utils.urls import hide_key, is_remote
 
 
 @dataclass(frozen=True)

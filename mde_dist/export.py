@@ -20,29 +20,29 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
-from . import __version__
-from .card import NAME as CARD
-from .card import Program, write_card
-from .command import RUN_DIR, Place, Size, parse, run_command
-from .console import say
-from .data.augment import resize_image
-from .data.images import IMAGE_SUFFIXES
-from .data.samples import DamagedSample
-from .data.shards import open_split
-from .data.store import CacheOptions
-from .errors import UserError
-from .evaluate import held_out_shards
-from .files import write_atomic, writing
-from .folders import files_below
-from .learning.model import restore
-from .locks import locked
-from .predicting.images import Unreadable, read_image
-from .predictor import SMALLEST, estimate
-from .programs import FORMATS, OLDEST_TORCH, Run, trace
-from .publish import is_free, publish, take_back, work_folder
-from .run.checkpoint import open_model, run_of
-from .urls import hide_key
-from .weights import MODEL
+from mde_dist import __version__
+from mde_dist.data.augmentation import resize_image
+from mde_dist.data.dataset import DamagedSample
+from mde_dist.data.images import IMAGE_SUFFIXES
+from mde_dist.data.shards import open_split
+from mde_dist.data.storage.store import CacheOptions
+from mde_dist.evaluate import held_out_shards
+from mde_dist.inference.export_formats import FORMATS, OLDEST_TORCH, Run, trace
+from mde_dist.inference.images import Unreadable, read_image
+from mde_dist.inference.model_card import NAME as CARD
+from mde_dist.inference.model_card import Program, write_card
+from mde_dist.inference.predictor import SMALLEST, estimate
+from mde_dist.models.depth_model import restore
+from mde_dist.models.weights import MODEL
+from mde_dist.training.checkpoint import open_model, run_of
+from mde_dist.utils.cli import RUN_DIR, Place, Size, parse, run_command
+from mde_dist.utils.console import say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.folders import files_below
+from mde_dist.utils.io import write_atomic, writing
+from mde_dist.utils.locks import locked
+from mde_dist.utils.publish import is_free, publish, take_back, work_folder
+from mde_dist.utils.urls import hide_key
 
 BATCHES = (1, 3, 5)
 """Batch sizes that every program is tried with."""

@@ -21,20 +21,20 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from .command import RUN_DIR, check_ranges, parse, run_command
-from .console import open_console, say
-from .data.images import stray_in_words
-from .errors import UserError
-from .learning.model import restore
-from .paths import command_line
-from .predicting.ahead import in_order, threads
-from .predicting.cloud import Intrinsics
-from .predicting.inputs import Damage, Frame, Inputs, find_inputs
-from .predicting.results import Results
-from .predictor import Predictor, pick_device
-from .progress import shown
-from .run.checkpoint import open_model
-from .run.distributed import Precision
+from mde_dist.data.images import stray_in_words
+from mde_dist.distributed.process_group import Precision
+from mde_dist.inference.inputs import Damage, Frame, Inputs, find_inputs
+from mde_dist.inference.outputs import Results
+from mde_dist.inference.point_cloud import Intrinsics
+from mde_dist.inference.predictor import Predictor, pick_device
+from mde_dist.inference.prefetch import in_order, threads
+from mde_dist.models.depth_model import restore
+from mde_dist.training.checkpoint import open_model
+from mde_dist.utils.cli import RUN_DIR, check_ranges, parse, run_command
+from mde_dist.utils.console import open_console, say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.paths import command_line
+from mde_dist.utils.progress import shown
 
 _NAMED = 20  # unreadable inputs that are listed
 _MOST_THREADS = 16

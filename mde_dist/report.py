@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from .command import RUN_DIR, parse, run_command
-from .console import say
-from .errors import UserError
-from .files import write_atomic, writing
-from .page.figures import draw_charts
-from .page.history import Run, read_runs
-from .page.pages import Report, charts_of, collect, render
-from .page.panels import last_panels
-from .paths import command_line
-from .pictures import draw_panels, own_style
-from .run.scores import show_scores
+from mde_dist.reporting.figures import draw_charts
+from mde_dist.reporting.history import Run, read_runs
+from mde_dist.reporting.pages import Report, charts_of, collect, render
+from mde_dist.reporting.panels import last_panels
+from mde_dist.training.scores import show_scores
+from mde_dist.utils.cli import RUN_DIR, parse, run_command
+from mde_dist.utils.console import say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import write_atomic, writing
+from mde_dist.utils.paths import command_line
+from mde_dist.utils.visualization import draw_panels, own_style
 
 NAME = "report.html"
 

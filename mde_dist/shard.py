@@ -22,19 +22,19 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from .command import Part, Size, check_ranges, parse, run_command, words_of
-from .console import open_console, say
-from .data.claim import refuse_full
-from .data.holdout import hold_out
-from .data.manifest import Manifest
-from .data.pack import PackOptions, pack, pack_part
-from .data.sources import DepthMap
-from .errors import UserError
-from .keep import index_shards, say_stray, show_splits, training_command, verify_shards
-from .paths import as_typed, command_line, whole_path
-from .progress import shown
-from .source import Layout, given_lists, given_scales, open_checked
-from .urls import is_remote
+from mde_dist.data.manifest import Manifest
+from mde_dist.packing.claim import refuse_full
+from mde_dist.packing.holdout import hold_out
+from mde_dist.packing.inspect import Layout, given_lists, given_scales, open_checked
+from mde_dist.packing.maintenance import index_shards, say_stray, show_splits, training_command, verify_shards
+from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.sources import DepthMap
+from mde_dist.utils.cli import Part, Size, check_ranges, parse, run_command, words_of
+from mde_dist.utils.console import open_console, say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.paths import as_typed, command_line, whole_path
+from mde_dist.utils.progress import shown
+from mde_dist.utils.urls import is_remote
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ def main(argv: list[str]) -> None:
 
 def look(config: ShardConfig) -> None:
     """Say what packing would pack, and what it would refuse. Raises UserError."""
-    from .dry_run import PREVIEW, dry_run  # takes matplotlib, which every packing process would import, too
+    from mde_dist.packing.dry_run import (  # takes matplotlib, which every packing process would import, too
+        PREVIEW,
+        dry_run,
+    )
 
     dry_run(
         config.source,

@@ -17,26 +17,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .announce import describe, describe_batch
-from .card import write_card
-from .command import run_command
-from .config import SAMPLE_SHARDS, Config, for_all_ranks, read_config
-from .console import say
-from .data.shards import ShardSet, open_split
-from .errors import UserError
-from .files import writing
-from .locks import locked
-from .paths import command_line
-from .run.distributed import agree, gather_rows, processes, same_everywhere, together
-from .run.peers import watched_peers
-from .run.preemption import StopFlag, unless_stopped
-from .run.records import read_records
-from .run.rendezvous import read_alone
-from .run.scores import show_scores
-from .scoring import Interrupted
-from .stream import poisoned, share_news, take_share, training_stream
-from .trainer import Trainer, opened_trainer
-from .user import temporary_folder
+from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.distributed.heartbeat import watched_peers
+from mde_dist.distributed.process_group import agree, gather_rows, processes, same_everywhere, together
+from mde_dist.distributed.rendezvous import read_alone
+from mde_dist.distributed.signals import StopFlag, unless_stopped
+from mde_dist.evaluation.evaluator import Interrupted
+from mde_dist.inference.model_card import write_card
+from mde_dist.training.announce import describe, describe_batch
+from mde_dist.training.config import SAMPLE_SHARDS, Config, for_all_ranks, read_config
+from mde_dist.training.data_stream import poisoned, share_news, take_share, training_stream
+from mde_dist.training.scores import show_scores
+from mde_dist.training.trainer import Trainer, opened_trainer
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.console import say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import writing
+from mde_dist.utils.jsonl import read_records
+from mde_dist.utils.locks import locked
+from mde_dist.utils.paths import command_line
+from mde_dist.utils.user import temporary_folder
 
 
 def main(argv: list[str]) -> None:
@@ -205,7 +205,7 @@ def publish(trainer: Trainer) -> None:
     made = [trainer.directory.publish_model(trainer.learner.published())]
 
     def draw() -> None:
-        from . import report  # no run has to wait for it before its first step
+        from mde_dist import report  # no run has to wait for it before its first step
 
         made.extend(report.draw(run))
 

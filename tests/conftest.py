@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 from commands import run, small, start
 
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.sources import rooms
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.sources import rooms
 
 STARTERS = {"gaps", "multiprocessing", "sandbox", "selenium", "subprocess", "terminals", "warm"}
 """Modules by which test files start processes of their own, as they do by two functions of `commands`."""

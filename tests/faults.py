@@ -18,15 +18,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist import learner, report, results, scoring, showcase, stream
-from mde_dist.checkup import data as checkup_data
-from mde_dist.checkup import machine
-from mde_dist.checkup import step as checkup_step
+from mde_dist import report
 from mde_dist.data.shards import ShardSet
-from mde_dist.learning.model import DepthModel
-from mde_dist.run import checkpoint, directory
-from mde_dist.run import distributed as run_distributed
-from mde_dist.run import records as run_records
+from mde_dist.distributed import process_group as run_distributed
+from mde_dist.evaluation import evaluator as scoring
+from mde_dist.evaluation import results
+from mde_dist.models.depth_model import DepthModel
+from mde_dist.tools.diagnostics import data as checkup_data
+from mde_dist.tools.diagnostics import machine
+from mde_dist.tools.diagnostics import step as checkup_step
+from mde_dist.training import checkpoint
+from mde_dist.training import data_stream as stream
+from mde_dist.training import run_dir as directory
+from mde_dist.training import snapshots as showcase
+from mde_dist.training import step as learner
+from mde_dist.utils import jsonl as run_records
 
 POINTS: dict[str, tuple[Any, str]] = {
     "forward": (DepthModel, "forward"),

@@ -14,14 +14,14 @@ import torch
 
 from mde_dist.data.depth import metres_to_millimetres, to_metres
 from mde_dist.data.shards import open_split
-from mde_dist.data.store import CacheOptions
-from mde_dist.learning.breakdown import score_with_breakdown, split_breakdown
-from mde_dist.learning.metrics import PROTOCOLS, score, summarise
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json
-from mde_dist.run.checkpoint import save_checkpoint
-from mde_dist.showcase import write_showcase
-from mde_dist.weights import MODEL, OPTIMIZER, model_bytes
+from mde_dist.data.storage.store import CacheOptions
+from mde_dist.evaluation.breakdown import score_with_breakdown, split_breakdown
+from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
+from mde_dist.evaluation.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import MODEL, OPTIMIZER, model_bytes
+from mde_dist.training.checkpoint import save_checkpoint
+from mde_dist.training.snapshots import write_showcase
 
 BEGAN = 1_790_000_000.0
 """When the runs began, seconds since 1970."""

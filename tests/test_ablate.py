@@ -8,12 +8,12 @@ import pytest
 import torch
 from commands import records, run, start, wait_for
 
-from mde_dist.ablation.numbers import figures_of
-from mde_dist.ablation.runs import check_devices, gpus_of
-from mde_dist.ablation.table import check_begun, read_table
-from mde_dist.bootstrap import RESAMPLES
-from mde_dist.errors import UserError
-from mde_dist.learning.metrics import PROTOCOLS, TERMS
+from mde_dist.evaluation.bootstrap import RESAMPLES
+from mde_dist.evaluation.metrics import PROTOCOLS, TERMS
+from mde_dist.tools.ablation.numbers import figures_of
+from mde_dist.tools.ablation.runs import check_devices, gpus_of
+from mde_dist.tools.ablation.table import check_begun, read_table
+from mde_dist.utils.errors import UserError
 
 TABLE = """
 seeds = [0]

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from mde_dist.learning.flops import training_flops
-from mde_dist.learning.model import ModelConfig
-from mde_dist.run.account import Account, peak_flops, peak_memory
+from mde_dist.models.depth_model import ModelConfig
+from mde_dist.models.flops import training_flops
+from mde_dist.training.throughput import Account, peak_flops, peak_memory
 
 CPU = torch.device("cpu")
 

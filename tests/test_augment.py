@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mde_dist.data.augment import (
+from mde_dist.data.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     AugmentConfig,
@@ -15,7 +15,7 @@ from mde_dist.data.augment import (
     resize_image,
 )
 from mde_dist.data.loader import Batch
-from mde_dist.data.order import uniform
+from mde_dist.data.sampler import uniform
 
 SIZE = (24, 37)  # odd, so that mirroring about the wrong axis shows
 GOLDEN_DRAW = [0.49872227734849894, 0.9675840814111506, 0.8725891122126205, 0.9623779331966036]

@@ -8,13 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from warm import warm_run, without_pictures
 
-from mde_dist.config import read_config
-from mde_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalise, prepare, prepare_depth, prepare_images
+from mde_dist.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalise, prepare, prepare_depth, prepare_images
+from mde_dist.data.crops import AugmentConfig, look, paste_depth, rectangles, view_size
 from mde_dist.data.loader import Batch
-from mde_dist.data.order import uniform
-from mde_dist.data.views import AugmentConfig, look, paste_depth, rectangles, view_size
-from mde_dist.errors import UserError
-from mde_dist.weights import read_model
+from mde_dist.data.sampler import uniform
+from mde_dist.models.weights import read_model
+from mde_dist.training.config import read_config
+from mde_dist.utils.errors import UserError
 
 SIZE = (40, 52)
 SEED = 4

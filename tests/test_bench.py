@@ -15,15 +15,15 @@ from commands import command, small
 from warm import warm_run
 
 from mde_dist import bench
-from mde_dist.benching import loader, reading, scaling, step, train
-from mde_dist.benching.pinned import pinned
-from mde_dist.benching.profile import kind_of
-from mde_dist.benching.result import Column, Result, Table, cores_at_hand, over_rounds
-from mde_dist.config import read_config
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
-from mde_dist.learning.flops import training_flops
-from mde_dist.learning.model import DepthModel, ModelConfig
+from mde_dist.models.depth_model import DepthModel, ModelConfig
+from mde_dist.models.flops import training_flops
+from mde_dist.tools.benchmarking import loader, reading, scaling, step, train
+from mde_dist.tools.benchmarking.pinned import pinned
+from mde_dist.tools.benchmarking.profile import kind_of
+from mde_dist.tools.benchmarking.result import Column, Result, Table, cores_at_hand, over_rounds
+from mde_dist.training.config import read_config
+from mde_dist.utils.errors import UserError
 
 QUICK = {"seconds": 0.02, "rounds": 1}
 
@@ -81,7 +81,7 @@ def test_a_process_that_measures_has_its_cores_alone_and_its_troubles_are_told(r
     before, core = os.sched_getaffinity(0), cores_at_hand()[-1]
     with pinned("reading", "limit", [core], place=str(room_shards), **place) as ask:
         assert ask(0.01)["rate"] > 0
-        (process,) = (p for p in psutil.Process().children() if "mde_dist.benching.pinned" in p.cmdline())
+        (process,) = (p for p in psutil.Process().children() if "mde_dist.tools.benchmarking.pinned" in p.cmdline())
         assert process.cpu_affinity() == [core]
         assert os.sched_getaffinity(0) == before
         process.kill()

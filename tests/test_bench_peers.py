@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mde_dist.benching import peer_scripts, peers
-from mde_dist.benching.peer_loaders import harness
-from mde_dist.benching.peer_pairs import Truth, take_pairs
-from mde_dist.benching.peer_scripts import PEERS, Peer
-from mde_dist.command import parse
-from mde_dist.config import checked
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
+from mde_dist.tools.benchmarking import peer_scripts, peers
+from mde_dist.tools.benchmarking.peer_loaders import harness
+from mde_dist.tools.benchmarking.peer_pairs import Truth, take_pairs
+from mde_dist.tools.benchmarking.peer_scripts import PEERS, Peer
+from mde_dist.training.config import checked
+from mde_dist.utils.cli import parse
+from mde_dist.utils.errors import UserError
 
 SCRIPTS = Path(harness.__file__).parent
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mde_dist.learning.breakdown import EDGES, GRID, score_with_breakdown, split_breakdown, summarise_breakdown
-from mde_dist.learning.metrics import PROTOCOLS, Protocol, crop_slices, image_metrics, score, summarise
+from mde_dist.evaluation.breakdown import EDGES, GRID, score_with_breakdown, split_breakdown, summarise_breakdown
+from mde_dist.evaluation.metrics import PROTOCOLS, Protocol, crop_slices, image_metrics, score, summarise
 
 
 def maps(height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

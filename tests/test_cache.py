@@ -21,10 +21,10 @@ from commands import environment
 from gaps import gaps
 from servers import Fault, FileServer
 
-from mde_dist.data.cache import Cache
 from mde_dist.data.manifest import FileInfo as Wanted
-from mde_dist.data.remote import Away, Closed, NotThere, Remote, open_remote
-from mde_dist.errors import UserError
+from mde_dist.data.storage.cache import Cache
+from mde_dist.data.storage.remote import Away, Closed, NotThere, Remote, open_remote
+from mde_dist.utils.errors import UserError
 
 MIB = 2**20
 SIZES = {"a.tar": MIB, "b.tar": MIB + 1, "c.tar": 700_000, "d.tar": 300_000}
@@ -80,9 +80,9 @@ def total(cache: Cache) -> int:
 FETCH = """
 import sys, threading
 from pathlib import Path
-from mde_dist.data.cache import Cache
+from mde_dist.data.storage.cache import Cache
 from mde_dist.data.manifest import FileInfo as Wanted
-from mde_dist.data.remote import open_remote
+from mde_dist.data.storage.remote import open_remote
 directory, url, *files = sys.argv[1:]
 cache, remote = Cache(Path(directory), 100 * 2**20), open_remote(url)
 for file in files:
@@ -308,7 +308,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_what_it_took_is_resumed(
     run = subprocess.run([*command, f"a.tar:{want.bytes}:{want.sha256}"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == (
-        f"mde_dist.errors.RankError: cannot write the cache {cache.directory}: File too large; "
+        f"mde_dist.utils.errors.RankError: cannot write the cache {cache.directory}: File too large; "
         "free space there, or name another directory with data.cache"
     )
     cache.fetch(remote, want, FOREVER)

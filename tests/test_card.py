@@ -15,18 +15,18 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from warm import warm_run, without_pictures
 
-from mde_dist.card import write_card
 from mde_dist.data.manifest import NAME
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.files import sha256_of
-from mde_dist.learning.metrics import PROTOCOLS
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.markdown import block, code, plain, row
-from mde_dist.origin import find_origin
-from mde_dist.predictor import open_predictor
-from mde_dist.run.checkpoint import save_checkpoint
-from mde_dist.weights import EMA, MODEL, OPTIMIZER, model_bytes, read_model
+from mde_dist.evaluation.metrics import PROTOCOLS
+from mde_dist.inference.model_card import write_card
+from mde_dist.inference.origin import find_origin
+from mde_dist.inference.predictor import open_predictor
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, model_bytes, read_model
+from mde_dist.packing.rooms import render_room
+from mde_dist.training.checkpoint import save_checkpoint
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import sha256_of
+from mde_dist.utils.markdown import block, code, plain, row
 
 HOSTILE = "a`b``c|d'e\"f: {g} [h](i) & \u2028 \x1b[1m\n---\nlicense: mit\n# <script>alert(1)</script></code></details>"
 METRICS = PROTOCOLS["eigen"].metrics

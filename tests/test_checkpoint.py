@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mde_dist.errors import UserError
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.run.checkpoint import (
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, model_bytes, read_model, read_tensors
+from mde_dist.training.checkpoint import (
     Checkpoint,
     host_copy,
     load_checkpoint,
@@ -23,8 +23,8 @@ from mde_dist.run.checkpoint import (
     open_model,
     save_checkpoint,
 )
-from mde_dist.run.state import State
-from mde_dist.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, model_bytes, read_model, read_tensors
+from mde_dist.training.state import State
+from mde_dist.utils.errors import UserError
 
 ABOUT = {"config": {"model.backbone": "resnet18"}, "size": [32, 32]}
 

@@ -14,20 +14,20 @@ from commands import wait_for
 from trees import bts, contents, folder, packed, packed_yet, silent
 from warm import warm_run, warm_start
 
-from mde_dist.data.adopt import adopt
-from mde_dist.data.pack import PackOptions, pack, pack_part
-from mde_dist.data.repair import LOCK, repair
-from mde_dist.data.sources import open_source
-from mde_dist.data.verify import verify
-from mde_dist.errors import UserError
-from mde_dist.locks import Taken, locked
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.repair import LOCK, repair
+from mde_dist.packing.sources import open_source
+from mde_dist.packing.validate import verify
 from mde_dist.train import pack_sample
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.locks import Taken, locked
 
 OPTIONS = PackOptions(samples_per_shard=2)
 HOLD = """
 import sys, time
 from pathlib import Path
-from mde_dist.locks import locked
+from mde_dist.utils.locks import locked
 with locked(Path(sys.argv[1]), "taken", shared=sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(60)

@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mde_dist import evaluate
-from mde_dist.compare import compare, differences
-from mde_dist.errors import UserError
-from mde_dist.learning.metrics import METRICS, PROTOCOLS, score, summarise
-from mde_dist.results import Truth, as_record, digests, read_record, sha256_of_truth, short, write_csv, write_json
+from mde_dist.evaluation.compare import compare, differences
+from mde_dist.evaluation.metrics import METRICS, PROTOCOLS, score, summarise
+from mde_dist.evaluation.results import (
+    Truth,
+    as_record,
+    digests,
+    read_record,
+    sha256_of_truth,
+    short,
+    write_csv,
+    write_json,
+)
+from mde_dist.utils.errors import UserError
 
 IMAGES, SIZE = 30, (12, 16)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from mde_dist.command import flat, toml_arguments
-from mde_dist.config import FREE, Config, TrainConfig, as_json, as_toml, identity, read_config
-from mde_dist.errors import UserError
+from mde_dist.training.config import FREE, Config, TrainConfig, as_json, as_toml, identity, read_config
+from mde_dist.utils.cli import flat, toml_arguments
+from mde_dist.utils.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 

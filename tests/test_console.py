@@ -15,15 +15,15 @@ from trees import folder
 
 import mde_dist
 from mde_dist import shard
-from mde_dist.ablation import report
-from mde_dist.ablation.numbers import Found, figures_of
-from mde_dist.ablation.table import read_table
-from mde_dist.command import run_command
-from mde_dist.console import open_console, printable, say
-from mde_dist.errors import UserError
-from mde_dist.learning.metrics import PROTOCOLS, TERMS
-from mde_dist.pictures import figure_file, literal
-from mde_dist.run.scores import show_scores
+from mde_dist.evaluation.metrics import PROTOCOLS, TERMS
+from mde_dist.tools.ablation import report
+from mde_dist.tools.ablation.numbers import Found, figures_of
+from mde_dist.tools.ablation.table import read_table
+from mde_dist.training.scores import show_scores
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.console import open_console, printable, say
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.visualization import figure_file, literal
 
 MARKUP = ["[/b]", "[red]x", "[link=https://a.example]b", ":smile:", "a[0]"]
 COMMANDS = [

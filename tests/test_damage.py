@@ -43,18 +43,18 @@ from trees import (
     write_tar,
 )
 
-from mde_dist.config import Config
 from mde_dist.data import depth as depth_module
 from mde_dist.data import shards as shards_module
-from mde_dist.data.adopt import adopt
+from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.loader import Loader
-from mde_dist.data.pack import PackOptions
-from mde_dist.data.repair import repair
-from mde_dist.data.samples import DamagedSample
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.verify import verify
-from mde_dist.errors import RankError, UserError
-from mde_dist.stream import poisoned
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.repair import repair
+from mde_dist.packing.validate import verify
+from mde_dist.training.config import Config
+from mde_dist.training.data_stream import poisoned
+from mde_dist.utils.errors import RankError, UserError
 
 CPU = torch.device("cpu")
 SAMPLES, PER_SHARD = 13, 5

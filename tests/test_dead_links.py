@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from trees import bts, densedepth, folder, h5, marigold, newcrfs, silent
 
-from mde_dist.data.pack import PackOptions, pack, plan
-from mde_dist.data.sources import Source, open_source
-from mde_dist.errors import UserError
-from mde_dist.predicting.images import Unreadable, read_image
-from mde_dist.predicting.inputs import find_inputs
+from mde_dist.inference.images import Unreadable, read_image
+from mde_dist.inference.inputs import find_inputs
+from mde_dist.packing.pack import PackOptions, pack, plan
+from mde_dist.packing.sources import Source, open_source
+from mde_dist.utils.errors import UserError
 
 NOWHERE = Path("/nowhere/at/all")
 Make = Callable[[Path], Path]

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from mde_dist.errors import UserError
-from mde_dist.learning.decoder import bounded
-from mde_dist.learning.model import ModelConfig, build, restore, skeleton
+from mde_dist.models.decoders import bounded
+from mde_dist.models.depth_model import ModelConfig, build, restore, skeleton
+from mde_dist.utils.errors import UserError
 
 STRONG = ModelConfig(upsample="bilinear", refine=True, head="full", output="log")
 PARTS = {

@@ -10,16 +10,16 @@ import pytest
 from safetensors.torch import save
 from torch import zeros
 
-from mde_dist.errors import UserError
-from mde_dist.run.checkpoint import save_checkpoint
-from mde_dist.run.directory import RunDirectory, differences
-from mde_dist.run.state import State
-from mde_dist.weights import MODEL, OPTIMIZER
+from mde_dist.models.weights import MODEL, OPTIMIZER
+from mde_dist.training.checkpoint import save_checkpoint
+from mde_dist.training.run_dir import RunDirectory, differences
+from mde_dist.training.state import State
+from mde_dist.utils.errors import UserError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mde_dist.run.directory import RunDirectory
+from mde_dist.training.run_dir import RunDirectory
 with RunDirectory(Path(sys.argv[1]), {}, "", writes=True):
     print("held", flush=True)
     time.sleep(60)

@@ -16,10 +16,10 @@ from faults import slow, together
 from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
-from mde_dist.errors import UserError
-from mde_dist.run.checkpoint import newest_checkpoint
-from mde_dist.run.records import RecordFile, read_records
-from mde_dist.run.saver import Saver
+from mde_dist.training.checkpoint import newest_checkpoint
+from mde_dist.training.checkpoint_writer import Saver
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.jsonl import RecordFile, read_records
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 

@@ -22,15 +22,15 @@ from test_disk import mount, root_only
 from trees import write
 from warm import warm_run
 
-from mde_dist.checkup import data, machine, step
-from mde_dist.checkup.panel import Panel, Row, in_words
-from mde_dist.checkup.place import check_cache, check_disk
-from mde_dist.checkup.step import Measured, checkpoint_bytes
-from mde_dist.config import read_config
 from mde_dist.data.shards import open_split
 from mde_dist.doctor import duration, verdict
-from mde_dist.errors import UserError
-from mde_dist.learner import Learner, check_statistics
+from mde_dist.tools.diagnostics import data, machine, step
+from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
+from mde_dist.tools.diagnostics.place import check_cache, check_disk
+from mde_dist.tools.diagnostics.step import Measured, checkpoint_bytes
+from mde_dist.training.config import read_config
+from mde_dist.training.step import Learner, check_statistics
+from mde_dist.utils.errors import UserError
 
 CHECKS = [
     *("batch", "versions", "environment", "devices", "shards", "open files", "scratch", "run directory", "samples"),

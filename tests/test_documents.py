@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.rooms import render_room
-from mde_dist.data.sources import rooms
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.rooms import render_room
+from mde_dist.packing.sources import rooms
 
 ROOT = Path(__file__).parent.parent
 

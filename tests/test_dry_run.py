@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from trees import bts, contents, densedepth, eight_bit, folder, h5, marigold, millimetres, write, zipped
 
-from mde_dist.command import run_command
 from mde_dist.data.manifest import NAME
 from mde_dist.shard import main
+from mde_dist.utils.cli import run_command
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")
@@ -91,7 +91,9 @@ def test_the_picture_shows_eight_pairs_images_over_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shown = []
-    monkeypatch.setattr("mde_dist.dry_run.draw_thumbnails", lambda path, thumbnails, title: shown.append(thumbnails))
+    monkeypatch.setattr(
+        "mde_dist.packing.dry_run.draw_thumbnails", lambda path, thumbnails, title: shown.append(thumbnails)
+    )
     for train, test, expected in ((10, 3, (5, 3)), (12, 12, (4, 4)), (2, 0, (2, 0))):
         look(monkeypatch, capfd, "--source", bts(tmp_path / f"{train}", train, test))
         titles = [thumbnail.title.split("\n")[0] for thumbnail in shown.pop()]

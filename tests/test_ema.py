@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mde_dist.learning.ema import Ema
+from mde_dist.training.ema import Ema
 
 KEPT, LEFT_OUT = torch.zeros(()), torch.ones(())
 

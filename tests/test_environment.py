@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 from warm import warm_run
 
-from mde_dist.command import run_command
-from mde_dist.config import read_config
-from mde_dist.console import own_place
-from mde_dist.errors import UserError
-from mde_dist.run.distributed import processes, promised_processes
-from mde_dist.run.environment import ignored_variables, missing_interface, ranks_here
-from mde_dist.run.rendezvous import read_alone
+from mde_dist.distributed.environment import ignored_variables, missing_interface, ranks_here
+from mde_dist.distributed.process_group import processes, promised_processes
+from mde_dist.distributed.rendezvous import read_alone
+from mde_dist.training.config import read_config
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.console import own_place
+from mde_dist.utils.errors import UserError
 
 LEFTOVERS = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",

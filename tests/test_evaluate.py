@@ -10,10 +10,10 @@ from safetensors.torch import save
 
 from mde_dist import evaluate
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.predictor import open_predictor
-from mde_dist.weights import model_bytes
+from mde_dist.inference.predictor import open_predictor
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import model_bytes
+from mde_dist.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

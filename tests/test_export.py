@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
 from mde_dist import export
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.learning.model import DepthModel, ModelConfig
-from mde_dist.programs import OLDEST_TORCH
-from mde_dist.weights import model_bytes, read_model
+from mde_dist.inference.export_formats import OLDEST_TORCH
+from mde_dist.models.depth_model import DepthModel, ModelConfig
+from mde_dist.models.weights import model_bytes, read_model
+from mde_dist.packing.rooms import render_room
+from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     TorchVersion(torch.__version__) < OLDEST_TORCH, reason=f"torch is older than {OLDEST_TORCH}, which export needs"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mde_dist.files import atomic_file, sha256_of, sync_directory, write_atomic
+from mde_dist.utils.io import atomic_file, sha256_of, sync_directory, write_atomic
 
 
 def names(directory: Path) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> Non
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from mde_dist.files import write_atomic\n"
+        "from mde_dist.utils.io import write_atomic\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
         "try:\n"
@@ -109,7 +109,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from mde_dist.files import atomic_file\n"
+        "from mde_dist.utils.io import atomic_file\n"
         "with atomic_file(Path(sys.argv[1])) as file:\n"
         "    file.write(b'new' * 100_000)\n"
         "    file.flush()\n"

@@ -25,15 +25,15 @@ from trees import (
     zipped,
 )
 
-from mde_dist.data.adopt import adopt
-from mde_dist.data.predictions import open_predictions
-from mde_dist.data.sources import open_source
-from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.errors import UserError
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.evaluation.predictions import open_predictions
 from mde_dist.export import images_below
-from mde_dist.folders import left_behind, list_below
-from mde_dist.predicting.inputs import find_inputs
-from mde_dist.run.directory import RunDirectory
+from mde_dist.inference.inputs import find_inputs
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.sources import open_source
+from mde_dist.training.run_dir import RunDirectory
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.folders import left_behind, list_below
 
 NOTES = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "  # as macOS keeps of a file on other systems' disks
 FOLDERS = ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", ".Spotlight-V100")

@@ -27,18 +27,18 @@ import pytest
 import torch
 from trees import SIZE, bts, members, packed, silent, vouch, write_tar
 
-from mde_dist.data.adopt import adopt
+from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import CODECS
-from mde_dist.data.examine import examine
 from mde_dist.data.loader import Loader
-from mde_dist.data.pack import PackOptions
-from mde_dist.data.repair import repair
-from mde_dist.data.samples import DamagedSample
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.data.tars import scan
-from mde_dist.data.verify import verify
-from mde_dist.errors import RankError, UserError
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.tar import scan
+from mde_dist.packing.examine import examine
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.repair import repair
+from mde_dist.packing.validate import verify
+from mde_dist.utils.errors import RankError, UserError
 
 SECONDS = float(os.environ.get("MDE_DIST_FUZZ_SECONDS", "20"))
 SEED = int(os.environ.get("MDE_DIST_FUZZ_SEED", "1"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from trees import open_files
 
-from mde_dist.data.handles import Handles
+from mde_dist.data.storage.file_handles import Handles
 
 
 class Files:

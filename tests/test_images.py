@@ -19,15 +19,15 @@ from trees import SIZE, jpeg_bytes, members, millimetres, packed, picture, sampl
 from mde_dist import shard
 from mde_dist.data.images import UnreadableImage, decode_image, decode_jpeg
 from mde_dist.data.manifest import NAME
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.predictions import open_predictions
 from mde_dist.data.shards import open_split
-from mde_dist.data.source_samples import SourceSamples
-from mde_dist.data.sources import BadPair, RawPair, open_source
-from mde_dist.errors import UserError
+from mde_dist.evaluation.predictions import open_predictions
 from mde_dist.export import from_files
-from mde_dist.predicting.images import Unreadable, read_image
-from mde_dist.source import open_checked
+from mde_dist.inference.images import Unreadable, read_image
+from mde_dist.packing.inspect import open_checked
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.sources import BadPair, RawPair, open_source
+from mde_dist.utils.errors import UserError
 
 SEED = 7
 GREY = picture(SEED)[..., 0]

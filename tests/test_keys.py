@@ -27,15 +27,15 @@ from trees import (
     zipped,
 )
 
-from mde_dist.console import printable
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.predictions import open_predictions
-from mde_dist.data.samples import DamagedSample
+from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.shards import open_split
-from mde_dist.data.source_samples import SourceSamples
-from mde_dist.data.sources import open_source
-from mde_dist.data.sources.keys import unique_keys
-from mde_dist.errors import UserError
+from mde_dist.evaluation.predictions import open_predictions
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.sources import open_source
+from mde_dist.packing.sources.keys import unique_keys
+from mde_dist.utils.console import printable
+from mde_dist.utils.errors import UserError
 
 CJK = ("卧室", "厨房", "客厅")
 SCENES = [f"{scene}/{number}" for scene in ("кухня", "ванная") for number in range(3)]

@@ -9,8 +9,8 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from mde_dist import ablate, bench, evaluate, export, predict, report, shard, train
-from mde_dist.command import parse
-from mde_dist.config import read_config
+from mde_dist.training.config import read_config
+from mde_dist.utils.cli import parse
 
 REFUSED = {"--run"}
 """By torchrun on Python 3.11: several of its own options begin so. Each has a second name."""

@@ -17,8 +17,8 @@ from warm import free_port
 RANK = """
 import os, time
 from pathlib import Path
-from mde_dist.command import run_command
-from mde_dist.run.launcher import watched_launcher
+from mde_dist.utils.cli import run_command
+from mde_dist.distributed.launcher import watched_launcher
 
 def rank(argv):
     me = os.environ["RANK"]
@@ -111,7 +111,7 @@ def test_a_rendezvous_whose_host_is_dead_is_waited_for_until_joined_only(joined)
 
 def test_packing_processes_end_with_the_one_that_started_them(tmp_path):
     program = (
-        "import sys, time; from mde_dist.data.pool import run_jobs\n"
+        "import sys, time; from mde_dist.packing.pool import run_jobs\n"
         "if __name__ == '__main__':\n"
         "    list(run_jobs(time.sleep, [(600,), (600,)], 2, lambda done, total: None, 2))\n"
     )

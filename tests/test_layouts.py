@@ -32,13 +32,13 @@ from trees import (
 )
 
 from mde_dist.data.depth import DepthScale
-from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import EXPECTED, LAYOUTS, BadPair, Source, open_source
-from mde_dist.data.sources.official import OFFICIAL_TEST, official_split, test_scenes
-from mde_dist.errors import UserError
+from mde_dist.packing.inspect import Layout
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.sources import EXPECTED, LAYOUTS, BadPair, Source, open_source
+from mde_dist.packing.sources.official import OFFICIAL_TEST, official_split, test_scenes
 from mde_dist.shard import main
-from mde_dist.source import Layout
+from mde_dist.utils.errors import UserError
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import bts, densedepth, h5, jpeg_bytes, labeled_mat, marigold, millimetres, newcrfs, picture, write
 
-from mde_dist.data.sources import open_source
-from mde_dist.data.sources.official import official_split
-from mde_dist.data.sources.rows import read_rows
-from mde_dist.errors import UserError
+from mde_dist.packing.inspect import open_checked
+from mde_dist.packing.sources import open_source
+from mde_dist.packing.sources.official import official_split
+from mde_dist.packing.sources.rows import read_rows
 from mde_dist.shard import main
-from mde_dist.source import open_checked
+from mde_dist.utils.errors import UserError
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")

@@ -17,12 +17,12 @@ import pytest
 import torch
 from trees import SIZE, bts, depth_bytes, members, open_files, packed, vouch, write_tar
 
+from mde_dist.data import dataset as samples_module
 from mde_dist.data import loader as loader_module
-from mde_dist.data import samples as samples_module
 from mde_dist.data.loader import Draw, Loader, Stopped
-from mde_dist.data.pack import PackOptions
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.errors import RankError, UserError
+from mde_dist.packing.pack import PackOptions
+from mde_dist.utils.errors import RankError, UserError
 
 CPU = torch.device("cpu")
 SAMPLES = 20

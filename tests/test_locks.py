@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from gaps import run_with_gaps
 
-from mde_dist import locks
-from mde_dist.files import write_atomic
-from mde_dist.locks import Taken, locked
+from mde_dist.utils import locks
+from mde_dist.utils.io import write_atomic
+from mde_dist.utils.locks import Taken, locked
 
 
 def forked(function: Callable[..., None], *arguments: object) -> int:
@@ -171,7 +171,7 @@ def test_no_two_ever_hold_a_lock_of_files_whoever_is_killed(tmp_path):
 def write_and_read(folder: str) -> None:
     import h5py  # here, as the other processes of this file have no time for it
 
-    from mde_dist.data.sources.hdf5 import array, opened
+    from mde_dist.packing.sources.hdf5 import array, opened
 
     for name in "ab":
         write_atomic(Path(folder, "flushless", name), name)

@@ -6,12 +6,12 @@ import textwrap
 
 import pytest
 
-from mde_dist.errors import UserError
-from mde_dist.run.logs import log_path, rank_log
+from mde_dist.distributed.rank_log import log_path, rank_log
+from mde_dist.utils.errors import UserError
 
 
 def run(code: str, *arguments) -> subprocess.CompletedProcess[str]:
-    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.run.logs import rank_log, alarm\n"
+    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.distributed.rank_log import rank_log, alarm\n"
     line = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
@@ -45,7 +45,7 @@ def test_other_ranks_note_only_and_native_code_too(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_of_the_user_is_noted_and_left_to_the_terminal(tmp_path, rank):
     code = """
-        from mde_dist.errors import UserError
+        from mde_dist.utils.errors import UserError
         try:
             with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
                 raise UserError("no such thing")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mde_dist.learning.losses import LossConfig, berhu, counts, depth_loss, gradient, l1, log_l1, mse, silog
+from mde_dist.training.losses import LossConfig, berhu, counts, depth_loss, gradient, l1, log_l1, mse, silog
 
 
 def random_pair(seed, shape=(3, 7, 9), holes=0.4):

@@ -30,11 +30,11 @@ from trees import (
     zipped,
 )
 
-from mde_dist.command import run_command
-from mde_dist.data.sources import BadPair, Source, open_source
-from mde_dist.data.sources.tree import MAX_FILE
-from mde_dist.errors import UserError
+from mde_dist.packing.sources import BadPair, Source, open_source
+from mde_dist.packing.sources.tree import MAX_FILE
 from mde_dist.shard import main
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.errors import UserError
 
 
 def said_of(root: Path, **options: object) -> str:

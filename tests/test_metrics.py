@@ -10,15 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mde_dist.learning.metrics import (
-    METRICS,
-    PROTOCOLS,
-    SCORE_COLUMNS,
-    crop_slices,
-    image_metrics,
-    summarise,
-)
-from mde_dist.learning.metrics import score as score_terms
+from mde_dist.evaluation.metrics import METRICS, PROTOCOLS, SCORE_COLUMNS, crop_slices, image_metrics, summarise
+from mde_dist.evaluation.metrics import score as score_terms
 
 EIGEN, FULL, BLOG, DENSEDEPTH, LSQ = (PROTOCOLS[name] for name in ("eigen", "full", "blog", "densedepth", "lsq"))
 PLAIN = replace(FULL, clamp=None, valid=(0.0, math.inf))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from mde_dist.programs import OLDEST_TORCH
+from mde_dist.inference.export_formats import OLDEST_TORCH
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 

@@ -9,10 +9,10 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from mde_dist.errors import UserError
-from mde_dist.learning.decoder import bounded
-from mde_dist.learning.model import DepthModel, ModelConfig, build, build_started, restore, skeleton
-from mde_dist.weights import model_bytes
+from mde_dist.models.decoders import bounded
+from mde_dist.models.depth_model import DepthModel, ModelConfig, build, build_started, restore, skeleton
+from mde_dist.models.weights import model_bytes
+from mde_dist.utils.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "tiny")
 URL = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url

@@ -2,9 +2,9 @@
 
 import json
 
-from mde_dist.run.monitor import Monitor, progress_text
-from mde_dist.run.records import keep_until, read_records
-from mde_dist.run.scores import show_scores
+from mde_dist.training.monitor import Monitor, progress_text
+from mde_dist.training.scores import show_scores
+from mde_dist.utils.jsonl import keep_until, read_records
 
 SPEED = {"lr": 1e-4, "images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 

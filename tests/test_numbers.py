@@ -11,11 +11,11 @@ from faults import not_finite, together
 from safetensors.torch import load_file
 from warm import warm_run, without_pictures
 
-from mde_dist.config import read_config
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
-from mde_dist.run.checkpoint import newest_checkpoint
-from mde_dist.stream import batch_keys
+from mde_dist.training.checkpoint import newest_checkpoint
+from mde_dist.training.config import read_config
+from mde_dist.training.data_stream import batch_keys
+from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.distributed
 

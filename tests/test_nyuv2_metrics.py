@@ -11,8 +11,8 @@ from trees import write
 
 from mde_dist import evaluate, shard
 from mde_dist.data.depth import to_metres
-from mde_dist.data.sources import open_source
-from mde_dist.errors import UserError
+from mde_dist.packing.sources import open_source
+from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(
     "MDE_DIST_NYUV2" not in os.environ, reason="MDE_DIST_NYUV2 does not name a folder with NYU Depth v2"

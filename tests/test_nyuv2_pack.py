@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from trees import contents, packed
 
-from mde_dist.data.pack import PackOptions
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import open_source
+from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.sources import open_source
 from mde_dist.shard import main
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))

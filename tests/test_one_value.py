@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mde_dist.config import read_config
-from mde_dist.errors import UserError
-from mde_dist.learner import check_statistics
-from mde_dist.learning.flops import has_spread
-from mde_dist.learning.model import ModelConfig, skeleton
+from mde_dist.models.depth_model import ModelConfig, skeleton
+from mde_dist.models.flops import has_spread
+from mde_dist.training.config import read_config
+from mde_dist.training.step import check_statistics
+from mde_dist.utils.errors import UserError
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "frozen"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mde_dist.learning.optim import (
+from mde_dist.training.optim import (
     OptimConfig,
     learning_rate,
     load_optimizer_tensors,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mde_dist.data.order import Order, mix, permute, share, uniform
+from mde_dist.data.sampler import Order, mix, permute, share, uniform
 
 orders = st.builds(
     Order,

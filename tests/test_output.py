@@ -15,7 +15,7 @@ from terminals import Terminal
 from warm import warm_run, without_pictures
 
 import mde_dist
-from mde_dist.run.checkpoint import newest_checkpoint
+from mde_dist.training.checkpoint import newest_checkpoint
 
 LOSSES = ("its reader", "the disk", "the terminal")
 
@@ -78,7 +78,7 @@ def test_a_command_started_without_outputs_does_not_print_into_its_files(tmp_pat
     """A file would be opened as handle 1, and all that is printed would go there."""
     target = tmp_path / "printed"
     code = (
-        "import os; from mde_dist.command import run_command\n"
+        "import os; from mde_dist.utils.cli import run_command\n"
         f"run_command(lambda argv: [open({str(target)!r}, 'w'), print('text', flush=True), os.write(1, b'native')])\n"
     )
     pid = os.posix_spawn(
@@ -97,9 +97,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from mde_dist.command import run_command
-from mde_dist.page.axes import linear
-from mde_dist.pictures import Thumbnail, draw_thumbnails, own_style
+from mde_dist.utils.cli import run_command
+from mde_dist.reporting.axes import linear
+from mde_dist.utils.visualization import Thumbnail, draw_thumbnails, own_style
 
 def main(argv):
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)

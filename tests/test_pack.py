@@ -36,14 +36,14 @@ from warm import warm_run, warm_start
 
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.manifest import INDEX
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.probe import check_units, probe
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import open_source
-from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.data.writer import ShardWriter
-from mde_dist.errors import UserError
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.probe import check_units, probe
+from mde_dist.packing.sources import open_source
+from mde_dist.packing.writer import ShardWriter
 from mde_dist.shard import main
+from mde_dist.utils.errors import UserError
 
 
 def manifest_of(directory: Path) -> dict:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from made_runs import held_out, make_run, untrained
 
-from mde_dist.page.history import read_runs
-from mde_dist.page.pages import collect, render
+from mde_dist.reporting.history import read_runs
+from mde_dist.reporting.pages import collect, render
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.chrome.service import Service  # noqa: E402

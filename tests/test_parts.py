@@ -4,9 +4,9 @@ import pytest
 from trees import bts, contents, packed, packed_yet, silent
 
 from mde_dist import shard
-from mde_dist.data.pack import PackOptions, pack, pack_part
-from mde_dist.data.sources import open_source
-from mde_dist.errors import UserError
+from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.sources import open_source
+from mde_dist.utils.errors import UserError
 
 OPTIONS = PackOptions(samples_per_shard=2)
 

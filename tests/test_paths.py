@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 
 from mde_dist import shard
 from mde_dist.ablate import AblateCommand
-from mde_dist.ablation.table import read_table
-from mde_dist.benching import loader, peers, step
-from mde_dist.command import LatePath, Place, parse
-from mde_dist.config import Config, as_json, as_toml, flat, read_config, show_config, with_whole_paths
-from mde_dist.errors import UserError
 from mde_dist.evaluate import EvaluateCommand
 from mde_dist.export import ExportCommand
-from mde_dist.learning.model import build
-from mde_dist.paths import as_typed, command_line, expanded, local_path, with_home
+from mde_dist.models.depth_model import build
+from mde_dist.models.weights import model_bytes
+from mde_dist.packing.inspect import given_lists
 from mde_dist.predict import PredictCommand
 from mde_dist.report import ReportCommand
-from mde_dist.run.checkpoint import open_model
-from mde_dist.run.directory import differences
 from mde_dist.shard import ShardConfig
-from mde_dist.source import given_lists
-from mde_dist.weights import model_bytes
+from mde_dist.tools.ablation.table import read_table
+from mde_dist.tools.benchmarking import loader, peers, step
+from mde_dist.training.checkpoint import open_model
+from mde_dist.training.config import Config, as_json, as_toml, flat, read_config, show_config, with_whole_paths
+from mde_dist.training.run_dir import differences
+from mde_dist.utils.cli import LatePath, Place, parse
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.paths import as_typed, command_line, expanded, local_path, with_home
 
 ODD = "a  (b) [c] 'd' \"e\" $HOME ${x} $$ ~ *; & ü"
 COMMANDS: tuple[Any, ...] = (

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mde_dist.run import peers
-from mde_dist.run.preemption import StopFlag
+from mde_dist.distributed import heartbeat as peers
+from mde_dist.distributed.signals import StopFlag
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mde_dist.predicting.cloud import Intrinsics, ply_bytes, usual_camera
+from mde_dist.inference.point_cloud import Intrinsics, ply_bytes, usual_camera
 
 TYPES = {"float": "<f4", "uchar": "u1"}
 

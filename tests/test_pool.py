@@ -9,11 +9,11 @@ import pytest
 from commands import environment
 from gaps import gaps
 
-from mde_dist.data.pool import WorkerLost, count, run_jobs
+from mde_dist.packing.pool import WorkerLost, count, run_jobs
 
 JOBS = """
 import os
-from mde_dist.data.pool import run_jobs
+from mde_dist.packing.pool import run_jobs
 if __name__ == "__main__":
     found = run_jobs(os.path.join, [("a", str(n)) for n in range(5)], 2, lambda done, total: None, 5)
     print(sorted(found))

@@ -17,14 +17,14 @@ from test_point_cloud import read_ply
 from warm import warm_start
 
 from mde_dist import evaluate, predict
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.learning.model import DepthModel, ModelConfig, build
-from mde_dist.predicting.ahead import threads
-from mde_dist.predicting.inputs import Frame
-from mde_dist.predicting.preview import preview, round_numbers
-from mde_dist.predictor import open_predictor
-from mde_dist.weights import model_bytes
+from mde_dist.inference.inputs import Frame
+from mde_dist.inference.predictor import open_predictor
+from mde_dist.inference.prefetch import threads
+from mde_dist.inference.preview import preview, round_numbers
+from mde_dist.models.depth_model import DepthModel, ModelConfig, build
+from mde_dist.models.weights import model_bytes
+from mde_dist.packing.rooms import render_room
+from mde_dist.utils.errors import UserError
 
 LATIN = os.fsdecode(b"caf\xe9")  # on the disk it is no UTF-8
 

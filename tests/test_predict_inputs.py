@@ -8,10 +8,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from mde_dist.data.images import decode_image
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.predicting.images import Unreadable, read_image
-from mde_dist.predicting.inputs import find_inputs
+from mde_dist.inference.images import Unreadable, read_image
+from mde_dist.inference.inputs import find_inputs
+from mde_dist.packing.rooms import render_room
+from mde_dist.utils.errors import UserError
 
 ORIENTATION = 0x0112
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from mde_dist import predict
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.predicting.video import VideoFrame, count_frames, import_av, read_video
-from mde_dist.weights import model_bytes
+from mde_dist.inference.video import VideoFrame, count_frames, import_av, read_video
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import model_bytes
+from mde_dist.packing.rooms import render_room
+from mde_dist.utils.errors import UserError
 
 av = pytest.importorskip("av")
 

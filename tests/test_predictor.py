@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from mde_dist.data.rooms import render_room
-from mde_dist.errors import UserError
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.predictor import Predictor, pick_device
+from mde_dist.inference.predictor import Predictor, pick_device
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.packing.rooms import render_room
+from mde_dist.utils.errors import UserError
 
 METADATA = {"config": {"model.backbone": "resnet18"}, "size": [48, 64]}
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ import torch
 from servers import Fault, FileServer
 
 from mde_dist.data.loader import Loader
-from mde_dist.data.order import Order
-from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.prefetch import AHEAD, Prefetch
+from mde_dist.data.sampler import Order
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import rooms
-from mde_dist.data.store import CacheOptions
+from mde_dist.data.storage.store import CacheOptions
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.sources import rooms
 
 SAMPLES, PER_SHARD, WINDOW = 48, 2, 2
 

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from mde_dist.progress import PLAIN_SECONDS, Bar, Bars, shown
-from mde_dist.run.display import Display
-from mde_dist.run.scores import Scores
+from mde_dist.training.display import Display
+from mde_dist.training.scores import Scores
+from mde_dist.utils.progress import PLAIN_SECONDS, Bar, Bars, shown
 
 SCORES = {"abs_rel": 0.25, "delta1": 0.5, "rmse": 1.0}
 RECORDS = [

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from trees import bts, contents, packed, packed_yet, silent
 
-from mde_dist import export, publish, shard
-from mde_dist.data.adopt import adopt
-from mde_dist.data.pack import PackOptions, pack, pack_part
+from mde_dist import export, shard
 from mde_dist.data.shards import open_split
-from mde_dist.data.sources import open_source
-from mde_dist.errors import UserError
-from mde_dist.files import write_atomic
-from mde_dist.publish import is_free
-from mde_dist.run.directory import RunDirectory
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.sources import open_source
+from mde_dist.training.run_dir import RunDirectory
+from mde_dist.utils import publish
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import write_atomic
+from mde_dist.utils.publish import is_free
 
 OPTIONS = PackOptions(samples_per_shard=2)
 OTHERS = PackOptions(samples_per_shard=3, codec="png")

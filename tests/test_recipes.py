@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mde_dist.ablation.table import read_table
-from mde_dist.config import as_json, read_config
+from mde_dist.tools.ablation.table import read_table
+from mde_dist.training.config import as_json, read_config
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = {"model.weights", "optim.lr", "optim.warmup", "optim.ema"}

@@ -12,12 +12,12 @@ from trees import bts, folder, jpeg_bytes, packed, picture, write
 from warm import warm_run
 
 from mde_dist import evaluate
-from mde_dist.data.augment import normalise, resize_image
-from mde_dist.data.pack import PackOptions
-from mde_dist.errors import UserError
-from mde_dist.learning.metrics import PROTOCOLS
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.weights import model_bytes
+from mde_dist.data.augmentation import normalise, resize_image
+from mde_dist.evaluation.metrics import PROTOCOLS
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import model_bytes
+from mde_dist.packing.pack import PackOptions
+from mde_dist.utils.errors import UserError
 
 SIZE, COUNT = (480, 640), 3
 ALL = ["--protocols", *PROTOCOLS]

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from servers import Fault, FileServer
 
-from mde_dist.data import remote as remote_module
-from mde_dist.data.remote import (
+from mde_dist.data.storage import remote as remote_module
+from mde_dist.data.storage.remote import (
     Away,
     Closed,
     NotThere,
@@ -29,8 +29,8 @@ from mde_dist.data.remote import (
     read_whole,
     with_retries,
 )
-from mde_dist.errors import UserError
-from mde_dist.urls import is_remote
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.urls import is_remote
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 
@@ -560,7 +560,7 @@ def test_an_interpreter_ends_while_a_thread_waits_for_a_silent_s3_server(
     server.fail(Fault(stall=True))
     program = (
         "import sys, threading, time\n"
-        "from mde_dist.data.remote import open_remote\n"
+        "from mde_dist.data.storage.remote import open_remote\n"
         "remote = open_remote('s3://shards', timeout=300)\n"
         "threading.Thread(target=lambda: list(remote.read('a.tar')), daemon=True).start()\n"
         "sys.stdin.readline()\n"
@@ -576,7 +576,7 @@ def test_s3_without_its_library_says_what_to_install() -> None:
     program = (
         "import sys\n"
         "sys.modules['s3fs'] = None\n"
-        "from mde_dist.data.remote import UserError, open_remote\n"
+        "from mde_dist.data.storage.remote import UserError, open_remote\n"
         "try:\n"
         "    open_remote('s3://bucket/a')\n"
         "except UserError as error:\n"

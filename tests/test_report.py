@@ -13,17 +13,17 @@ from made_runs import BEGAN, LOGGED, HeldOut, held_out, make_run, untrained
 from PIL import Image
 
 from mde_dist import report
-from mde_dist.errors import UserError
-from mde_dist.page.axes import linear, logarithmic
-from mde_dist.page.curves import MOST_POINTS, Chart, score_charts, speed_charts, thin, training_charts
-from mde_dist.page.extremes import extremes, ranked
-from mde_dist.page.history import Run, read_run, read_runs, short_names
-from mde_dist.page.pages import collect, groups_of, render
-from mde_dist.page.panels import MOST_TIMES, films, times_of
-from mde_dist.page.plots import plot
-from mde_dist.page.tables import differing, facts, image_table, lead, scene_table
-from mde_dist.page.where import breakdown_of
-from mde_dist.pictures import Panel, colorize, colorize_error, draw_panels
+from mde_dist.reporting.axes import linear, logarithmic
+from mde_dist.reporting.curves import MOST_POINTS, Chart, score_charts, speed_charts, thin, training_charts
+from mde_dist.reporting.extremes import extremes, ranked
+from mde_dist.reporting.history import Run, read_run, read_runs, short_names
+from mde_dist.reporting.pages import collect, groups_of, render
+from mde_dist.reporting.panels import MOST_TIMES, films, times_of
+from mde_dist.reporting.plots import plot
+from mde_dist.reporting.tables import differing, facts, image_table, lead, scene_table
+from mde_dist.reporting.where import breakdown_of
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.visualization import Panel, colorize, colorize_error, draw_panels
 
 
 @pytest.fixture(scope="module")

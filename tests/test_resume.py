@@ -10,7 +10,7 @@ from commands import files_below, learned, small
 from faults import die, refused, together
 from warm import warm_run, without_pictures
 
-from mde_dist.files import sha256_of
+from mde_dist.utils.io import sha256_of
 
 pytestmark = pytest.mark.slow
 

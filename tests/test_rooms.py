@@ -7,9 +7,9 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from mde_dist.data.rooms import Camera, build_scene, cast, intrinsics, render_room
-from mde_dist.data.rooms.geometry import BOX, CYLINDER, ELLIPSOID
-from mde_dist.data.rooms.scene import interval
+from mde_dist.packing.rooms import Camera, build_scene, cast, intrinsics, render_room
+from mde_dist.packing.rooms.geometry import BOX, CYLINDER, ELLIPSOID
+from mde_dist.packing.rooms.scene import interval
 
 SIZE = (120, 160)
 SEEDS = range(16)

@@ -9,7 +9,7 @@ from commands import SMALL
 from sandbox import bare_environment, sandboxed, skip_without
 from trees import contents, folder, packed
 
-from mde_dist.data.pack import PackOptions
+from mde_dist.packing.pack import PackOptions
 
 CHAIN = """
 import getpass, importlib, json, os, runpy, sys
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     commands = json.load(sys.stdin)
     for module in ("mde_dist.train", *(words[0] for words in commands)):
         importlib.import_module(module)
-    from mde_dist.checkup import data, machine, step
+    from mde_dist.tools.diagnostics import data, machine, step
     data.SECONDS = step.SECONDS = 0.1
     print(getpass.getuser(), *machine.look_at_scratch(8), sep="\\n", file=sys.stderr, flush=True)
     for number, (module, *words) in enumerate(commands):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mde_dist.learning.metrics import PROTOCOLS, score, summarise
-from mde_dist.learning.sanity import SIGNALS, diagnose, mean_depth, signals
+from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
+from mde_dist.evaluation.sanity_checks import SIGNALS, diagnose, mean_depth, signals
 
 IMAGES, SIZE = 40, (30, 40)
 

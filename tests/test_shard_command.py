@@ -29,10 +29,10 @@ from trees import (
 )
 from warm import warm_run
 
-from mde_dist.command import run_command
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
 from mde_dist.shard import ShardConfig, main
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.errors import UserError
 
 
 def on_a_full_disk(*arguments: object) -> subprocess.CompletedProcess[str]:

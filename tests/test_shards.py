@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, picture
 
+from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.manifest import INDEX, Manifest
-from mde_dist.data.pack import PackOptions
-from mde_dist.data.samples import DamagedSample
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.errors import UserError
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.packing.pack import PackOptions
+from mde_dist.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

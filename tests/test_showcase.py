@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.loader import Batch
-from mde_dist.errors import UserError
-from mde_dist.showcase import COUNT, Watch, read_showcase, strips, write_showcase
+from mde_dist.training.snapshots import COUNT, Watch, read_showcase, strips, write_showcase
+from mde_dist.utils.errors import UserError
 
 
 def batch(first: int, count: int, size: tuple[int, int]) -> Batch:

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import os, signal
-from mde_dist.run.preemption import StopFlag
+from mde_dist.distributed.signals import StopFlag
 
 try:
     with StopFlag().catching():

@@ -12,9 +12,9 @@ from PIL import Image
 from trees import SIZE, bts, densedepth, eight_bit, folder, jpeg_bytes, millimetres, picture, write
 
 from mde_dist.data.depth import DepthScale
-from mde_dist.data.probe import probe
-from mde_dist.data.sources import EXPECTED, BadPair, RawPair, Source, open_source, rooms
-from mde_dist.errors import UserError
+from mde_dist.packing.probe import probe
+from mde_dist.packing.sources import EXPECTED, BadPair, RawPair, Source, open_source, rooms
+from mde_dist.utils.errors import UserError
 
 
 def read(source: Source, split: str, place: int = 0) -> RawPair:

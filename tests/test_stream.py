@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mde_dist.config import Config, read_config
-from mde_dist.data.augment import prepare
+from mde_dist.data.augmentation import prepare
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import open_split
-from mde_dist.errors import UserError
-from mde_dist.run.account import Account
-from mde_dist.run.preemption import StopFlag
-from mde_dist.stream import poisoned, share_news, take_share, training_stream
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.training.config import Config, read_config
+from mde_dist.training.data_stream import poisoned, share_news, take_share, training_stream
+from mde_dist.training.throughput import Account
+from mde_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
 SIZE = (24, 32)

@@ -11,7 +11,7 @@ from terminals import Terminal
 from trees import packed_yet
 from warm import warm_run, without_pictures
 
-from mde_dist.run.checkpoint import newest_checkpoint
+from mde_dist.training.checkpoint import newest_checkpoint
 
 
 @pytest.mark.slow

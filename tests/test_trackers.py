@@ -8,8 +8,8 @@ from faults import die, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from warm import warm_run, without_pictures
 
-from mde_dist.config import as_toml, read_config
-from mde_dist.page.history import read_runs
+from mde_dist.reporting.history import read_runs
+from mde_dist.training.config import as_toml, read_config
 
 
 def events(run) -> EventAccumulator:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
 from mde_dist import train
-from mde_dist.data.order import Order, mix
-from mde_dist.errors import UserError
-from mde_dist.files import sha256_of
+from mde_dist.data.sampler import Order, mix
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import sha256_of
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from trees import SIZE, bts, densedepth, eight_bit, folder, h5, h5_bytes, jpeg_bytes, millimetres, picture, write
 
-from mde_dist.data.sources import Pair
-from mde_dist.data.sources.official import count_in_words, leaked, test_scenes
-from mde_dist.errors import UserError
-from mde_dist.source import given_lists, given_scales, open_checked
+from mde_dist.packing.inspect import given_lists, given_scales, open_checked
+from mde_dist.packing.sources import Pair
+from mde_dist.packing.sources.official import count_in_words, leaked, test_scenes
+from mde_dist.utils.errors import UserError
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
 real = pytest.mark.skipif(not NYUV2.is_dir(), reason="MDE_DIST_NYUV2 names no folder")

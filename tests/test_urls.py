@@ -12,13 +12,13 @@ from servers import FileServer
 from warm import warm_run, without_pictures
 
 from mde_dist import export
-from mde_dist.config import Config, DataConfig, as_json, as_toml, read_config, toml_text
-from mde_dist.data.remote import open_remote
-from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.errors import UserError
-from mde_dist.page.history import read_run
-from mde_dist.urls import SIGNED_URLS, hide_key, public_url, whole_url, without_keys
-from mde_dist.weights import model_bytes, read_model
+from mde_dist.data.storage.remote import open_remote
+from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.models.weights import model_bytes, read_model
+from mde_dist.reporting.history import read_run
+from mde_dist.training.config import Config, DataConfig, as_json, as_toml, read_config, toml_text
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.urls import SIGNED_URLS, hide_key, public_url, whole_url, without_keys
 
 FIRST, SECOND = "X-Amz-Expires=60&X-Amz-Signature=5ea1edF1rst%2B", "sv=2024-01-01&sig=5ea1edSec0nd%3D"
 PART = b"5ea1ed"
@@ -59,9 +59,7 @@ def test_the_key_that_was_given_last_counts_and_children_have_it():
     for key in (FIRST, SECOND):
         hide_key(f"https://host/my set/?{key}")
     hide_key(f"https://host/other?{FIRST}")
-    line = (
-        "from mde_dist.urls import whole_url; print(whole_url('https://host/my set'), whole_url('https://host/other/'))"
-    )
+    line = "from mde_dist.utils.urls import whole_url; print(whole_url('https://host/my set'), whole_url('https://host/other/'))"
     said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout
     assert said.split() == [f"https://host/my%20set/?{SECOND}", f"https://host/other?{FIRST}"]
     assert len(os.environ[SIGNED_URLS].split()) == 2

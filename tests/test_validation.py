@@ -39,13 +39,13 @@ from trees import (
 )
 from warm import warm_run
 
-from mde_dist.command import run_command
 from mde_dist.data.depth import DepthScale
-from mde_dist.data.holdout import choose, count_places, hold_out, place_of
-from mde_dist.data.pack import PackOptions, pack, pack_part
-from mde_dist.data.sources import Pair, Source, Split, open_source
-from mde_dist.errors import UserError
+from mde_dist.packing.holdout import choose, count_places, hold_out, place_of
+from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.sources import Pair, Source, Split, open_source
 from mde_dist.shard import main
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.errors import UserError
 
 SCENES = {"living_room_0001a": 3, "living_room_0001b": 3, "kitchen_0002": 2, "office_0003": 4, "study_0004": 2}
 

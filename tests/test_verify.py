@@ -40,17 +40,17 @@ from trees import (
 )
 from warm import warm_run
 
-from mde_dist.command import run_command
-from mde_dist.data import examine as examine_module
-from mde_dist.data import repair as repair_module
-from mde_dist.data.adopt import adopt
-from mde_dist.data.examine import examine
-from mde_dist.data.pack import PackOptions
-from mde_dist.data.repair import repair
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.verify import verify
-from mde_dist.errors import UserError
+from mde_dist.packing import examine as examine_module
+from mde_dist.packing import repair as repair_module
+from mde_dist.packing.examine import examine
+from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.repair import repair
+from mde_dist.packing.validate import verify
 from mde_dist.shard import main
+from mde_dist.utils.cli import run_command
+from mde_dist.utils.errors import UserError
 
 Pair = tuple[bytes, bytes]
 

@@ -12,12 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mde_dist import learner
-from mde_dist.config import Config, read_config
-from mde_dist.data import augment
-from mde_dist.data.augment import AugmentConfig, prepare
+from mde_dist.data import augmentation as augment
+from mde_dist.data.augmentation import AugmentConfig, prepare
 from mde_dist.data.loader import Batch
-from mde_dist.learning.losses import counts
+from mde_dist.training import step as learner
+from mde_dist.training.config import Config, read_config
+from mde_dist.training.losses import counts
 
 GPU = torch.device("cuda", 0)
 VIEWS = [AugmentConfig(), AugmentConfig(crop=(32, 48)), AugmentConfig(border=0.05, zoom=2, cut_depth=0.5)]

@@ -14,7 +14,7 @@ from warm import warm_run, warm_start
 
 SCRIPT = """
 import os, sys, torch
-from mde_dist.run.distributed import all_sum, processes
+from mde_dist.distributed.process_group import all_sum, processes
 with processes(cpu_threads=2) as accelerator:
     rank = accelerator.process_index
     print(f"rank {rank}", float(all_sum(accelerator, (torch.ones(64, 64) @ torch.ones(64, 64))[0, 0] * (rank + 1))))

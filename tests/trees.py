@@ -19,10 +19,10 @@ from PIL import Image
 
 from mde_dist.data.depth import encode
 from mde_dist.data.manifest import INDEX, Manifest, ShardInfo, file_info, write_manifest, write_split
-from mde_dist.data.pack import PackOptions, pack
 from mde_dist.data.shards import decode_pair
-from mde_dist.data.sources import Source, open_source
 from mde_dist.data.statistics import Statistics
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.sources import Source, open_source
 
 SIZE = (24, 32)
 TRAIN_SCENES = ("basement_0001a", "kitchen_0028b")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, ShardInfo
+from mde_dist.data.manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, ShardInfo
 
 _ROWS = 2**16  # looked at in one go
 

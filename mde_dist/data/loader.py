@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import RankError
-from .samples import DamagedSample, Samples
+from mde_dist.data.dataset import DamagedSample, Samples
+from mde_dist.utils.errors import RankError
 
 Draw = tuple[np.ndarray, np.ndarray]
 """What a batch consists of: (epochs, samples), int64 (batch,)."""

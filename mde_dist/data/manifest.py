@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__
-from ..errors import UserError
-from ..files import atomic_file, sha256_of, write_atomic
-from ..paths import command_line
-from ..urls import is_remote
-from . import depth
-from .statistics import Statistics
+from mde_dist import __version__
+from mde_dist.data import depth
+from mde_dist.data.statistics import Statistics
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.io import atomic_file, sha256_of, write_atomic
+from mde_dist.utils.paths import command_line
+from mde_dist.utils.urls import is_remote
 
 FORMAT = "mde_dist.shards"
 VERSION = 2

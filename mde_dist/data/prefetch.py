@@ -5,9 +5,9 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from ..errors import UserError
-from .remote import Closed
-from .samples import Samples
+from mde_dist.data.dataset import Samples
+from mde_dist.data.storage.remote import Closed
+from mde_dist.utils.errors import UserError
 
 Stage = tuple[int, Iterable[int]]
 """Stream position where a stretch of the order ends, and the numbers of the shards that it reads."""

@@ -19,15 +19,15 @@ from typing import TypeVar
 import numpy as np
 import simplejpeg
 
-from ..errors import UserError
-from . import depth
-from .checksum import crc32
-from .handles import Handles
-from .images import decode_jpeg
-from .index import Index
-from .manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
-from .samples import Samples
-from .store import CacheOptions, Store, open_store
+from mde_dist.data import depth
+from mde_dist.data.checksum import crc32
+from mde_dist.data.dataset import Samples
+from mde_dist.data.images import decode_jpeg
+from mde_dist.data.index import Index
+from mde_dist.data.manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
+from mde_dist.data.storage.file_handles import Handles
+from mde_dist.data.storage.store import CacheOptions, Store, open_store
+from mde_dist.utils.errors import UserError
 
 T = TypeVar("T")
 Payload = bytes | memoryview

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mde_dist.config import Config
-from mde_dist.data.augment import prepare
+from mde_dist.data.augmentation import prepare
 from mde_dist.data.shards import open_split
-from mde_dist.run.distributed import processes
-from mde_dist.run.preemption import StopFlag
-from mde_dist.stream import training_stream
+from mde_dist.distributed.process_group import processes
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.training.config import Config
+from mde_dist.training.data_stream import training_stream
 
 
 def crc(tensor: torch.Tensor) -> int:

@@ -12,12 +12,12 @@ from commands import small
 from faults import elsewhere, left_behind, mine, together
 from warm import warm_run
 
-from mde_dist import trainer
-from mde_dist.config import Config, as_json
-from mde_dist.errors import UserError
-from mde_dist.learning.model import ModelConfig, build
-from mde_dist.run.rendezvous import _compare
-from mde_dist.weights import model_bytes
+from mde_dist.distributed.rendezvous import _compare
+from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.weights import model_bytes
+from mde_dist.training import trainer
+from mde_dist.training.config import Config, as_json
+from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.distributed
 
@@ -79,10 +79,10 @@ def test_options_that_are_others_on_one_node(places, room_shards):
 
 ADDS_UP = """
 import torch
-from mde_dist.command import run_command
-from mde_dist.run.distributed import all_sum, processes
-from mde_dist.run.peers import watched_peers
-from mde_dist.run.preemption import StopFlag
+from mde_dist.utils.cli import run_command
+from mde_dist.distributed.process_group import all_sum, processes
+from mde_dist.distributed.heartbeat import watched_peers
+from mde_dist.distributed.signals import StopFlag
 
 def main(argv):
     with processes() as accelerator, watched_peers(accelerator, StopFlag()):
@@ -155,7 +155,7 @@ def broken(place: str, name: str, rank: int, owner: str = "") -> None:
 
 
 def test_what_nobody_expects_while_the_model_is_built(places, room_shards):
-    fault = partial(broken, "mde_dist.trainer", "Learner", 1)
+    fault = partial(broken, "mde_dist.training.trainer", "Learner", 1)
     done = start("train", places, fault, processes=3, run=places[0] / "run", **small(data_shards=room_shards))
     assert done.returncode == 2
     assert errors(done.stderr) == ["error (rank 1): OSError: the library is another one here"]

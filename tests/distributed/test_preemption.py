@@ -13,7 +13,7 @@ from commands import environment, learned, small, wait_for
 from faults import no_data, signalled, slow, together
 from warm import Warm, warm_run, warm_start, without_pictures
 
-from mde_dist.run.checkpoint import newest_checkpoint
+from mde_dist.training.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.distributed
 

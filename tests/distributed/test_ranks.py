@@ -18,14 +18,14 @@ from faults import hosts_apart
 from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
-from mde_dist.data.augment import normalise, resize_image
-from mde_dist.errors import UserError
-from mde_dist.learning.metrics import to_size
-from mde_dist.learning.model import restore
-from mde_dist.results import read_record
-from mde_dist.run.distributed import check_world
-from mde_dist.showcase import read_showcase
-from mde_dist.weights import read_model
+from mde_dist.data.augmentation import normalise, resize_image
+from mde_dist.distributed.process_group import check_world
+from mde_dist.evaluation.metrics import to_size
+from mde_dist.evaluation.results import read_record
+from mde_dist.models.depth_model import restore
+from mde_dist.models.weights import read_model
+from mde_dist.training.snapshots import read_showcase
+from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.distributed
 

@@ -11,8 +11,8 @@ from commands import learned, records, small, start, wait_for
 from servers import Fault, FileServer
 from warm import warm_run, warm_start, without_pictures
 
-from mde_dist.data.pack import PackOptions, pack
-from mde_dist.data.sources import rooms
+from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.sources import rooms
 
 pytestmark = pytest.mark.distributed
 
@@ -197,7 +197,7 @@ def test_ranks_that_see_different_shards_are_refused(many_shards, room_shards, t
     script = tmp_path / "start.py"
     script.write_text(
         "import os, sys\n"
-        "from mde_dist.command import run_command\n"
+        "from mde_dist.utils.cli import run_command\n"
         "from mde_dist.train import main\n"
         "place = sys.argv.pop(1 + int(os.environ['LOCAL_RANK']))\n"
         "del sys.argv[1]\n"

@@ -17,7 +17,7 @@ from commands import environment, files_below, learned, small, wait_for
 from safetensors.torch import load_file
 from warm import warm_run
 
-from mde_dist.run.checkpoint import load_checkpoint
+from mde_dist.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.distributed
 

@@ -1,0 +1,244 @@
+"""What ranks tell one another beside their collectives, which wait for ever: who was signalled, and who is gone.
+
+Every rank holds one TCP connection to rank 0. A process that dies closes it at once; a machine that dies, a link that
+is cut and a process that is stopped fall silent. Rank 0 tells the others, and each ends within seconds instead of
+waiting in a collective for what will not come. A message is five bytes that name an event and a number; nothing else is
+read.
+"""
+
+import os
+import secrets
+import selectors
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+from mde_dist.distributed.process_group import together
+from mde_dist.distributed.rank_log import alarm, log_path, log_was_opened
+from mde_dist.distributed.signals import StopFlag
+from mde_dist.utils.errors import OtherRankError, RankError, UserError
+
+_MESSAGE = struct.Struct("!Bi")  # event, number
+_HELLO = struct.Struct("!qi")  # token, rank
+_BEAT, _STOP, _LOST, _BYE = range(4)
+_TICK = 0.5  # seconds between two signs of life
+_VERDICT = 5.0  # seconds after a failed collective until it is known whose loss failed it
+_GRACE = 10.0  # seconds that a rank has to end by itself once another one is lost
+
+
+@contextmanager
+def watched_peers(
+    accelerator: Accelerator, stop: StopFlag, silence: float = 30.0, run: Path | None = None
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Within the block a signal to one rank stops all, and a rank that is lost ends the others.
+
+    Where a collective fails for it, RankError is raised on the lowest rank of each node that is left, which names the
+    lost one (and its log in `run`), and OtherRankError on the rest; where the main thread hangs in a collective, the
+    process says so and exits. `silence`: seconds without a sign of life after which a rank is lost. Yields a context
+    manager that does the same for a block further inside. Raises UserError where rank 0 cannot be reached.
+    """
+    if accelerator.num_processes == 1:
+        yield nullcontext
+        return
+    peers = _meet(accelerator, stop, silence, run)
+    try:
+        with peers.naming_the_lost():
+            yield peers.naming_the_lost
+        peers.bye = True
+    finally:
+        peers.close()
+
+
+def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | None) -> "_Peers":
+    """Connect all ranks to rank 0. Raises UserError where one cannot be reached."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    hub = together(accelerator, lambda: _listen(world) if rank == 0 else None)
+    port = hub.getsockname()[1] if hub else 0
+    # the token keeps strangers out, who may knock at any port of a cluster
+    place = torch.tensor([port, secrets.randbits(62)], device=accelerator.device)
+    distributed.broadcast(place, src=0)
+    port, token = place.tolist()
+
+    def connect() -> dict[int, socket.socket]:
+        return _answer(hub, token, world) if hub else {0: _call(port, token, rank)}
+
+    return _Peers(rank, together(accelerator, connect), stop, silence, run)
+
+
+def _listen(backlog: int) -> socket.socket:
+    """For IPv6 as well, where the system has it: MASTER_ADDR may be such an address, or a name that stands for one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def _call(port: int, token: int, rank: int) -> socket.socket:
+    host = os.environ["MASTER_ADDR"]
+    try:
+        line = socket.create_connection((host, port), timeout=60)
+    except OSError as error:
+        raise RankError(f"rank 0 cannot be reached at {host}, port {port}: {error}") from None
+    line.sendall(_HELLO.pack(token, rank))
+    return line
+
+
+def _answer(hub: socket.socket, token: int, world: int) -> dict[int, socket.socket]:
+    lines: dict[int, socket.socket] = {}
+    end = time.monotonic() + 60
+    with hub:
+        while len(lines) < world - 1:
+            hub.settimeout(max(0.01, end - time.monotonic()))
+            try:
+                line, _ = hub.accept()
+                line.settimeout(5)
+                said, rank = _HELLO.unpack(line.recv(_HELLO.size, socket.MSG_WAITALL))
+            except (OSError, struct.error):
+                if time.monotonic() > end:
+                    missing = sorted(set(range(1, world)) - set(lines))
+                    raise UserError(f"ranks {missing} did not call rank 0 within a minute") from None
+                continue
+            if said == token and 0 < rank < world:
+                lines[rank] = line
+    return lines
+
+
+@dataclass
+class _Line:
+    """The connection to one other rank."""
+
+    socket: socket.socket
+    heard: float
+    """When it last gave a sign of life; time.monotonic()."""
+    rest: bytes = b""
+    """Of a message that has come in part."""
+    open: bool = True
+    """False once the other rank has said goodbye or is lost."""
+
+
+class _Peers:
+    """This rank's lines: to all others on rank 0, to rank 0 elsewhere. One thread speaks and listens."""
+
+    def __init__(self, rank: int, sockets: dict[int, socket.socket], stop: StopFlag, silence: float, run: Path | None):
+        self.bye = False
+        """Whether this rank leaves in good order."""
+        self._leaving = False  # the main thread is on its way out, however long that takes, and hangs nowhere
+        self._rank, self._stop, self._silence, self._run = rank, stop, silence, run
+        self._lines = {peer: _Line(line, time.monotonic()) for peer, line in sockets.items()}
+        self._lost: dict[int, str] = {}  # rank -> how it was noticed, in the order in which they went
+        self._found, self._closed, self._told_stop = threading.Event(), False, False
+        self._selector = selectors.DefaultSelector()
+        for peer, line in self._lines.items():
+            line.socket.setblocking(False)
+            self._selector.register(line.socket, selectors.EVENT_READ, peer)
+        self._thread = threading.Thread(target=self._talk, name="peers", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Turn the failure of a collective into words about the rank that failed it."""
+        try:
+            yield
+        except BaseException as error:
+            self._leaving = True
+            # whose loss it was is known a moment later; if nobody's, it is an error of this rank's own
+            if not isinstance(error, RuntimeError) or not self._found.wait(_VERDICT):
+                raise
+            time.sleep(_TICK)  # the ranks of a machine go together
+            self.bye = True  # this one is not the culprit
+            raise (RankError if self._speaks() else OtherRankError)(self._sentence()) from None
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join()
+        self._selector.close()
+        if self.bye:
+            self._tell(_BYE, self._rank)
+        for line in self._lines.values():
+            line.socket.close()
+
+    def _talk(self) -> None:
+        next_beat = lost_since = 0.0
+        while not self._closed:
+            now = time.monotonic()
+            if now >= next_beat:  # not whenever something was heard, or signs of life would answer one another
+                next_beat = now + _TICK
+                self._tell(_BEAT, self._rank)
+            if self._stop.signal is not None and not self._told_stop:
+                self._told_stop = True
+                self._tell(_STOP, self._stop.signal)
+            for key, _ in self._selector.select(next_beat - now):
+                self._hear(key.data, self._lines[key.data])
+            now = time.monotonic()
+            for peer, line in self._lines.items():
+                if line.open and now - line.heard > self._silence:
+                    self._lose(peer, f"has given no sign of life for {self._silence:g} s")
+            if self._lost and not lost_since:
+                lost_since = now
+            if lost_since and now - lost_since > _GRACE and not (self._leaving or self._closed):
+                self._end_here()
+
+    def _hear(self, peer: int, line: _Line) -> None:
+        try:
+            data = line.socket.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(line.socket)
+            if line.open:
+                self._lose(peer, "is gone")
+            return
+        line.heard, data = time.monotonic(), line.rest + data
+        whole = len(data) // _MESSAGE.size * _MESSAGE.size
+        line.rest = data[whole:]
+        for event, number in _MESSAGE.iter_unpack(data[:whole]):
+            if event == _STOP and self._stop.signal is None:
+                self._stop.signal = signal.Signals(number)
+            elif event == _LOST:
+                self._lose(number, "is gone")
+            elif event == _BYE:
+                line.open = False
+
+    def _lose(self, rank: int, how: str) -> None:
+        if rank in self._lines:
+            self._lines[rank].open = False
+        self._lost.setdefault(rank, how)
+        self._tell(_LOST, rank)
+        self._found.set()
+
+    def _tell(self, event: int, number: int) -> None:
+        """To all who are there; who is not is noticed elsewhere."""
+        for line in self._lines.values():
+            if line.open:
+                with suppress(OSError):
+                    line.socket.send(_MESSAGE.pack(event, number))
+
+    def _speaks(self) -> bool:
+        """Whether this rank is the one on its node whose word goes to the terminal."""
+        local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first = self._rank - local
+        return self._rank == min(rank for rank in range(first, first + here) if rank not in self._lost)
+
+    def _sentence(self) -> str:
+        ranks, how = sorted(self._lost), next(iter(self._lost.values()))
+        who = f"rank {ranks[0]} {how}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are gone"
+        log = log_path(self._run, next(iter(self._lost))) if self._run is not None and log_was_opened() else None
+        where = f"; log: {log}" if log is not None and log.is_file() else ""  # else it spoke on its terminal
+        return f"{who}{where}; the same command goes on from the last checkpoint"
+
+    def _end_here(self) -> None:
+        """The main thread hangs in a collective, from which nothing else can call it back."""
+        alarm(f"error (rank {self._rank}): {self._sentence()}", terminal=self._speaks())
+        self._tell(_BYE, self._rank)  # this one is not the culprit: those who know of the loss do not name it as well
+        os._exit(2)

@@ -1,0 +1,1 @@
+"""Metrics under named protocols, exact over any number of ranks."""

@@ -1,0 +1,199 @@
+"""Every image of a split -> a row of numbers, exact over any number of ranks: what training and `evaluate` share."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from mde_dist.data.augmentation import depth_counts, prepare_images
+from mde_dist.data.dataset import Samples
+from mde_dist.data.depth import COUNTS_PER_METRE
+from mde_dist.data.loader import Batch, Draw, Loader, Stopped
+from mde_dist.data.prefetch import Prefetch
+from mde_dist.data.shards import ShardSet
+from mde_dist.distributed.process_group import agree, all_sum
+from mde_dist.evaluation.breakdown import COLUMNS, score_with_breakdown
+from mde_dist.evaluation.metrics import SCORE_COLUMNS, Protocol, score
+from mde_dist.inference.predictor import estimate
+from mde_dist.utils.errors import UserError
+
+Predict = Callable[[Batch], torch.Tensor]
+"""A batch of images -> depth float64 (batch, h, w), of any size; in the unit of the truth, COUNTS_PER_METRE a metre."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums add up in another order for every number of threads, and for every size of a batch: images are measured one
+    by one, in one thread, so that a split has the same digits to the last bit however it was shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Interrupted(Exception):
+    """An evaluation that all ranks agreed to leave."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Numbers to be taken of each image."""
+
+    columns: int
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """(prediction (batch, h, w), truth (batch, height, width) as stored, 0 = hole) -> float64 (batch, columns).
+
+    Both float64, COUNTS_PER_METRE a metre."""
+
+
+def protocol_measure(protocol: Protocol) -> Measure:
+    """The rows that `learning.metrics.summarise` takes."""
+    return Measure(SCORE_COLUMNS, partial(score, protocol=protocol, per_metre=COUNTS_PER_METRE))
+
+
+def breakdown_measure(protocol: Protocol) -> Measure:
+    """The same, and where the errors are: the rows that `learning.breakdown.split_breakdown` takes."""
+    return Measure(COLUMNS, partial(score_with_breakdown, protocol=protocol, per_metre=COUNTS_PER_METRE))
+
+
+def model_predict(
+    model: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int], accelerator: Accelerator, flip: bool = False
+) -> Predict:
+    """A model that sees the images at `size`; with `flip` its mean over the image and the mirrored image."""
+
+    def predict(batch: Batch) -> torch.Tensor:
+        with accelerator.autocast():
+            metres = estimate(model, prepare_images(batch, size), flip)
+        return metres.double() * COUNTS_PER_METRE
+
+    return predict
+
+
+def score_split(
+    accelerator: Accelerator,
+    predict: Predict,
+    samples: Samples,
+    measures: Sequence[Measure],
+    batch_size: int,
+    threads: int,
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> list[torch.Tensor]:
+    """Measure every image of a split once -> per measure, on all ranks, float64 (images, columns) in its order.
+
+    Batches are the same images for every number of ranks (batch b goes to rank b % world), so that each image meets the
+    same arithmetic; each rank fills its rows of one table of zeros, and one sum over the ranks puts them together.
+    `stop` is asked once a round of batches; where it is true on any rank, all raise Interrupted. A UserError on one
+    rank ends all, see `agree`. `progress(done, images)` is called after each batch.
+    """
+    images = min(len(samples), limit or len(samples))
+    world, rank = accelerator.num_processes, accelerator.process_index
+    starts = range(rank * batch_size, images, world * batch_size)
+    widths = [measure.columns for measure in measures]
+    table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
+
+    def draws(prefetch: Prefetch) -> Iterator[Draw]:
+        for start in starts:
+            prefetch.reached(start)
+            drawn = np.arange(start, min(start + batch_size, images))
+            yield np.zeros_like(drawn), drawn
+
+    def score_batch(batch: Batch) -> None:
+        truth, prediction = depth_counts(batch), predict(batch)
+        with one_thread():
+            for sample, p, g in zip(batch.sample, prediction.split(1), truth.split(1), strict=True):
+                row = torch.cat([measure.of(p, g)[0] for measure in measures])
+                table[int(sample), :-1], table[int(sample), -1] = row, 1
+        progress(int(batch.sample[-1]) + 1, images)
+
+    with (
+        Prefetch(samples, samples.in_order()) as prefetch,
+        Loader(samples, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+        torch.inference_mode(),
+    ):
+        for _ in range(-(-images // (world * batch_size))):
+            error = None
+            try:
+                batch = next(loader, None)  # in the last round some ranks have none
+                if batch is not None and not stop():
+                    score_batch(batch)
+            except Stopped:
+                pass  # `stop` says so
+            except UserError as failure:
+                error = failure
+            told = torch.tensor([float(stop()), float(error is not None)], device=accelerator.device)
+            stops, failures = all_sum(accelerator, told).tolist()
+            if failures:
+                agree(accelerator, error)
+            if stops:
+                raise Interrupted
+    table = all_sum(accelerator, table).cpu()
+    if not (table[:, -1] == 1).all():
+        raise RuntimeError("an image was not scored exactly once")
+    return list(table[:, :-1].split(widths, dim=1))
+
+
+def score_baselines(
+    accelerator: Accelerator,
+    samples: Samples,
+    train: ShardSet,
+    protocols: Sequence[Protocol],
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> dict[str, list[torch.Tensor]]:
+    """Per baseline and protocol the rows of predicting without looking: the training mean, and its mean map.
+
+    An image counts once per baseline for `progress(done, images)`.
+    """
+    mean_map = torch.from_numpy(train.mean_map().astype(np.float64)).to(accelerator.device)
+    maps = {
+        "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"] * COUNTS_PER_METRE),
+        "mean map of training": mean_map,
+    }
+    return _score_blind(accelerator, samples, maps, protocols, limit, stop, progress)
+
+
+def score_mean(
+    accelerator: Accelerator,
+    samples: Samples,
+    metres: float,
+    protocols: Sequence[Protocol],
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> dict[str, list[torch.Tensor]]:
+    """As `score_baselines` where no training data are at hand: the mean of the very truth that is scored."""
+    mean = torch.full(samples.size, metres * COUNTS_PER_METRE, dtype=torch.float64, device=accelerator.device)
+    return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols, progress=progress)
+
+
+def _score_blind(
+    accelerator: Accelerator,
+    samples: Samples,
+    maps: Mapping[str, torch.Tensor],
+    protocols: Sequence[Protocol],
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, images: None,
+) -> dict[str, list[torch.Tensor]]:
+    """Per name and protocol the rows of predicting one map, (height, width) in counts, for every image."""
+    measures = [protocol_measure(protocol) for protocol in protocols]
+    tables: dict[str, list[torch.Tensor]] = {}
+    for name, blind in maps.items():
+
+        def count(done: int, images: int, before: int = len(tables)) -> None:
+            progress(before * images + done, len(maps) * images)
+
+        options = (partial(_blind, blind), samples, measures)
+        tables[name] = score_split(accelerator, *options, 4, 1, limit, stop, progress=count)
+    return tables
+
+
+def _blind(depth: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return depth.expand(len(batch.sample), -1, -1)

@@ -1,0 +1,1 @@
+"""A trained model -> depth maps, exported programs, a model card."""

@@ -1,1 +1,0 @@
-"""Model, losses, optimizer, metrics. Knows nothing of files, devices or ranks."""

@@ -1,0 +1,161 @@
+"""A ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+from mde_dist.models.decoders import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
+from mde_dist.models.initial_weights import Start, initialise
+from mde_dist.utils.cli import Weights
+from mde_dist.utils.errors import UserError
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "tiny"]
+Output = Literal["softplus", "sigmoid", "log"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and its starting weights."""
+
+    backbone: Backbone = "resnet18"
+    """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
+    learns little: to try things out."""
+    weights: Weights = "none"
+    """Where the model starts: none (random), imagenet (torchvision's encoder), or the path of a safetensors file of a
+    torchvision ResNet or of a trained model, such as RUN/model.safetensors. Of a trained model all is taken that fits;
+    the start of a run says what that is."""
+    norm: Norm = "batch"
+    """Normalisation in the encoder: batch statistics; group = 32 groups of channels of one image, so that every number
+    of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it. In
+    the decoder, frozen means group."""
+    upsample: Upsample = "nearest"
+    """How the decoder brings features to the next size: nearest or bilinear."""
+    refine: bool = False
+    """After each skip connection a 3x3 convolution with normalisation and ReLU."""
+    head: Literal["quarter", "full"] = "quarter"
+    """Depth is computed at a quarter of the image's size and enlarged, or at the full size, from finer features."""
+    output: Output = "softplus"
+    """What the head's number becomes: softplus = any positive depth; sigmoid = min_depth..max_depth, linear; log = the
+    same range in logarithms."""
+    min_depth: float = 0.1
+    """Metres, of the bounded outputs."""
+    max_depth: float = 10.0
+    """Metres, of the bounded outputs; NYU Depth v2 ends at 10."""
+
+
+class DepthModel(nn.Module):
+    """Image (batch, 3, height, width), normalised as for ImageNet -> depth (batch, height, width), metres, positive.
+
+    Five encoder features: after the stem's pooling and after each of the four stages, at 1/4, 1/4, 1/8, 1/16, 1/32 of
+    the image. From the top x = refine_i(resize(conv_i(x)) + feature_i) for i = 3, 2, 1; the head sees x + feature_0.
+    Any image size from 32x32 on.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.encoder = _make_encoder(config)
+        stages = (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4)
+        channels = [_out_channels(stage) for stage in stages]
+        self.residual_convs = nn.ModuleList(
+            nn.Conv2d(above, below, 3, padding=1) for below, above in pairwise(channels)
+        )
+        stem = self.encoder.conv1.out_channels
+        self.to_stem = nn.Identity() if channels[0] == stem else nn.Conv2d(channels[0], stem, 3, padding=1)
+        self.head = QuarterHead(stem) if config.head == "quarter" else FullHead(stem, config.norm)
+        self.refinements = nn.ModuleList(
+            refinement(width, config.norm) if config.refine else nn.Identity() for width in channels[:-1]
+        )
+        self._upsample, self._output, self._range = config.upsample, config.output, (config.min_depth, config.max_depth)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        half = self.encoder.relu(self.encoder.bn1(self.encoder.conv1(image)))
+        feature = self.encoder.maxpool(half)
+        features = []
+        x = feature
+        for stage in (self.encoder.layer1, self.encoder.layer2, self.encoder.layer3, self.encoder.layer4):
+            x = stage(x)
+            features.append(x)
+        steps = zip(self.residual_convs, self.refinements, features[:-1], strict=True)
+        for conv, refine, skip in reversed(list(steps)):
+            x = refine(resize(conv(x), skip, self._upsample) + skip)
+        # from the head's last convolution on all is float32, which autocast leaves as it is
+        depth = bounded(self.head(self.to_stem(x) + feature, half, image), self._output, *self._range)
+        return resize(depth, image, "bilinear")[:, 0]
+
+
+class TinyEncoder(nn.Module):
+    """An encoder of the form of torchvision's ResNets with one block a stage: 300,000 parameters."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = norm(32), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = BasicBlock(32, 32, norm_layer=norm)
+        self.layer2, self.layer3, self.layer4 = (
+            BasicBlock(above, below, 2, nn.Sequential(conv1x1(above, below, 2), norm(below)), norm_layer=norm)
+            for above, below in pairwise((32, 32, 64, 64))
+        )
+
+
+def _make_encoder(config: ModelConfig) -> Any:
+    """An encoder with random weights and the parts of torchvision's ResNets, but for the classifier."""
+    norm = ENCODER_NORMS[config.norm]
+    if config.backbone == "tiny":
+        return TinyEncoder(norm)
+    encoder = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    del encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
+    return encoder
+
+
+def _out_channels(stage: nn.Module) -> int:
+    """Channels of a ResNet stage: those of its last convolution, whether of the block or of its skip connection."""
+    return [module for module in stage.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
+
+
+def skeleton(config: ModelConfig) -> DepthModel:
+    """The model that a config names, with random weights."""
+    return DepthModel(config)
+
+
+def build(config: ModelConfig, seed: int) -> DepthModel:
+    """A model that starts as `config.weights` says. Raises UserError where they cannot be had."""
+    return build_started(config, seed)[0]
+
+
+def build_started(config: ModelConfig, seed: int) -> tuple[DepthModel, Start | None]:
+    """As `build`, and what was taken of the weights; the rest is random, drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = skeleton(config)
+    return model, initialise(model, config.weights, config.backbone, config.output)
+
+
+def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
+    """The model that the metadata and tensors of a model.safetensors describe, channels last. Raises UserError."""
+    try:
+        model = skeleton(_architecture(metadata["config"]))
+        model.load_state_dict(tensors)
+        model.to(memory_format=torch.channels_last)
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"the weights do not fit the model they name: {str(error).splitlines()[-1]}") from None
+    return model
+
+
+def _architecture(config: Mapping[str, Any]) -> ModelConfig:
+    """From the flat config of a model.safetensors, which may be older than some fields. Raises ValueError."""
+    values = {item.name: config.get(f"model.{item.name}", item.default) for item in fields(ModelConfig)}
+    values |= {"backbone": config["model.backbone"], "weights": "none"}
+    for name in config:
+        if name.startswith("model.") and name.removeprefix("model.") not in values:
+            raise ValueError(f"{name:.60} = {config[name]!r:.40} is not known to this version of mde_dist")
+    for name, kind in get_type_hints(ModelConfig).items():
+        value, known = values[name], get_args(kind)
+        if (value not in known) if known else not isinstance(value, kind):
+            raise ValueError(f"model.{name}: unknown {value!r:.40}")
+    return ModelConfig(**values)

@@ -1,0 +1,39 @@
+"""What the user chose about a source: all that a layout has to know beside the files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mde_dist.data.depth import DepthScale
+from mde_dist.packing.sources.pairs import DepthMap
+from mde_dist.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    layout: str | None = None
+    """None = recognise it."""
+    scales: Mapping[str, DepthScale] = field(default_factory=dict)
+    """By split, "" for all: they overrule what a layout declares."""
+    lists: Mapping[str, Path] = field(default_factory=dict)
+    """Files of --list, by split."""
+    depth_map: DepthMap | None = None
+    """Which map where there are two; None = the layout's own."""
+
+    def given(self, split: str) -> DepthScale | None:
+        return self.scales.get(split) or self.scales.get("")
+
+    def scale(self, split: str, declared: DepthScale) -> DepthScale:
+        return self.given(split) or declared
+
+    def only(self, kind: str, layout: str) -> None:
+        """Refuse the other kind for a layout that has one. Raises UserError."""
+        if self.depth_map and self.depth_map != kind:
+            raise UserError(f"--depth-map {self.depth_map}: {layout} has {kind} depth only; leave the option out")
+
+    def none(self, layout: str) -> None:
+        """For a layout that does not say what its depth is. Raises UserError."""
+        if self.depth_map:
+            raise UserError(
+                f"--depth-map {self.depth_map}: {layout} has one depth map for each image; leave the option out"
+            )

@@ -1,0 +1,144 @@
+"""The best and the worst images of a run's last evaluation, predicted again for the page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mde_dist.data.dataset import DamagedSample
+from mde_dist.data.depth import to_metres
+from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.storage.store import CacheOptions
+from mde_dist.evaluate import held_out_shards
+from mde_dist.evaluation.metrics import PROTOCOLS, image_metrics
+from mde_dist.evaluation.results import rows_of
+from mde_dist.inference.predictor import Predictor
+from mde_dist.models.depth_model import restore
+from mde_dist.models.weights import MODEL, read_state_file
+from mde_dist.reporting.history import Run
+from mde_dist.reporting.panels import Scale, Tile, scale_of, tile
+from mde_dist.training.checkpoint import open_model
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.visualization import colorize, colorize_error
+
+MOST = 4
+"""Images of each kind."""
+_ROWS = 160
+"""Pixels: larger images are shown smaller."""
+_PATIENCE = 10.0
+"""Seconds that a server of shards is waited for: a report can do without."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image with its score and its pictures: image, truth, prediction and error."""
+
+    key: str
+    scores: Mapping[str, float]
+    tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True)
+class Extremes:
+    best: Sequence[Case]
+    worst: Sequence[Case]
+    """The worst one first."""
+    scale: Scale
+    learned: int | None
+    """Samples seen by the weights that predicted them."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    sample: int
+    """Its number in the split."""
+    key: str
+    scores: Mapping[str, float]
+    """By metric."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An image as it was read and predicted; depths in metres."""
+
+    key: str
+    scores: Mapping[str, float]
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+def extremes(run: Run) -> Extremes:
+    """Raises UserError where shards or weights are not at hand, or not those of the evaluation."""
+    if run.record is None or run.protocol is None:
+        raise UserError("no image was evaluated yet")
+    best, worst = ranked(run.record, run.protocol)
+    if not best:
+        raise UserError("too few images were scored")
+    predictor, learned = _predictor(run)
+    options = CacheOptions(Path(predictor.config.get("data.cache") or CacheOptions.directory), patience=_PATIENCE)
+    split = predictor.config.get("data.eval_split") or "test"
+    try:
+        with open_split(held_out_shards(predictor.config), split, options) as shards:
+            if shards.manifest.sha256 != run.record["ground_truth"].get("manifest"):
+                raise UserError(f"{shards.place} holds other shards than those that were evaluated")
+            seen = [list(_predicted(shards, predictor, group)) for group in (best, worst)]
+    except DamagedSample as error:
+        raise UserError(str(error)) from None
+    everything = [case for group in seen for case in group]
+    scale = scale_of(
+        np.stack([case.truth for case in everything]), [np.stack([case.prediction for case in everything])]
+    )
+    good, bad = ([_case(case, scale) for case in group] for group in seen)
+    return Extremes(good, bad, scale, learned)
+
+
+def _predictor(run: Run) -> tuple[Predictor, int | None]:
+    """Its published weights, or those of its newest whole checkpoint, and the samples they saw. Raises UserError."""
+    published = run.path / MODEL
+    path, metadata, tensors = open_model(None, published) if run.finished else open_model(run.path, None)
+    learned = run.total if run.finished else read_state_file(path.parent).get("samples_seen")
+    return Predictor(restore(metadata, tensors), metadata, torch.device("cpu"), precision="fp32"), learned
+
+
+def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list[Chosen]]:
+    """The best images of an evaluation, and the worst, by abs_rel."""
+    keys, rows = rows_of(record, protocol)
+    metrics = PROTOCOLS[protocol].metrics
+    values = image_metrics(torch.from_numpy(rows), PROTOCOLS[protocol])
+    order = [int(place) for place in np.argsort(values[:, metrics.index("abs_rel")].numpy(), kind="stable")]
+    scored = [
+        Chosen(place, keys[place], dict(zip(metrics, values[place].tolist(), strict=True)))
+        for place in order
+        if rows[place, 0] > 0
+    ]
+    count = min(MOST, len(scored) // 2)
+    return scored[:count], scored[::-1][:count]
+
+
+def _predicted(shards: ShardSet, predictor: Predictor, chosen: Sequence[Chosen]) -> Iterator[_Seen]:
+    every = -(-shards.size[0] // _ROWS)
+    for one in chosen:
+        if one.sample >= len(shards) or shards.key(one.sample) != one.key:
+            raise UserError(f"{shards.place} has no {one.key} where it was evaluated")
+        image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
+        shards.read_into(one.sample, image, depth)
+        # every so many pixels of a map, not a mean: that would run over holes and edges
+        truth, prediction = (metres[::every, ::every] for metres in (to_metres(depth), predictor(image)))
+        small = Image.fromarray(image).resize(truth.shape[::-1], Image.Resampling.BOX)
+        yield _Seen(one.key, one.scores, np.asarray(small), truth, prediction)
+
+
+def _case(seen: _Seen, scale: Scale) -> Case:
+    said = f"abs_rel {seen.scores['abs_rel']:.2f}"
+    shown = (
+        ("image", seen.image, f"image {seen.key}"),
+        ("truth", colorize(seen.truth, scale.low, scale.high), f"true depth of {seen.key}"),
+        ("prediction", colorize(seen.prediction, scale.low, scale.high), f"predicted depth of {seen.key}, {said}"),
+        ("error", colorize_error(seen.prediction, seen.truth, scale.worst), f"error of the depth of {seen.key}"),
+    )
+    return Case(seen.key, seen.scores, [tile(pixels, label, alt) for label, pixels, alt in shown])

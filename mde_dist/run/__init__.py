@@ -1,1 +1,0 @@
-"""What keeps a run alive: processes, checkpoints, signals, records."""

@@ -1,0 +1,1 @@
+"""Parts of the commands doctor, bench and ablate."""

@@ -1,0 +1,150 @@
+"""Evaluations of several trainings per row -> what is known about each row, and about its distance from another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mde_dist.data.crops import view_size
+from mde_dist.evaluation.bootstrap import interval, means, resamples
+from mde_dist.evaluation.compare import why_not
+from mde_dist.evaluation.metrics import PROTOCOLS, Protocol
+from mde_dist.evaluation.results import check_same_images, read_record, rows_of
+from mde_dist.models.depth_model import skeleton
+from mde_dist.models.flops import training_flops
+from mde_dist.tools.ablation.table import Table, Training
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.jsonl import number, read_records
+
+SEED = 0
+"""Of the bootstrap's draws: the same images are drawn for all rows."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The trainings of a row that are finished. Arrays have one number per metric of the protocol."""
+
+    row: str
+    seeds: tuple[int, ...]
+    each: np.ndarray
+    """(seeds, metrics): the mean over the images."""
+    resampled: np.ndarray
+    """(seeds, resamples, metrics): the mean over the drawn images."""
+    cost: dict[str, float]
+    """Per training: seconds, images_per_second, million_parameters, gflops (forward and backward, per image)."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.each.mean(0)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """(2, metrics): the bootstrap interval over images."""
+        return interval(self.resampled.mean(0))
+
+    def difference(self, other: "Figures") -> np.ndarray:
+        """(3, metrics): mean and ends of self - other, on the same draws of images, over the seeds that both have."""
+        mine, others = self.common(other), other.common(self)
+        return np.concatenate([[mine.mean - others.mean], interval(mine.resampled.mean(0) - others.resampled.mean(0))])
+
+    def common(self, other: "Figures") -> "Figures":
+        """Of the seeds that the other has, too."""
+        places = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
+        seeds = tuple(self.seeds[place] for place in places)
+        return replace(self, seeds=seeds, each=self.each[places], resampled=self.resampled[places])
+
+    def relative(self, other: "Figures", k: int) -> np.ndarray:
+        """(3,): the same as a share of the other, for metric `k`, an error that is never 0."""
+        mine, others = self.common(other), other.common(self)
+        ends = interval(mine.resampled.mean(0)[:, k] / others.resampled.mean(0)[:, k] - 1)
+        return np.array([mine.mean[k] / others.mean[k] - 1, *ends])
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of all rows that have a finished training, in their order."""
+
+    protocol: Protocol
+    mark: dict[str, Any]
+    """The fingerprint that all have."""
+    figures: dict[str, Figures]
+
+
+def gather(table: Table) -> Found | None:
+    """None where nothing is finished. Raises UserError where two trainings were scored on something else."""
+    mark: dict[str, Any] | None = None
+    figures: dict[str, Figures] = {}
+    for row, runs in table.rows.items():
+        scored: dict[int, np.ndarray] = {}
+        for seed, training in runs.items():
+            if not training.finished:
+                continue
+            name = training.config.evaluate.protocol
+            record = read_record(training.scores)
+            if mark is not None and record["fingerprints"].get(name) != mark:
+                raise UserError(
+                    f"{training.name} cannot be compared with the rows before: "
+                    f"{why_not(mark, record['fingerprints'].get(name))}"
+                )
+            images = rows_of(record, name)
+            if mark is None:
+                mark, known = record["fingerprints"][name], images
+            check_same_images(known, images, ("the rows before", training.name))
+            scored[seed] = _in_order(images)
+        if scored:
+            protocol = PROTOCOLS[name]
+            figures[row] = figures_of(row, scored, protocol, cost([runs[seed] for seed in scored]))
+    return Found(protocol, mark, figures) if mark is not None else None
+
+
+def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, cost: dict[str, float]) -> Figures:
+    """`scored`: by seed, `score` rows of the same images in the same order."""
+    tables = list(scored.values())
+    images = len(tables[0])
+    each = np.stack([means(rows, np.ones((1, images)), protocol)[0] for rows in tables])
+    resampled = [np.stack([means(rows, drawn, protocol) for rows in tables]) for drawn in resamples(images, SEED)]
+    return Figures(row, tuple(scored), each, np.concatenate(resampled, axis=1), cost)
+
+
+def _in_order(images: tuple[list[str], np.ndarray]) -> np.ndarray:
+    """Keys and `score` rows -> the rows of the images that have a pixel to score, in the order of their keys."""
+    keys, rows = images
+    rows = rows[np.argsort(keys)]
+    return rows[rows[:, 0] > 0]
+
+
+def cost(trainings: Sequence[Training]) -> dict[str, float]:
+    """What training took, the mean over some trainings of one row."""
+    seconds = float(np.mean([training_seconds(training) for training in trainings]))
+    config = trainings[0].config
+    found = {"seconds": seconds, "images_per_second": config.train.samples / seconds if seconds else 0.0}
+    model = skeleton(config.model)
+    found["million_parameters"] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if config.data.size:
+        found["gflops"] = training_flops(config.model, view_size(config.data.size, config.augment)) / 1e9
+    return found
+
+
+def training_seconds(training: Training) -> float:
+    """Of the steps alone, whatever lay between them: evaluations, checkpoints, stops."""
+    seconds, before = 0.0, 0
+    for record in read_records(training.config.run / "metrics.jsonl"):
+        speed = number(record.get("images_per_second"))
+        if speed is not None:
+            seconds += (record["samples"] - before) / max(speed, 1e-9)
+            before = record["samples"]
+    return seconds
+
+
+def trained_with(trainings: Sequence[Training]) -> str:
+    """Ranks and device of all finished ones, in words."""
+    found: dict[str, None] = {}
+    for training in trainings:
+        if training.finished:
+            for record in read_records(training.config.run / "metrics.jsonl"):
+                if "start" in record:
+                    start = record["start"]
+                    ranks, device, precision = (start.get(name, "?") for name in ("ranks", "device", "precision"))
+                    found[f"{ranks} x {device}, {precision}"] = None
+    return "; ".join(found)

@@ -1,0 +1,321 @@
+"""What a run is told: dataclass defaults <- TOML file <- command line. Each wing owns the config of its part."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from mde_dist.data.crops import AugmentConfig, view_size
+from mde_dist.data.storage.remote import PATIENCE
+from mde_dist.data.storage.store import CacheOptions
+from mde_dist.distributed.process_group import Gradients, Precision
+from mde_dist.models.depth_model import ModelConfig
+from mde_dist.training.losses import LossConfig
+from mde_dist.training.optim import OptimConfig
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flat, parse, run_command
+from mde_dist.utils.errors import UserError
+from mde_dist.utils.paths import as_typed, whole_path
+from mde_dist.utils.urls import hide_key, is_remote
+
+SAMPLE_SHARDS = "shards/rooms"
+"""Where the embedded sample is packed when nothing else is named."""
+
+
+Switch = Literal["auto", "on", "off"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+"""Those that accelerate knows."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which shards, and how they are streamed."""
+
+    shards: Place = SAMPLE_SHARDS
+    """Directory made by `python -m mde_dist.shard`, or where it lies on a server: http(s)://… or s3://… (with the extra
+    `s3`). The query of a signed URL is noted down nowhere. The default directory is rendered and packed if need be."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str = "test"
+    """Split to evaluate on."""
+    eval_shards: Place | None = None
+    """Directory or URL of that split, where it is another one; None = the same."""
+    size: Size | None = (120, 160)
+    """Training size, pixels; None = that of the shards. Images are resized on the device."""
+    threads: int = 2
+    """Decoding threads per rank; 0 = decode in the loop itself."""
+    ahead: int = 3
+    """Batches decoded ahead of the loop, at least 1."""
+    window: int = 4
+    """Shards whose samples are shuffled into one another: larger mixes better, smaller reads more in sequence."""
+    max_bad_fraction: float = 0.01
+    """Damaged samples are replaced and counted; past this share of the samples the run stops. 0..1."""
+    read_timeout: float = 300
+    """Seconds after which a read that does not come back ends the run."""
+    cache: LatePath = CacheOptions.directory
+    """Where shards of a server are kept, whole: one directory per node for all its processes; best on a local disk."""
+    cache_gb: float = 100
+    """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
+    patience: float = PATIENCE
+    """Seconds without a byte from the server, or with less than a kilobyte a second, after which the run ends; until
+    then it is asked again and again."""
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "eval_shards"):  # what is written and said of a config has no key in it
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, hide_key(getattr(self, name)))
+
+    @property
+    def cache_options(self) -> CacheOptions:
+        return CacheOptions(self.cache, int(self.cache_gb * 1e9), self.patience)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
+
+    samples: int = 2400
+    """Samples to train on, over all ranks; training ends with the batch that reaches it. A run may go on with more."""
+    batch_size: int = 24
+    """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
+    accumulate: int = 1
+    """Parts of a rank's share of the batch that go through the model one after another, to save memory."""
+    precision: Precision = "auto"
+    """auto = bf16 on GPUs that have it, else fp32. A CPU with bf16 instructions, too, is faster with bf16."""
+    channels_last: Switch = "auto"
+    """Memory layout of images and features with the channels innermost; auto = what is faster on the device: on."""
+    compile: Switch = "auto"
+    """torch.compile of the model, which takes a minute at the start; auto = off."""
+    gradients: Gradients = "fp32"
+    """In which precision gradients travel between the ranks: bf16 halves the bytes, and rounds what each rank adds to 8
+    bits; for networks that cannot keep up with the step (see `python -m mde_dist.doctor`)."""
+    bucket_mb: float = 25
+    """Megabytes (2^20 bytes) of gradients that travel together, while the backward pass goes on."""
+    sync_bn: bool = True
+    """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    evaluate_every: int = 800
+    """Samples between evaluations; there is one at the end in any case, and a checkpoint after each."""
+    checkpoint_every: int = 800
+    """Samples between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that stay; the best one stays as well."""
+    log_every: int = 240
+    """Samples between lines of metrics.jsonl."""
+    cpu_threads: int = 0
+    """Threads of a rank on a CPU; 0 = cores of the machine / ranks on it."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When the loss or the gradient of a batch is not finite on any rank: stop, naming the batch, or leave it out."""
+    max_skipped: int = 10
+    """Batches that may be left out so in all; one more ends the run."""
+    save_errors: Literal["stop", "continue"] = "stop"
+    """When a checkpoint or metrics.jsonl cannot be written (disk full, read-only): stop, or say so, train on, and try
+    again at the next one. What was written before stays whole."""
+    lost_after: float = 30
+    """Seconds without a sign of life after which a rank counts as lost, which ends the others. A rank whose process
+    ends is noticed at once."""
+    timeout: float = 600
+    """Seconds after which a collective that waits in vain for another rank gives up."""
+
+    @property
+    def joining(self) -> tuple[Precision, int, float, Gradients, float]:
+        """What `run.distributed.processes` has to know."""
+        return self.precision, self.cpu_threads, self.timeout, self.gradients, self.bucket_mb
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation while training."""
+
+    protocol: Literal["eigen", "full", "blog", "densedepth"] = "eigen"
+    """What abs_rel and delta1 mean: eigen = the field's crop, full = no crop, blog = predictions as they are,
+    densedepth = its own crop, all pixels pooled."""
+    batch_size: int = 8
+    """Images per forward pass."""
+    flip: bool = False
+    """Average each prediction with that of the mirrored image, as AdaBins, NeWCRFs and ZoeDepth report."""
+    limit: int | None = None
+    """Score the first N images of the split only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a depth model on shards. Without arguments: on rendered rooms, in a few minutes on a CPU."""
+
+    run: Annotated[Path, RUN_DIR] = Path("runs/rooms")
+    """Run directory. One with checkpoints of the same config is resumed; of another config it is refused. Under
+    torchrun, whose own parser refuses --run, it is --run-dir."""
+    debug_from: Path | None = None
+    """With --debug: begin where the newest checkpoint in this directory is (RUN/checkpoints, or RUN/failed after a loss
+    that was not finite)."""
+    log_with: tuple[Tracker, ...] = ()
+    """Also log to these, pictures included: tensorboard (in RUN/trackers), wandb, …; each has to be installed, for
+    example as the extra of its name."""
+    debug: bool = False
+    """Single process, no threads, deterministic, anomaly detection, a handful of steps, first batch described, full
+    tracebacks; works under a debugger. Writes to a temporary directory."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+C = TypeVar("C", bound=Config)
+
+FREE = {
+    *(
+        "run",
+        "log_with",
+        "debug",
+        "debug_from",
+        "data.shards",
+        "data.eval_shards",
+        "data.threads",
+        "data.ahead",
+        "data.read_timeout",
+    ),
+    *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction"),
+    *("train.samples", "train.batch_size", "train.accumulate"),
+    *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
+    *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.lost_after"),
+    *("train.channels_last", "train.compile", "train.gradients", "train.bucket_mb"),
+}
+"""Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
+shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
+
+PLACES = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
+"""Fields that may differ over the ranks: a node may have its own paths."""
+
+_AT_LEAST: dict[str, float] = {
+    **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},
+    **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
+    **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
+    **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
+    **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "optim.lr_batch": 0, "train.max_skipped": 0},
+    **{"train.lost_after": 3, "train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
+    **{"augment.border": 0, "augment.zoom": 1, "augment.cut_depth": 0},
+    **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
+}
+_AT_MOST: dict[str, float] = {
+    **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
+    **{"loss.focus": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
+    # threads that a system can have, seconds that its clocks take, images and bytes that memories can hold
+    **{"data.threads": 1024, "train.cpu_threads": 1024, "train.timeout": 1e6, "train.lost_after": 1e6},
+    **{"data.ahead": 1024, "train.batch_size": 1e6, "evaluate.batch_size": 1e6, "train.bucket_mb": 1e6},
+    **{"data.cache_gb": 1e9, "train.seed": 2**64 - 1},
+}
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """Defaults <- `--config FILE.toml` <- flags, checked. Raises UserError."""
+    return checked(parse(Config, argv, "python -m mde_dist.train"))
+
+
+def checked(config: C) -> C:
+    """The config, all values of which are possible ones. Raises UserError."""
+    check_ranges(config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flat(config)})
+    for name in ("read_timeout", "patience"):
+        if getattr(config.data, name) >= config.train.timeout:
+            raise UserError(
+                f"data.{name} = {getattr(config.data, name):g}: must be less than train.timeout = "
+                f"{config.train.timeout:g}, or the other ranks give up before the one that waits can say why"
+            )
+    if config.model.max_depth <= config.model.min_depth:
+        raise UserError(f"model.max_depth = {config.model.max_depth:g}: must be more than model.min_depth")
+    if config.data.size is not None:  # or that of the shards, once they are open
+        view_size(config.data.size, config.augment)
+    if config.debug_from is not None and not config.debug:
+        raise UserError("debug_from is for --debug only")
+    if config.debug:
+        config = _debug(config)
+    return config
+
+
+def _debug(config: C) -> C:
+    """Everything comes soon: log, evaluate, checkpoint."""
+    batch = config.train.batch_size
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, threads=0),
+        train=dataclasses.replace(config.train, evaluate_every=2 * batch, checkpoint_every=2 * batch, log_every=batch),
+        evaluate=dataclasses.replace(config.evaluate, limit=8),
+    )
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """`section.field` -> plain value, as stored in checkpoints."""
+    return json.loads(json.dumps(dict(flat(config)), default=str))
+
+
+def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
+    """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
+    values = {name: value for name, value in as_json(config).items() if name not in FREE}
+    return values | {"manifest": manifest, "eval_manifest": eval_manifest}
+
+
+def for_all_ranks(config: Config) -> dict[str, Any]:
+    """Values that have to be the same on all ranks, by name."""
+    return {name: value for name, value in as_json(config).items() if name not in PLACES}
+
+
+def with_whole_paths(config: C) -> C:
+    """The same config with paths from the root on, which hold in every folder: what RUN/config.toml has.
+
+    Weights and records have paths as they were typed: the same training gives the same files wherever it runs.
+    """
+
+    def whole(part: Any, prefix: str = "") -> Any:
+        changes = {}
+        for item in dataclasses.fields(part):
+            name, value = f"{prefix}{item.name}", getattr(part, item.name)
+            if dataclasses.is_dataclass(value):
+                changes[item.name] = whole(value, f"{name}.")
+            elif _is_path(name, value):
+                changes[item.name] = str(whole_path(value)) if isinstance(value, str) else whole_path(value)
+        return dataclasses.replace(part, **changes)
+
+    return whole(config)
+
+
+def _is_path(name: str, value: Any) -> bool:
+    if name == "model.weights":
+        return value not in ("none", "imagenet")
+    return name in PLACES and value is not None and not is_remote(str(value))
+
+
+def as_toml(config: Config) -> str:
+    """The resolved config as a file that `--config` reads back."""
+    return toml_text((name, as_typed(value) if _is_path(name, value) else value) for name, value in flat(config))
+
+
+def toml_text(values: Iterable[tuple[str, Any]]) -> str:
+    """(`section.field`, value) pairs as TOML; values as they are in a config, or as `as_json` has them."""
+    sections: dict[str, list[str]] = {}
+    for name, value in values:
+        section, _, key = name.rpartition(".")
+        sections.setdefault(section, []).append(f"{key} = {_toml(value)}\n")
+    return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
+
+
+def _toml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple | list) else value
+    if isinstance(plain, list) and all(isinstance(item, int) for item in plain) and plain:
+        plain = "x".join(map(str, plain))
+    return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
+
+
+def show_config(argv: list[str]) -> None:
+    """Print what a command line comes to; the value of one field alone, as it is, where its name comes first."""
+    if argv and argv[0] in dict(flat(Config())):
+        print(dict(flat(read_config(argv[1:])))[argv[0]])
+    else:
+        print(as_toml(read_config(argv)))
+
+
+if __name__ == "__main__":  # for job scripts and for people
+    run_command(show_config)

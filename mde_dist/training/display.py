@@ -1,0 +1,64 @@
+"""The lower end of a terminal while a training works: scores, current numbers, bars."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from mde_dist.training.scores import Scores
+from mde_dist.utils.progress import Bar, Bars
+
+_HEIGHT = 16  # rows of a terminal that has room for the table
+_GAP = "   "
+
+
+class Display:
+    """Drawn by rich a few times a second, from what it was told last."""
+
+    def __init__(self, bar: Bar, scores: Scores):
+        self.bar, self.scores = bar, scores
+        self.phase: Bar | None = None
+        """What is done between steps."""
+        self.values: Mapping[str, Any] = {}
+        """Of the last step that was logged."""
+        self.over = False
+        """Whether this is the last drawing."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        complete = self.over and self.bar.done == self.bar.total  # then the command's summary has the table
+        if self.scores and not complete and options.size.height >= _HEIGHT:
+            yield ""
+            yield self.scores.table()
+        yield ""
+        yield from map(Text, lines_of(step_words(self.values, speed=False), options.max_width))
+        yield Bars(self.bar, *([self.phase] if self.phase else []))
+
+
+def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
+    """What a line of metrics.jsonl about a step says to the user, but for the time left; the speed where wanted."""
+    if not values:
+        return []
+    parts = ["loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"]
+    parts.append(f"lr {values['lr']:.2e}")
+    if speed:
+        parts.append(f"{values['images_per_second']:.1f} images/s")
+    parts.append(f"{values['data_wait']:.0%} waiting for data")
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values.get("slower", 0) > 0.05:
+        parts.append(f"rank {values['slowest_rank']} is {values['slower']:.0%} slower than the mean")
+    return [*parts, f"{values['memory_gb']:.1f} GB"]
+
+
+def lines_of(parts: Sequence[str], width: int) -> Iterator[str]:
+    """As many of the parts in a line as there is room for."""
+    line = ""
+    for part in parts:
+        if line and len(line) + len(_GAP) + len(part) > width:
+            yield line
+            line = part
+        else:
+            line = f"{line}{_GAP}{part}" if line else part
+    if line:
+        yield line
