@@ -16,8 +16,7 @@ import torch
 from mde_dist.data.augmentation import AugmentConfig, prepare, prepare_images
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.inference.predictor import estimate
-from mde_dist.models.depth_model import DepthModel, restore
+from mde_dist.models.depth_model import DepthModel, estimate, restore
 from mde_dist.training.checkpoint import find_model, read_model
 
 

@@ -29,7 +29,7 @@ from mde_dist.data.loader import Batch
 from mde_dist.data.manifest import NAME
 from mde_dist.data.shards import ShardSet, open_split
 from mde_dist.data.storage.remote import NotThere
-from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.distributed.heartbeat import watched_peers
 from mde_dist.distributed.process_group import Precision, all_sum, processes, same_everywhere, together
 from mde_dist.distributed.rendezvous import read_alone
@@ -55,6 +55,7 @@ from mde_dist.packing.inspect import Layout, open_checked
 from mde_dist.packing.raw_dataset import SourceSamples
 from mde_dist.packing.sources import DepthMap
 from mde_dist.training.checkpoint import open_model
+from mde_dist.training.config import held_out_shards
 from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
@@ -323,14 +324,6 @@ def weights_digest(model: Model | None) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def held_out_shards(config: dict[str, Any]) -> str:
-    """Where the evaluation split of a trained model's config lies. Raises UserError."""
-    place = config.get("data.eval_shards") or config.get("data.shards")
-    if not place:
-        raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")
-    return place
 
 
 def cache_options(command: EvaluateCommand) -> CacheOptions:

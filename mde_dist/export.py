@@ -25,16 +25,16 @@ from mde_dist.data.augmentation import resize_image
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.images import IMAGE_SUFFIXES
 from mde_dist.data.shards import open_split
-from mde_dist.data.storage.store import CacheOptions
-from mde_dist.evaluate import held_out_shards
+from mde_dist.data.store import CacheOptions
 from mde_dist.inference.export_formats import FORMATS, OLDEST_TORCH, Run, trace
 from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.inference.model_card import NAME as CARD
 from mde_dist.inference.model_card import Program, write_card
-from mde_dist.inference.predictor import SMALLEST, estimate
-from mde_dist.models.depth_model import restore
+from mde_dist.inference.predictor import SMALLEST
+from mde_dist.models.depth_model import estimate, restore
 from mde_dist.models.weights import MODEL
 from mde_dist.training.checkpoint import open_model, run_of
+from mde_dist.training.config import held_out_shards
 from mde_dist.utils.cli import RUN_DIR, Place, Size, parse, run_command
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError

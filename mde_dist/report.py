@@ -7,24 +7,15 @@ One run's page is RUN/report.html, beside RUN/curves.png, speed.png and panels.p
 report.html in the current directory. With --output the pictures lie beside FILE.html, and are named after it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from mde_dist.reporting.figures import draw_charts
-from mde_dist.reporting.history import Run, read_runs
-from mde_dist.reporting.pages import Report, charts_of, collect, render
-from mde_dist.reporting.panels import last_panels
+from mde_dist.reporting.history import read_runs
+from mde_dist.reporting.report import scored_lines, write_report
 from mde_dist.training.scores import show_scores
 from mde_dist.utils.cli import RUN_DIR, parse, run_command
 from mde_dist.utils.console import say
-from mde_dist.utils.errors import UserError
-from mde_dist.utils.io import write_atomic, writing
-from mde_dist.utils.paths import command_line
-from mde_dist.utils.visualization import draw_panels, own_style
-
-NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -40,59 +31,11 @@ class ReportCommand:
 def main(argv: list[str]) -> None:
     command = parse(ReportCommand, argv, "python -m mde_dist.report")
     runs = read_runs(command.run)
-    made = write(runs, command.output)
+    made = write_report(runs, command.output)
     for run in runs:
         show_scores(run.path, scored_lines(run))
     for path in made:
         say(f"made: {path}")
-
-
-def scored_lines(run: Run) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl that hold scores."""
-    for what, lines in (("baseline", run.baselines), ("evaluation", run.evaluations)):
-        for line in lines:
-            if {"abs_rel", "images"} <= line.values.keys():
-                yield {what: line.kind, **line.values, "samples": line.samples, "images": int(line.values["images"])}
-
-
-def draw(run: Path) -> list[Path]:
-    """All there is to see of one run, into its directory; returns the paths. Raises UserError."""
-    return write(read_runs([run]))
-
-
-def write(runs: Sequence[Run], output: Path | None = None, tell: Callable[[str], None] = say) -> list[Path]:
-    """Write the page at `output` (see ReportCommand) and the pictures beside it; returns their paths.
-
-    `tell` takes a line on each thing that the page leaves out. Raises UserError.
-    """
-    page = output or (runs[0].path / NAME if len(runs) == 1 else Path(NAME))
-    if page.is_dir() or not page.absolute().parent.is_dir():
-        raise UserError(f"--output {page}: must be the name of a file in a folder that is there")
-    with own_style():  # the ticks of the page are matplotlib's, too
-        report = collect(runs)
-        for line in report.missing:
-            tell(f"note: {line}")
-        where = ("--output", output) if output else ()
-        text = render(report, command_line("report", "--run", *(run.path for run in runs), *where))
-        with writing(page):
-            write_atomic(page, text)
-            return [page, *draw_pictures(report, page)]
-
-
-def draw_pictures(report: Report, page: Path) -> Iterator[Path]:
-    """The PNG files beside the page."""
-    prefix = "" if page.name == NAME else f"{page.stem}-"
-    title = ", ".join(run.name for run in report.runs)
-    for name, charts in zip(("curves", "speed"), charts_of(report.runs), strict=True):
-        if charts:
-            path = page.with_name(f"{prefix}{name}.png")
-            draw_charts(path, charts, title)
-            yield path
-    panels = [panel for film in report.films for panel in last_panels(film)]
-    if panels:
-        path = page.with_name(f"{prefix}panels.png")
-        draw_panels(path, panels, f"{title}: held-out images")
-        yield path
 
 
 if __name__ == "__main__":

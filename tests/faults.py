@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist import report
 from mde_dist.data.shards import ShardSet
 from mde_dist.distributed import process_group as run_distributed
 from mde_dist.evaluation import evaluator as scoring
 from mde_dist.evaluation import results
 from mde_dist.models.depth_model import DepthModel
+from mde_dist.reporting import report
 from mde_dist.tools.diagnostics import data as checkup_data
 from mde_dist.tools.diagnostics import machine
 from mde_dist.tools.diagnostics import step as checkup_step
@@ -47,7 +47,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "file of the run": (directory, "write_atomic"),
     "file of an evaluation": (results, "write_atomic"),
     "picture of an evaluation": (showcase, "write_atomic"),
-    "pictures": (report, "draw"),
+    "pictures": (report, "draw_report"),
 }
 """What can be struck: by the place where it is looked up."""
 

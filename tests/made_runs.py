@@ -14,7 +14,7 @@ import torch
 
 from mde_dist.data.depth import metres_to_millimetres, to_metres
 from mde_dist.data.shards import open_split
-from mde_dist.data.storage.store import CacheOptions
+from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.breakdown import score_with_breakdown, split_breakdown
 from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
 from mde_dist.evaluation.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json

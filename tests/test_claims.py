@@ -19,7 +19,7 @@ from mde_dist.packing.pack import PackOptions, pack, pack_part
 from mde_dist.packing.repair import LOCK, repair
 from mde_dist.packing.sources import open_source
 from mde_dist.packing.validate import verify
-from mde_dist.train import pack_sample
+from mde_dist.training.setup import pack_sample
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.locks import Taken, locked
 

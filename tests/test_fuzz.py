@@ -31,7 +31,7 @@ from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import CODECS
 from mde_dist.data.loader import Loader
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.data.tar import scan
 from mde_dist.packing.examine import examine
 from mde_dist.packing.index_tars import adopt

@@ -15,7 +15,7 @@ from mde_dist.data.loader import Loader
 from mde_dist.data.prefetch import AHEAD, Prefetch
 from mde_dist.data.sampler import Order
 from mde_dist.data.shards import open_split
-from mde_dist.data.storage.store import CacheOptions
+from mde_dist.data.store import CacheOptions
 from mde_dist.packing.pack import PackOptions, pack
 from mde_dist.packing.sources import rooms
 

@@ -248,7 +248,7 @@ def test_an_old_run_has_no_times_no_panels_and_no_records(calm):
     shutil.rmtree(calm / "panels")
     shutil.rmtree(calm / "evaluations")
     said: list[str] = []
-    made = report.write(read_runs([calm]), tell=said.append)
+    made = report.write_report(read_runs([calm]), tell=said.append)
     assert [path.name for path in made] == ["report.html", "curves.png", "speed.png"]
     assert len(said) == 3 and "an older version" in said[2] and "last.json is not there" in said[0]
     run = read_run(calm, "calm")

@@ -20,7 +20,7 @@ from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, pictur
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.manifest import INDEX, Manifest
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.packing.pack import PackOptions
 from mde_dist.utils.errors import UserError
 

@@ -14,7 +14,7 @@ from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.storage.store import CacheOptions
+from mde_dist.data.store import CacheOptions
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sha256_of
 

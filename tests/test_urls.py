@@ -13,7 +13,7 @@ from warm import warm_run, without_pictures
 
 from mde_dist import export
 from mde_dist.data.storage.remote import open_remote
-from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.models.weights import model_bytes, read_model
 from mde_dist.reporting.history import read_run
 from mde_dist.training.config import Config, DataConfig, as_json, as_toml, read_config, toml_text

@@ -213,10 +213,10 @@ def free_port() -> int:
 
 def without_pictures() -> None:
     """A `before` for trainings whose pictures nobody looks at: drawing them takes half of a small training's time."""
-    from mde_dist import report
+    from mde_dist.reporting import report
 
-    assert report.draw
-    report.draw = lambda run: []
+    assert report.draw_report
+    report.draw_report = lambda run: []
 
 
 # --- this process's side of the helper ---

@@ -14,6 +14,7 @@ import numpy as np
 from mde_dist import __version__
 from mde_dist.data import depth
 from mde_dist.data.statistics import Statistics
+from mde_dist.data.storage.cache import FileInfo
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import atomic_file, sha256_of, write_atomic
 from mde_dist.utils.paths import command_line
@@ -40,17 +41,9 @@ bytes of its tar header and the payload. A sample without a record has `meta_byt
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """A file that the manifest names."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class ShardInfo(FileInfo):
     samples: int
+    waited_for_by_loader = True
 
 
 @dataclass(frozen=True)

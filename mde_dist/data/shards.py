@@ -26,7 +26,7 @@ from mde_dist.data.images import decode_jpeg
 from mde_dist.data.index import Index
 from mde_dist.data.manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
 from mde_dist.data.storage.file_handles import Handles
-from mde_dist.data.storage.store import CacheOptions, Store, open_store
+from mde_dist.data.store import CacheOptions, Store, open_store
 from mde_dist.utils.errors import UserError
 
 T = TypeVar("T")

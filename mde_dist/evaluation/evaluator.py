@@ -18,7 +18,7 @@ from mde_dist.data.shards import ShardSet
 from mde_dist.distributed.process_group import agree, all_sum
 from mde_dist.evaluation.breakdown import COLUMNS, score_with_breakdown
 from mde_dist.evaluation.metrics import SCORE_COLUMNS, Protocol, score
-from mde_dist.inference.predictor import estimate
+from mde_dist.models.depth_model import estimate
 from mde_dist.utils.errors import UserError
 
 Predict = Callable[[Batch], torch.Tensor]

@@ -19,9 +19,9 @@ from mde_dist.inference.origin import Origin, Scores, find_origin, manifest_at
 from mde_dist.models.depth_model import restore
 from mde_dist.models.weights import MODEL, read_model
 from mde_dist.packing.sources.official import count_in_words
-from mde_dist.training.config import toml_text
 from mde_dist.utils.io import write_atomic, writing
 from mde_dist.utils.markdown import block, code, plain, row
+from mde_dist.utils.toml import toml_text
 
 NAME = "README.md"
 NYU_LAYOUTS = ("densedepth", "bts", "h5", "labeled", "marigold")

@@ -1,6 +1,6 @@
 """A trained model that takes images as they come: any size, several at once, on the device there is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mde_dist.data.augmentation import normalise, resize_image
+from mde_dist.data.augmentation import resize_image
 from mde_dist.distributed.process_group import Precision, mixed_precision
-from mde_dist.models.depth_model import DepthModel, restore
+from mde_dist.models.depth_model import DepthModel, estimate, restore
 from mde_dist.models.weights import MODEL, read_model
 from mde_dist.utils.errors import UserError
 
 SMALLEST = 32  # pixels; the encoder halves five times
 CPU_BATCH, GPU_BATCH = 4, 32  # one by one the threads of a CPU wait for each other too often, more bring nothing
-
-
-def estimate(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, flip: bool = False) -> torch.Tensor:
-    """RGB 0..1 (batch, 3, height, width) -> depth float32 (batch, height, width), metres.
-
-    With `flip` the mean over the image and the mirrored image.
-    """
-    # as while training: it shows in the last digits
-    image = normalise(image).contiguous(memory_format=torch.channels_last)
-    depth = model(image).float()
-    if flip:
-        depth = (depth + model(image.flip(-1)).float().flip(-1)) / 2
-    return depth
 
 
 class Predictor:

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from mde_dist.data.augmentation import normalise
 from mde_dist.models.decoders import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
 from mde_dist.models.initial_weights import Start, initialise
 from mde_dist.utils.cli import Weights
@@ -159,3 +160,16 @@ def _architecture(config: Mapping[str, Any]) -> ModelConfig:
         if (value not in known) if known else not isinstance(value, kind):
             raise ValueError(f"model.{name}: unknown {value!r:.40}")
     return ModelConfig(**values)
+
+
+def estimate(model: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor, flip: bool = False) -> torch.Tensor:
+    """RGB 0..1 (batch, 3, height, width) -> depth float32 (batch, height, width), metres.
+
+    With `flip` the mean over the image and the mirrored image.
+    """
+    # as while training: it shows in the last digits
+    image = normalise(image).contiguous(memory_format=torch.channels_last)
+    depth = model(image).float()
+    if flip:
+        depth = (depth + model(image.flip(-1)).float().flip(-1)) / 2
+    return depth

@@ -7,7 +7,7 @@ from pathlib import Path
 import simplejpeg
 
 from mde_dist.data.manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest
-from mde_dist.data.storage.store import tars_in
+from mde_dist.data.store import tars_in
 from mde_dist.data.tar import DEPTH_CODECS, scan
 from mde_dist.packing.claim import WORK
 from mde_dist.packing.examine import Report, examine_all, record, statistics_of, unique, within

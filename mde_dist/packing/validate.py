@@ -9,7 +9,7 @@ import numpy as np
 from mde_dist.data import depth
 from mde_dist.data.manifest import INDEX, NAME, Manifest, SplitInfo, file_info
 from mde_dist.data.statistics import Statistics
-from mde_dist.data.storage.store import CacheOptions, open_store
+from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.packing.examine import Report, examine_all, statistics_of, unique, within
 from mde_dist.packing.pool import Progress
 

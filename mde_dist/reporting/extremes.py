@@ -12,8 +12,7 @@ from PIL import Image
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import to_metres
 from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.data.storage.store import CacheOptions
-from mde_dist.evaluate import held_out_shards
+from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.metrics import PROTOCOLS, image_metrics
 from mde_dist.evaluation.results import rows_of
 from mde_dist.inference.predictor import Predictor
@@ -22,6 +21,7 @@ from mde_dist.models.weights import MODEL, read_state_file
 from mde_dist.reporting.history import Run
 from mde_dist.reporting.panels import Scale, Tile, scale_of, tile
 from mde_dist.training.checkpoint import open_model
+from mde_dist.training.config import held_out_shards
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.visualization import colorize, colorize_error
 

@@ -2,21 +2,22 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from mde_dist.data.crops import AugmentConfig, view_size
 from mde_dist.data.storage.remote import PATIENCE
-from mde_dist.data.storage.store import CacheOptions
+from mde_dist.data.store import CacheOptions
 from mde_dist.distributed.process_group import Gradients, Precision
 from mde_dist.models.depth_model import ModelConfig
 from mde_dist.training.losses import LossConfig
 from mde_dist.training.optim import OptimConfig
-from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flat, parse, run_command
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flat, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, whole_path
+from mde_dist.utils.toml import toml_text
 from mde_dist.utils.urls import hide_key, is_remote
 
 SAMPLE_SHARDS = "shards/rooms"
@@ -293,29 +294,9 @@ def as_toml(config: Config) -> str:
     return toml_text((name, as_typed(value) if _is_path(name, value) else value) for name, value in flat(config))
 
 
-def toml_text(values: Iterable[tuple[str, Any]]) -> str:
-    """(`section.field`, value) pairs as TOML; values as they are in a config, or as `as_json` has them."""
-    sections: dict[str, list[str]] = {}
-    for name, value in values:
-        section, _, key = name.rpartition(".")
-        sections.setdefault(section, []).append(f"{key} = {_toml(value)}\n")
-    return "\n".join((f"[{section}]\n" if section else "") + "".join(lines) for section, lines in sections.items())
-
-
-def _toml(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple | list) else value
-    if isinstance(plain, list) and all(isinstance(item, int) for item in plain) and plain:
-        plain = "x".join(map(str, plain))
-    return json.dumps(plain if isinstance(plain, bool | int | float | list) else str(plain), ensure_ascii=False)
-
-
-def show_config(argv: list[str]) -> None:
-    """Print what a command line comes to; the value of one field alone, as it is, where its name comes first."""
-    if argv and argv[0] in dict(flat(Config())):
-        print(dict(flat(read_config(argv[1:])))[argv[0]])
-    else:
-        print(as_toml(read_config(argv)))
-
-
-if __name__ == "__main__":  # for job scripts and for people
-    run_command(show_config)
+def held_out_shards(config: dict[str, Any]) -> str:
+    """Where the evaluation split of a trained model's config lies. Raises UserError."""
+    place = config.get("data.eval_shards") or config.get("data.shards")
+    if not place:
+        raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")
+    return place

@@ -13,14 +13,26 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from mde_dist.data.manifest import FileInfo, ShardInfo
 from mde_dist.data.storage.remote import PATIENCE, Closed, PastEnd, Patience, Remote, with_retries
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import RankError, UserError
 from mde_dist.utils.io import sha256_of, sync, sync_directory
 from mde_dist.utils.locks import POLL, Lock, is_at
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of a directory of shards."""
+
+    name: str
+    bytes: int
+    sha256: str
+    waited_for_by_loader: ClassVar[bool] = False
+    """The loader reports a file that does not come; of others the cache does."""
 
 
 class Cache:
@@ -61,7 +73,7 @@ class Cache:
             )
         part = path.with_name(f"{path.name}.part")
         # of a shard that does not come the loader speaks, once it is waited for
-        aloud = not isinstance(wanted, ShardInfo)
+        aloud = not wanted.waited_for_by_loader
         patience = Patience(remote, wanted.name, self._patience, closing, aloud)
         try:
             while self.find(wanted) is None:

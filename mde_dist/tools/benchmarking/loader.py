@@ -23,8 +23,8 @@ from mde_dist.tools.benchmarking.result import (
     ratio,
 )
 from mde_dist.tools.diagnostics.panel import in_words
-from mde_dist.train import make_sample
 from mde_dist.training.config import Config
+from mde_dist.training.setup import make_sample
 from mde_dist.utils.errors import UserError
 
 _LOW_SHARE = 0.7  # of the bare decoders, below which something else than they is what takes the time

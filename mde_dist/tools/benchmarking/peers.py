@@ -28,8 +28,8 @@ from mde_dist.tools.benchmarking.result import (
     plain_config,
     ratio,
 )
-from mde_dist.train import make_sample
 from mde_dist.training.config import Config
+from mde_dist.training.setup import make_sample
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing

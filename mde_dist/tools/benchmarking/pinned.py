@@ -24,7 +24,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")  # of a ran
 
 @contextlib.contextmanager
 def pinned(module: str, name: str, cores: Sequence[int], **arguments: Any) -> Iterator[Measure]:
-    """A process on these cores that runs `name(**arguments)` of `mde_dist.tools.benchmarking.MODULE`, a context manager that
+    """A process on these cores that runs `name(**arguments)` of MODULE in this folder, a context manager that
     yields what measures. Arguments are of JSON's types. Asking raises UserError where the process cannot."""
     command = [sys.executable, "-m", __name__, module, name, json.dumps(arguments)]
     with on_cores(cores):  # inherited, and so in force before its libraries count the cores

@@ -19,7 +19,7 @@ import numpy as np
 from mde_dist.data.manifest import TAR_BLOCK
 from mde_dist.data.sampler import Order
 from mde_dist.data.shards import ShardSet, decode_pair, open_split
-from mde_dist.data.storage.store import CacheOptions
+from mde_dist.data.store import CacheOptions
 from mde_dist.tools.benchmarking.pinned import Answer, Measure
 
 _IN_MEMORY = 64_000_000  # bytes of payload that the bare loop goes round: more than a core's cache holds

@@ -15,8 +15,8 @@ from mde_dist.distributed.process_group import SEVERAL
 from mde_dist.tools.benchmarking.loader import chosen_counts
 from mde_dist.tools.benchmarking.pinned import own_environment
 from mde_dist.tools.benchmarking.result import Column, Result, Table, Timing, cores_at_hand, cpu_name, plain_config
-from mde_dist.train import check_batch
 from mde_dist.training.config import Config, as_toml
+from mde_dist.training.setup import check_batch
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed

@@ -26,9 +26,9 @@ from mde_dist.tools.benchmarking.result import (
     ratio,
 )
 from mde_dist.tools.diagnostics.step import noise, out_of_memory
-from mde_dist.train import check_batch, make_sample
 from mde_dist.training.config import Config
 from mde_dist.training.losses import counts
+from mde_dist.training.setup import check_batch, make_sample
 from mde_dist.training.step import Learner, View
 from mde_dist.training.throughput import peak_flops
 from mde_dist.utils.cli import check_ranges

@@ -41,9 +41,9 @@ from mde_dist.tools.benchmarking.result import (
     ratio,
 )
 from mde_dist.tools.benchmarking.step import wait
-from mde_dist.train import check_batch, make_sample
 from mde_dist.training.config import Config, for_all_ranks
 from mde_dist.training.data_stream import share_news, take_share, training_stream
+from mde_dist.training.setup import check_batch, make_sample
 from mde_dist.training.step import Learner
 from mde_dist.training.throughput import Account, peak_flops
 

@@ -16,9 +16,9 @@ from mde_dist.data.shards import ShardSet
 from mde_dist.distributed.signals import StopFlag
 from mde_dist.packing.probe import evenly
 from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
-from mde_dist.train import open_splits
 from mde_dist.training.config import SAMPLE_SHARDS, Config
 from mde_dist.training.data_stream import training_order, training_stream
+from mde_dist.training.setup import open_splits
 
 SECONDS = 3.0
 """For which batches are taken from the stream."""

@@ -15,10 +15,10 @@ from mde_dist.distributed.process_group import time_all_reduce
 from mde_dist.models.flops import has_spread
 from mde_dist.tools.diagnostics.machine import host_memory
 from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
-from mde_dist.train import check_batch
 from mde_dist.training.checkpoint import newest_record
 from mde_dist.training.config import Config
 from mde_dist.training.losses import counts
+from mde_dist.training.setup import check_batch
 from mde_dist.training.step import Learner, shares_statistics
 from mde_dist.training.throughput import peak_memory
 from mde_dist.utils.errors import UserError
