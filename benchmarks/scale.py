@@ -86,12 +86,12 @@ def check_constants() -> None:
 
     from mde_dist.data.manifest import INDEX
     from mde_dist.evaluation import breakdown
-    from mde_dist.evaluation.results import DIGEST
-    from mde_dist.models.depth_model import ModelConfig, build
+    from mde_dist.evaluation.results import N_HASH_COLUMNS
+    from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
 
-    seed = build(ModelConfig(weights="none"), 0)
+    seed = create_pretrained_model(ModelConfig(weights="none"), 0)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in seed.modules())
-    found = sum(p.numel() for p in seed.parameters()), norms, INDEX.itemsize, breakdown.COLUMNS + DIGEST + 1
+    found = sum(p.numel() for p in seed.parameters()), norms, INDEX.itemsize, breakdown.COLUMNS + N_HASH_COLUMNS + 1
     assert found == (PARAMETERS, NORMS, ROW, COLUMNS), f"now {found}"
 
 

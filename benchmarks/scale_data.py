@@ -38,7 +38,7 @@ def order(folder: str, samples: int, window: int, batch: int = 16) -> dict[str, 
     """Layout of windows and batches of an order, in a fresh process: seconds of each, and bytes of Python at most."""
     from mde_dist.data import sampler as module
 
-    its = module.Order(samples, BLOCK, window, seed=0)
+    its = module.GlobalSampler(samples, BLOCK, window, seed=0)
     count = -(-its.samples // (BLOCK * window))
     numbers = np.random.default_rng(0).integers(0, max(1, count - 1), 40).tolist()
     layout = [seconds(lambda k=k: module._window.__wrapped__(its, 0, k)) for k in numbers]
@@ -208,16 +208,16 @@ def wait(folder: str, shards: str, threads: int, ahead: int, step: float, batch:
     """Share of its time that a consumer which sleeps `step` seconds a batch waits for the real loader."""
     import torch
 
-    from mde_dist.data.loader import Loader
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.loader import DataLoader
+    from mde_dist.data.sampler import GlobalSampler
     from mde_dist.data.shards import open_split
 
     torch.set_num_threads(1)
     with open_split(shards, "train") as split:
-        its = Order(len(split), split.block, 4, seed=0)
+        its = GlobalSampler(len(split), split.block, 4, seed=0)
         draws = (its.at(np.arange(first, first + batch)) for first in range(0, batch * batches, batch))
         waited, start = 0.0, 0.0
-        with Loader(split, draws, batch, torch.device("cpu"), threads, ahead) as loader:
+        with DataLoader(split, draws, batch, torch.device("cpu"), threads, ahead) as loader:
             for number in range(batches - ahead - 1):  # at the end no batch is fetched any more
                 if number == ahead + 1:
                     waited, start = 0.0, time.perf_counter()
@@ -257,7 +257,7 @@ def show_wait(given: argparse.Namespace) -> None:
 
 def readahead(folder: str, shards: str, nodes: int) -> dict[str, float]:
     """Bytes that the disk gives a node which reads its part of every batch, against those of its samples."""
-    from mde_dist.data.sampler import Order, share
+    from mde_dist.data.sampler import GlobalSampler, rank_indices
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:
@@ -265,11 +265,11 @@ def readahead(folder: str, shards: str, nodes: int) -> dict[str, float]:
             with Path(shards, shard.name).open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        its, used, batch = Order(len(split), split.block, 4, seed=0), 0, 4 * nodes
+        its, used, batch = GlobalSampler(len(split), split.block, 4, seed=0), 0, 4 * nodes
         image, depth = np.empty((*split.size, 3), np.uint8), np.empty(split.size, np.uint16)
         begun = resource.getrusage(resource.RUSAGE_SELF).ru_inblock
         for first in range(0, len(split) - batch, batch):
-            for sample in its.at(share(first, batch, 1, nodes, 0, 0))[1].tolist():
+            for sample in its.at(rank_indices(first, batch, 1, nodes, 0, 0))[1].tolist():
                 split.read_into(sample, image, depth)
                 used += sum(int(split._index[sample][f"{member}_bytes"]) for member in ("depth", "image"))
         return {"ratio": 512 * (resource.getrusage(resource.RUSAGE_SELF).ru_inblock - begun) / used}

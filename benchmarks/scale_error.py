@@ -15,18 +15,18 @@ import torch
 
 from mde_dist.data.augmentation import AugmentConfig, prepare, prepare_images
 from mde_dist.data.loader import Batch
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.models.depth_model import DepthModel, estimate, restore
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.models.depth_model import DepthModel, estimate, load_model
 from mde_dist.training.checkpoint import find_model, read_model
 
 
 def newest(run: Path) -> tuple[DepthModel, tuple[int, int]]:
     """The weights that `evaluate --run` scores, and the size of training."""
     metadata, tensors = read_model(find_model(run, None))
-    return restore(metadata, tensors).eval(), tuple(metadata["size"])
+    return load_model(metadata, tensors).eval(), tuple(metadata["size"])
 
 
-def moments(model: DepthModel, size: tuple[int, int], shards: ShardSet) -> np.ndarray:
+def moments(model: DepthModel, size: tuple[int, int], shards: ShardDataset) -> np.ndarray:
     """(images, 2): mean and variance of d."""
     view, found = AugmentConfig(flip=0), []
     for sample in range(len(shards)):

@@ -162,9 +162,9 @@ def read_by_node(samples: int, block: int, window: int, batch: int, nodes: int, 
 
     `by_shard`: were each global batch dealt out sorted by sample, which leaves it the same set.
     """
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.sampler import GlobalSampler
 
-    order, shards = Order(samples, block, window, seed=0), -(-samples // block)
+    order, shards = GlobalSampler(samples, block, window, seed=0), -(-samples // block)
     read = np.zeros((nodes, shards), bool)
     owner = np.arange(batch) * nodes // batch
     for first in range(0, samples - batch + 1, batch):
@@ -175,19 +175,19 @@ def read_by_node(samples: int, block: int, window: int, batch: int, nodes: int, 
 
 def groups_in_batches(group: np.ndarray, block: int, window: int, batch: int) -> float:
     """Groups in a global batch, mean over an epoch of the real order; `group`: of each sample."""
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.sampler import GlobalSampler
 
-    order = Order(len(group), block, window, seed=0)
+    order = GlobalSampler(len(group), block, window, seed=0)
     firsts = range(0, len(group) - batch + 1, batch)
     return float(np.mean([len(np.unique(group[order.at(np.arange(k, k + batch))[1]])) for k in firsts]))
 
 
 def shards_fetched(samples: int, block: int, window: int, short: int) -> float:
     """Shards that a window of the order touches, of as many as it has blocks, where the first shard lacks `short`."""
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.sampler import GlobalSampler
 
     ends = np.minimum(np.arange(1, -(-(samples + short) // block) + 1) * block - short, samples)
-    order, found = Order(samples, block, window, seed=0), []
+    order, found = GlobalSampler(samples, block, window, seed=0), []
     for end, ranges in order.windows(0):
         if end > samples:
             return float(np.mean(found))

@@ -15,14 +15,14 @@ from turns import in_ranks
 
 
 def reduce(folder: str, size: int) -> dict[str, Any]:
-    """Sums over ranks of gloo: seconds of a gradient, of what share_news tells, and of batch statistics gathered."""
+    """Sums over ranks of gloo: seconds of a gradient, of what reduce_batch_info tells, and of batch statistics gathered."""
     import torch
     from torch import distributed
 
-    from mde_dist.distributed.process_group import processes, time_all_reduce
+    from mde_dist.distributed.process_group import init_distributed, time_all_reduce
 
     found: dict[str, Any] = {"gradient": [], "half": [], "news": [], "gather": []}
-    with processes(cpu_threads=1) as accelerator:
+    with init_distributed(cpu_threads=1) as accelerator:
         news, part = torch.zeros(5, dtype=torch.float64), torch.zeros(1025)
         parts = torch.zeros(accelerator.num_processes * 1025)
         tensors = {"gradient": torch.zeros(size // 4), "half": torch.zeros(size // 8), "news": news}
@@ -51,7 +51,7 @@ def show_reduce(_: argparse.Namespace) -> None:
         print(f", half of it {said(its['half'], 1e-3, 'ms')}")
         print(f"    from 2 ranks: {1e3 * own:.0f} ms were each to have a core, {1e3 * shared:.0f} ms on two cores")
         print(
-            f"    share_news {said(its['news'], 1e-6, 'µs')}; all-gather of 4 KB {said(its['gather'], 1e-6, 'µs')}",
+            f"    reduce_batch_info {said(its['news'], 1e-6, 'µs')}; all-gather of 4 KB {said(its['gather'], 1e-6, 'µs')}",
             flush=True,
         )
 
@@ -63,20 +63,20 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     """Copy, serialise and write checkpoints: seconds of each, and bytes."""
     import torch
 
-    from mde_dist.models.depth_model import ModelConfig, build
+    from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
     from mde_dist.training.checkpoint import (
         EMA,
         MODEL,
         OPTIMIZER,
-        host_copy,
         load_checkpoint,
-        model_bytes,
         save_checkpoint,
+        serialize_model,
+        to_cpu,
     )
     from mde_dist.training.optim import OptimConfig, make_optimizer, optimizer_tensors
     from mde_dist.training.state import State
 
-    model = build(ModelConfig(backbone=encoder), 0)
+    model = create_pretrained_model(ModelConfig(backbone=encoder), 0)
     optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -84,15 +84,15 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"copy": [], "bytes": 0, "serialise": [], "write": [], "load": []}
 
     def copy() -> dict[str, Any]:
-        tensors = {MODEL: host_copy(model.state_dict()), OPTIMIZER: host_copy(optimizer_tensors(model, optimizer))}
-        return tensors | ({EMA: host_copy(model.state_dict())} if ema else {})
+        tensors = {MODEL: to_cpu(model.state_dict()), OPTIMIZER: to_cpu(optimizer_tensors(model, optimizer))}
+        return tensors | ({EMA: to_cpu(model.state_dict())} if ema else {})
 
     for step in range(ROUNDS):
         start = time.perf_counter()
         copied = copy()
         found["copy"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        files = {name: model_bytes(tensors, {"config": {}, "size": [1, 1]}) for name, tensors in copied.items()}
+        files = {name: serialize_model(tensors, {"config": {}, "size": [1, 1]}) for name, tensors in copied.items()}
         found["serialise"].append(time.perf_counter() - start)
         found["bytes"] = sum(map(len, files.values()))
         record = {**vars(State(step=step + 1)), "config": {}, "identity": {}}
@@ -118,11 +118,11 @@ def show_checkpoint(_: argparse.Namespace) -> None:
 
 def peers(folder: str, ranks: int, beats: int = 8) -> dict[str, float]:
     """Share of a core that rank 0 takes to hear of all ranks: sockets of one process, signs of life spread out."""
-    from mde_dist.distributed.heartbeat import _BEAT, _MESSAGE, _TICK, _Peers
-    from mde_dist.distributed.signals import StopFlag
+    from mde_dist.distributed.heartbeat import _BEAT, _MESSAGE, _TICK, _Heartbeat
+    from mde_dist.distributed.signals import PreemptionHandler
 
     pairs = {rank: socket.socketpair() for rank in range(1, ranks)}
-    own = _Peers(0, {rank: pair[0] for rank, pair in pairs.items()}, StopFlag(), 60.0, None)
+    own = _Heartbeat(0, {rank: pair[0] for rank, pair in pairs.items()}, PreemptionHandler(), 60.0, None)
     clock, draw = time.pthread_getcpuclockid(own._thread.ident or 0), np.random.default_rng(0)
     begun, start = time.clock_gettime(clock), time.perf_counter()
     for beat in range(beats):
@@ -130,7 +130,7 @@ def peers(folder: str, ranks: int, beats: int = 8) -> dict[str, float]:
             time.sleep(max(0.0, start + beat * _TICK + at - time.perf_counter()))
             pairs[rank][1].send(_MESSAGE.pack(_BEAT, rank))
     found = (time.clock_gettime(clock) - begun) / (time.perf_counter() - start)
-    own.bye = True
+    own.goodbye = True
     own.close()
     return {"share": found}
 

@@ -20,10 +20,10 @@ NEVER = 10**9
 
 def make_shards(folder: str, test: int) -> str:
     """64 rooms at 48x64 to train on, `test` to evaluate on."""
-    from mde_dist.packing.pack import PackOptions, pack
+    from mde_dist.packing.pack import PackConfig, pack
     from mde_dist.packing.sources import rooms
 
-    options, target = PackOptions(size=(48, 64), samples_per_shard=32), Path(folder, "rooms")
+    options, target = PackConfig(size=(48, 64), samples_per_shard=32), Path(folder, "rooms")
     pack(rooms({"train": 64, "test": test}), target, options, workers=2, progress=lambda done, total: None)
     return str(target)
 

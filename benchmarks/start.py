@@ -58,7 +58,9 @@ def hand_back(found: Found) -> None:
 def train() -> None:
     found: Found = {}
     mark(found, "Python started")
-    train, trainer, learner = (importlib.import_module(f"mde_dist.{name}") for name in ("train", "trainer", "learner"))
+    train, trainer, train_module = (
+        importlib.import_module(f"mde_dist.{name}") for name in ("train", "trainer", "train_module")
+    )
     mark(found, "imports done")
 
     def after(owner: Any, name: str, label: str, last: bool = False) -> None:
@@ -76,8 +78,8 @@ def train() -> None:
     after(train, "open_splits", "shards open")
     after(train, "describe", "model, optimizer and loader ready")
     after(trainer.Trainer, "record_baselines", "baselines scored")
-    after(train, "take_share", "first batch")
-    after(learner.Learner, "step", "first step done", last=True)
+    after(train, "next_local_batch", "first batch")
+    after(train_module.TrainModule, "step", "first step done", last=True)
     train.main(sys.argv[1:])
 
 
@@ -85,16 +87,16 @@ def decode() -> None:
     """Batches of eight from the loader, nothing else; what the loader has added stands in the last mark."""
     import torch
 
-    from mde_dist.data.loader import Loader
-    from mde_dist.data.sampler import Order, share
+    from mde_dist.data.loader import DataLoader
+    from mde_dist.data.sampler import GlobalSampler, rank_indices
     from mde_dist.data.shards import open_split
 
     found: Found = {}
     with open_split(sys.argv[1], "train") as shards:
-        order = Order(len(shards), shards.block, 4, 0)
-        draws = (order.at(share(first, 8, 1, 1, 0, 0)) for first in itertools.count(0, 8))
+        order = GlobalSampler(len(shards), shards.block, 4, 0)
+        draws = (order.at(rank_indices(first, 8, 1, 1, 0, 0)) for first in itertools.count(0, 8))
         mark(found, "shards open")
-        with Loader(shards, draws, 8, torch.device("cpu"), int(sys.argv[2])) as loader:
+        with DataLoader(shards, draws, 8, torch.device("cpu"), int(sys.argv[2])) as loader:
             for _ in itertools.islice(loader, 64):
                 pass
             mark(found, "64 batches read")

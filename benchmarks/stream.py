@@ -62,16 +62,16 @@ def epoch(shards: str, threads: str) -> dict[str, float]:
     """The memory that one epoch through order and loader takes."""
     import torch
 
-    from mde_dist.data.loader import Loader
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.loader import DataLoader
+    from mde_dist.data.sampler import GlobalSampler
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:
-        order = Order(len(split), split.block, 4, seed=0)
+        order = GlobalSampler(len(split), split.block, 4, seed=0)
         starts = range(0, len(split) - BATCH + 1, BATCH)
         draws = (order.at(np.arange(first, first + BATCH)) for first in starts)
         early = 0.0
-        with Loader(split, draws, BATCH, torch.device("cpu"), int(threads), 3) as batches:
+        with DataLoader(split, draws, BATCH, torch.device("cpu"), int(threads), 3) as batches:
             for number, _ in enumerate(batches):
                 if number == len(starts) // 10:
                     early = memory()
@@ -82,17 +82,17 @@ def resume(shards: str, position: str) -> dict[str, float]:
     """Milliseconds from an open split to its first batch, threads and buffers included."""
     import torch
 
-    from mde_dist.data.loader import Loader
-    from mde_dist.data.sampler import Order
+    from mde_dist.data.loader import DataLoader
+    from mde_dist.data.sampler import GlobalSampler
     from mde_dist.data.shards import open_split
 
     with open_split(shards, "train") as split:
         times = []
         for _ in range(30):
             start = time.perf_counter()
-            order = Order(len(split), split.block, 4, seed=0)
+            order = GlobalSampler(len(split), split.block, 4, seed=0)
             draws = (order.at(np.arange(first, first + BATCH)) for first in itertools.count(int(position), BATCH))
-            with Loader(split, draws, BATCH, torch.device("cpu"), 2, 3) as batches:
+            with DataLoader(split, draws, BATCH, torch.device("cpu"), 2, 3) as batches:
                 next(batches)
                 times.append(1000 * (time.perf_counter() - start))
         return {"ms": float(np.median(times))}

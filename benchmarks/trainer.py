@@ -105,9 +105,9 @@ def bare_loop(config: Any, world: int, build: Callable, **ddp: bool) -> Callable
 
 def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool, **changes: Any) -> dict[str, Any]:
     """Steps of bare loops and of the trainer, in blocks in turn, in the same process group."""
-    from mde_dist.training import step as learner
+    from mde_dist.training import step as train_module
 
-    learner.build = Stub if stub else learner.build
+    train_module.build = Stub if stub else train_module.build
     counted, loops = Rounds(*rounds), {}
     ours = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     bare = {"bare loop, the trainer's DDP options": ours, "bare loop, DDP as it comes": {}}
@@ -117,7 +117,7 @@ def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool,
         world = accelerator.num_processes
         if not loops:
             for name, ddp in list(bare.items())[: 2 if world > 1 else 1]:  # a lone rank needs no DDP
-                loops[name] = bare_loop(config, world, learner.build, **ddp)
+                loops[name] = bare_loop(config, world, train_module.build, **ddp)
         if number % block:
             return True
         if number > block:  # the first round warms up
@@ -151,11 +151,11 @@ def overhead(given: argparse.Namespace, folder: str) -> None:
 
 def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[str, Any]:
     """A save every few steps: (called, copied, on disk) of each, and (begin, end, …) of all steps."""
-    from mde_dist.training.checkpoint_writer import Saver
+    from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
 
-    saves, counted, start = [], Rounds(*rounds), Saver.start
+    saves, counted, start = [], Rounds(*rounds), AsyncCheckpointWriter.start
 
-    def start_noting(self: Saver, label: object, copy: Callable, write: Callable) -> None:
+    def start_noting(self: AsyncCheckpointWriter, label: object, copy: Callable, write: Callable) -> None:
         saves.append(times := [time.perf_counter()])
         start(self, label, copy, lambda copied: (write(copied), times.append(time.perf_counter())))
         times.insert(1, time.perf_counter())
@@ -167,7 +167,7 @@ def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[st
             counted.end()
         return counted.begin()
 
-    Saver.start = start_noting
+    AsyncCheckpointWriter.start = start_noting
     run, argv = training(folder, shards, train_checkpoint_every=SAVE_STEPS * changes["train_batch_size"], **changes)
     steps = train_fed(argv, pause)
     size = sum(path.stat().st_size for path in max((run / "checkpoints").iterdir()).iterdir()) / 1e6

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import tyro
 
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.tools.ablation import report
 from mde_dist.tools.ablation.numbers import gather
 from mde_dist.tools.ablation.runs import Work, check_devices, default_jobs, log_of, run_all
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
     if command.part:
         trainings = trainings[command.part[0] :: command.part[1]]
     work = Work(trainings, command.processes, jobs)
-    stop = StopFlag()
-    with stop.catching():
+    stop = PreemptionHandler()
+    with stop.install():
         train(work, table, None if command.part else command.output, stop)
     if stop.signal is not None:
         say("stopped by a signal; the same command goes on from there")
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     finish(work, table, command, command.output)
 
 
-def train(work: Work, table: Table, output: Path | None, stop: StopFlag) -> None:
+def train(work: Work, table: Table, output: Path | None, stop: PreemptionHandler) -> None:
     """Run what is not finished, and keep table and picture in `output`, if any, up to date."""
     left = [training for training in work.trainings if not training.finished]
     say(

@@ -14,7 +14,7 @@ line, "limit: …; try …".
 
 from importlib import import_module
 
-from mde_dist.training.config import checked
+from mde_dist.training.config import validate
 from mde_dist.utils.cli import parse, run_command
 from mde_dist.utils.errors import UserError
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     if word not in WORDS:
         raise UserError(f"bench {word}: measures {', '.join(WORDS)} (python -m mde_dist.bench --help)")
     module = import_module(f".benching.{word}", __package__)
-    options = checked(parse(module.Options, rest, f"python -m mde_dist.bench {word}"))
+    options = validate(parse(module.Options, rest, f"python -m mde_dist.bench {word}"))
     options.check()
     result = module.bench(options)
     if result is None:  # a rank that has nothing to show

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mde_dist.distributed.environment import Ignored, ignored_variables
-from mde_dist.distributed.heartbeat import watched_peers
-from mde_dist.distributed.process_group import processes
+from mde_dist.distributed.heartbeat import monitor_ranks
+from mde_dist.distributed.process_group import init_distributed
 from mde_dist.distributed.rendezvous import read_alone
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.tools.diagnostics.data import check_samples, check_shards, judge_loader, measure_loader
 from mde_dist.tools.diagnostics.machine import (
     check_clocks,
@@ -32,7 +32,7 @@ from mde_dist.tools.diagnostics.machine import (
     check_scratch,
     check_versions,
 )
-from mde_dist.tools.diagnostics.panel import Panel, Row
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row
 from mde_dist.tools.diagnostics.place import check_cache, check_disk, check_run
 from mde_dist.tools.diagnostics.step import Measured, check_divides, check_network, measure_step
 from mde_dist.training.config import Config, for_all_ranks, read_config
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
         config = replace(config, run=Path(temporary_folder(), "mde_dist-debug-new"))
     ignored = ignored_variables()  # before they are taken out
     with (
-        processes(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
-        watched_peers(accelerator, StopFlag(), config.train.lost_after),
+        init_distributed(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
+        monitor_ranks(accelerator, PreemptionHandler(), config.train.lost_after),
     ):
         rows, estimate = examine(config, accelerator, ignored)
         if accelerator.is_main_process:
@@ -66,7 +66,7 @@ def examine(config: Config, accelerator: Accelerator, ignored: Sequence[Ignored]
     `ignored`: what was found in this rank's environment.
     """
     with progress_words(accelerator.is_main_process) as tell, contextlib.ExitStack() as opened:
-        panel = Panel(accelerator, tell)
+        panel = RankSurvey(accelerator, tell)
         config = check_divides(panel, config)
         check_versions(panel)
         check_minimums(panel)

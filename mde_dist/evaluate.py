@@ -22,40 +22,55 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.images import stray_in_words
 from mde_dist.data.loader import Batch
 from mde_dist.data.manifest import NAME
-from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.storage.remote import NotThere
 from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.distributed.heartbeat import watched_peers
-from mde_dist.distributed.process_group import Precision, all_sum, processes, same_everywhere, together
+from mde_dist.distributed.heartbeat import monitor_ranks
+from mde_dist.distributed.process_group import (
+    Precision,
+    all_reduce_sum,
+    assert_equal_across_ranks,
+    init_distributed,
+    run_on_all_ranks,
+)
 from mde_dist.distributed.rendezvous import read_alone
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.evaluation.breakdown import split_breakdown
 from mde_dist.evaluation.compare import compare
 from mde_dist.evaluation.evaluator import (
-    Measure,
+    ImageMetric,
     Predict,
-    breakdown_measure,
+    breakdown_metric,
+    evaluate_split,
     model_predict,
-    protocol_measure,
+    protocol_metric,
     score_baselines,
     score_mean,
-    score_split,
 )
-from mde_dist.evaluation.metrics import PROTOCOLS, Protocol, summarise, to_size
+from mde_dist.evaluation.metrics import PROTOCOLS, Protocol, resize_to, summarise
 from mde_dist.evaluation.predictions import Match, Predictions, open_predictions
-from mde_dist.evaluation.results import DIGEST, Truth, as_record, digests, show, truth_of, write_csv, write_json
-from mde_dist.evaluation.sanity_checks import SIGNALS, diagnose, mean_depth, signals
-from mde_dist.models.depth_model import restore
+from mde_dist.evaluation.results import (
+    N_HASH_COLUMNS,
+    GroundTruth,
+    ground_truth_of,
+    show,
+    target_hashes,
+    to_json,
+    write_csv,
+    write_json,
+)
+from mde_dist.evaluation.sanity_checks import N_STATISTICS, detect_failures, image_statistics, mean_depth
+from mde_dist.models.depth_model import load_model
 from mde_dist.packing.inspect import Layout, open_checked
-from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.raw_dataset import RawDataset
 from mde_dist.packing.sources import DepthMap
 from mde_dist.training.checkpoint import open_model
-from mde_dist.training.config import held_out_shards
+from mde_dist.training.config import eval_shards_of
 from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
@@ -123,7 +138,7 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class PredictionSource:
     """What is scored."""
 
     predict: Predict
@@ -144,29 +159,33 @@ def main(argv: list[str]) -> None:
         return
     config: dict[str, Any] = model[1]["config"] if model else {}
     with (
-        processes(command.precision, error=error, settings=for_all_ranks(command)) as accelerator,
+        init_distributed(command.precision, error=error, settings=for_all_ranks(command)) as accelerator,
         contextlib.ExitStack() as opened,
     ):
-        opened.enter_context(watched_peers(accelerator, StopFlag()))
-        samples, split = together(accelerator, lambda: open_truth(command, config, accelerator, opened))
-        train = together(accelerator, lambda: training_shards(command, config, opened))
-        if all_sum(accelerator, torch.tensor(float(train is None), device=accelerator.device)).item():
+        opened.enter_context(monitor_ranks(accelerator, PreemptionHandler()))
+        samples, split = run_on_all_ranks(accelerator, lambda: open_ground_truth(command, config, accelerator, opened))
+        train = run_on_all_ranks(accelerator, lambda: training_shards(command, config, opened))
+        if all_reduce_sum(accelerator, torch.tensor(float(train is None), device=accelerator.device)).item():
             train = None  # on some of the nodes
         # of a run, a node whose disk is damaged would take another checkpoint
-        same_everywhere(accelerator, "the weights", together(accelerator, lambda: weights_digest(model)))
-        same_everywhere(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
-        contestant = together(accelerator, lambda: open_contestant(command, model, samples, accelerator))
-        record, rows, truth = evaluate(accelerator, command, contestant, samples, split, train)
-        stray = all_sum(accelerator, torch.tensor(float(len(samples.stray)), device=accelerator.device)).item()
+        assert_equal_across_ranks(
+            accelerator, "the weights", run_on_all_ranks(accelerator, lambda: weights_hash(model))
+        )
+        assert_equal_across_ranks(accelerator, "the images", f"{identity(samples)}, training {identity(train)}")
+        source_of_predictions = run_on_all_ranks(
+            accelerator, lambda: open_contestant(command, model, samples, accelerator)
+        )
+        record, rows, truth = evaluate(accelerator, command, source_of_predictions, samples, split, train)
+        stray = all_reduce_sum(accelerator, torch.tensor(float(len(samples.stray)), device=accelerator.device)).item()
         if accelerator.is_main_process:
             if command.json:
                 write_json(command.json, record)
             if command.csv:
                 write_csv(command.csv, [PROTOCOLS[name] for name in command.protocols], rows, truth)
-            show(record, f"{contestant.title} on {samples.place} {split}")
+            show(record, f"{source_of_predictions.title} on {samples.place} {split}")
             for line in [*([stray_in_words(int(stray))] if stray else []), *summary(command)]:
                 say(line)
-        del contestant  # and with it the model, before the process group goes: see `processes`
+        del source_of_predictions  # and with it the model, before the process group goes: see `init_distributed`
 
 
 def read_command(argv: list[str]) -> tuple[EvaluateCommand, Model | None]:
@@ -207,9 +226,9 @@ def check(command: EvaluateCommand) -> None:
             raise UserError(f"{path} cannot be written: {path.absolute().parent} is no folder")
 
 
-def open_truth(
+def open_ground_truth(
     command: EvaluateCommand, config: dict[str, Any], accelerator: Accelerator, opened: contextlib.ExitStack
-) -> tuple[Samples, str]:
+) -> tuple[DepthDataset, str]:
     """The images and their ground truth, and the split they are. Raises UserError."""
     if command.source:
         quiet = contextlib.nullcontext() if accelerator.is_main_process else contextlib.redirect_stdout(io.StringIO())
@@ -220,13 +239,15 @@ def open_truth(
         split = command.split or "test"
         if split not in source.splits:
             raise UserError(f"{source.root} has no split {split!r}; it has {', '.join(source.splits)}")
-        return opened.enter_context(SourceSamples(source, split, probes[split].size)), split
-    place = command.shards or held_out_shards(config)
+        return opened.enter_context(RawDataset(source, split, probes[split].size)), split
+    place = command.shards or eval_shards_of(config)
     split = command.split or config.get("data.eval_split", "test")
     return opened.enter_context(open_split(place, split, cache_options(command))), split
 
 
-def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: contextlib.ExitStack) -> ShardSet | None:
+def training_shards(
+    command: EvaluateCommand, config: dict[str, Any], opened: contextlib.ExitStack
+) -> ShardDataset | None:
     """What the model was trained on, or the training split beside the shards, where it is at hand. Raises UserError."""
     split = config.get("data.train_split", "train")
     for place in (config.get("data.shards"), command.shards):  # a checkpoint may be far from where it was trained
@@ -236,30 +257,30 @@ def training_shards(command: EvaluateCommand, config: dict[str, Any], opened: co
             except NotThere:  # it has moved, or its URL was a signed one
                 continue
             if split in manifest.splits:
-                return opened.enter_context(ShardSet(manifest, store, split))
+                return opened.enter_context(ShardDataset(manifest, store, split))
     return None
 
 
 def open_contestant(
     command: EvaluateCommand,
     model: Model | None,
-    samples: Samples,
+    samples: DepthDataset,
     accelerator: Accelerator,
-) -> Contestant:
+) -> PredictionSource:
     """The model (as `open_model` gave it) or the folder of predictions. Raises UserError."""
     if model:
         path, metadata, tensors = model
         size = command.size or tuple(metadata["size"])
-        network = restore(metadata, tensors).to(accelerator.device).eval()
+        network = load_model(metadata, tensors).to(accelerator.device).eval()
         about = {"path": str(path), "size": list(size), "flip": command.flip, "precision": accelerator.mixed_precision}
         title = f"{path}{', with flip averaging,' if command.flip else ''}"
-        return Contestant(model_predict(network, size, accelerator, command.flip), title, about)
+        return PredictionSource(model_predict(network, size, accelerator, command.flip), title, about)
     assert command.predictions
     predictions, notes = open_predictions(command.predictions, samples, command.match, command.prediction_scale)
     if accelerator.is_main_process:
         say(*notes)
     about = {"path": str(command.predictions), "match": command.match, "units": predictions.units}
-    return Contestant(partial(_read, predictions, accelerator.device), str(command.predictions), about)
+    return PredictionSource(partial(_read, predictions, accelerator.device), str(command.predictions), about)
 
 
 def _read(predictions: Predictions, device: torch.device, batch: Batch) -> torch.Tensor:
@@ -268,28 +289,31 @@ def _read(predictions: Predictions, device: torch.device, batch: Batch) -> torch
     Raises UserError.
     """
     maps = (torch.from_numpy(predictions.read(int(sample))).to(device) for sample in batch.sample)
-    return torch.cat([to_size(one[None], batch.depth) for one in maps])
+    return torch.cat([resize_to(one[None], batch.depth) for one in maps])
 
 
 def evaluate(
     accelerator: Accelerator,
     command: EvaluateCommand,
-    contestant: Contestant,
-    samples: Samples,
+    source_of_predictions: PredictionSource,
+    samples: DepthDataset,
     split: str,
-    train: ShardSet | None,
-) -> tuple[dict[str, Any], list[torch.Tensor], Truth]:
+    train: ShardDataset | None,
+) -> tuple[dict[str, Any], list[torch.Tensor], GroundTruth]:
     """Score everything in one pass, and what predicts without looking in others. Called by every rank, same result.
 
     -> (record, `score` rows by protocol, what was predicted). Raises UserError.
     """
     protocols = [PROTOCOLS[name] for name in command.protocols]
-    measures = [breakdown_measure(protocols[0]), *map(protocol_measure, protocols[1:])]
-    measures += [Measure(SIGNALS, partial(signals, per_metre=COUNTS_PER_METRE)), Measure(DIGEST, digests)]
+    metrics = [breakdown_metric(protocols[0]), *map(protocol_metric, protocols[1:])]
+    metrics += [
+        ImageMetric(N_STATISTICS, partial(image_statistics, per_metre=COUNTS_PER_METRE)),
+        ImageMetric(N_HASH_COLUMNS, target_hashes),
+    ]
     with progress_of("scoring", accelerator) as progress:
         options = (command.batch_size, command.threads)
-        first, *others, signs, prints = score_split(
-            accelerator, contestant.predict, samples, measures, *options, progress=progress
+        first, *others, signs, hashes = evaluate_split(
+            accelerator, source_of_predictions.predict, samples, metrics, *options, progress=progress
         )
     first, where = split_breakdown(first)
     rows = [first, *others]
@@ -298,13 +322,17 @@ def evaluate(
             baselines = score_baselines(accelerator, samples, train, protocols, progress=progress)
         else:
             baselines = score_mean(accelerator, samples, mean_depth(signs), protocols, progress)
-    truth = truth_of(samples, split, prints)
-    findings = diagnose(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
-    findings += worse_than_blind(rows, baselines, protocols)
-    return as_record({"model": rows, **baselines}, protocols, truth, contestant.about, findings, where), rows, truth
+    truth = ground_truth_of(samples, split, hashes)
+    findings = detect_failures(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
+    findings += worse_than_baseline(rows, baselines, protocols)
+    return (
+        to_json({"model": rows, **baselines}, protocols, truth, source_of_predictions.about, findings, where),
+        rows,
+        truth,
+    )
 
 
-def worse_than_blind(
+def worse_than_baseline(
     rows: Sequence[torch.Tensor], baselines: dict[str, list[torch.Tensor]], protocols: Sequence[Protocol]
 ) -> list[str]:
     """A warning where one depth everywhere scores better, by the first protocol that compares metres."""
@@ -317,7 +345,7 @@ def worse_than_blind(
     return []
 
 
-def weights_digest(model: Model | None) -> str:
+def weights_hash(model: Model | None) -> str:
     """sha256 of names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model[2].items()) if model else ():
@@ -330,9 +358,9 @@ def cache_options(command: EvaluateCommand) -> CacheOptions:
     return CacheOptions(command.cache, int(command.cache_gb * 1e9))
 
 
-def identity(samples: Samples | None) -> str:
+def identity(samples: DepthDataset | None) -> str:
     """What has to be the same on all ranks."""
-    if isinstance(samples, ShardSet):
+    if isinstance(samples, ShardDataset):
         return samples.manifest.sha256
     return f"{samples.place}, {len(samples)} images" if samples else "not at hand"
 

@@ -31,10 +31,10 @@ from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.inference.model_card import NAME as CARD
 from mde_dist.inference.model_card import Program, write_card
 from mde_dist.inference.predictor import SMALLEST
-from mde_dist.models.depth_model import estimate, restore
+from mde_dist.models.depth_model import estimate, load_model
 from mde_dist.models.weights import MODEL
 from mde_dist.training.checkpoint import open_model, run_of
-from mde_dist.training.config import held_out_shards
+from mde_dist.training.config import eval_shards_of
 from mde_dist.utils.cli import RUN_DIR, Place, Size, parse, run_command
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     size = command.size or (metadata["size"][0], metadata["size"][1])
     images, checked_on = real_images(command, metadata["config"], size)
     with torch.inference_mode():
-        expected = estimate(restore(metadata, tensors).eval(), images)
+        expected = estimate(load_model(metadata, tensors).eval(), images)
     check_depth(expected, f"{weights} on {checked_on}")
     files = [MODEL, *(FORMATS[name].file for name in command.formats), CARD]
     with whole_folder(command.output, files) as folder:
@@ -163,7 +163,7 @@ def images_below(folder: Path) -> list[Path]:
 
 def from_shards(place: str | None, config: dict[str, Any]) -> tuple[list[np.ndarray], str]:
     """Some images of a split, by default of the one that the model was evaluated on. Raises UserError."""
-    place, split = place or held_out_shards(config), config.get("data.eval_split") or "test"
+    place, split = place or eval_shards_of(config), config.get("data.eval_split") or "test"
     cache = CacheOptions(Path(config.get("data.cache") or CacheOptions.directory))
     with open_split(place, split, cache) as shards:
         found, depth = [], np.empty(shards.size, np.uint16)

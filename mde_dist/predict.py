@@ -23,12 +23,12 @@ import tyro
 
 from mde_dist.data.images import stray_in_words
 from mde_dist.distributed.process_group import Precision
-from mde_dist.inference.inputs import Damage, Frame, Inputs, find_inputs
+from mde_dist.inference.inputs import Frame, Inputs, ReadError, find_inputs
 from mde_dist.inference.outputs import Results
 from mde_dist.inference.point_cloud import Intrinsics
 from mde_dist.inference.predictor import Predictor, pick_device
 from mde_dist.inference.prefetch import in_order, threads
-from mde_dist.models.depth_model import restore
+from mde_dist.models.depth_model import load_model
 from mde_dist.training.checkpoint import open_model
 from mde_dist.utils.cli import RUN_DIR, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
@@ -88,7 +88,7 @@ class PredictCommand:
 
 
 @dataclass
-class Outcome:
+class Summary:
     """What came of it."""
 
     sizes: Counter[tuple[int, int]]
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
     check(command, inputs, results)
     device = pick_device(command.device)
     _, metadata, tensors = open_model(command.run, command.checkpoint)
-    predictor = Predictor(restore(metadata, tensors), metadata, device, command.flip, command.precision)
+    predictor = Predictor(load_model(metadata, tensors), metadata, device, command.flip, command.precision)
     predictor.batch_size = command.batch_size or predictor.batch_size
     for note in inputs.notes:
         say(note)
@@ -147,9 +147,9 @@ def check(command: PredictCommand, inputs: Inputs, results: Results) -> None:
             raise UserError(f"a result of {file} would replace {replaced}; name another folder for --output")
 
 
-def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) -> Outcome:
+def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) -> Summary:
     """Read, predict and write all, each beside the others. Raises UserError where results cannot be written."""
-    outcome = Outcome(Counter(), [])
+    outcome = Summary(Counter(), [])
     number = min(_MOST_THREADS, os.cpu_count() or 1)
     ahead = predictor.batch_size + number
     expected = inputs.expected(every)
@@ -166,7 +166,7 @@ def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) 
     return outcome
 
 
-def readable(found: Iterable[Frame | Damage], outcome: Outcome) -> Iterator[Frame]:
+def readable(found: Iterable[Frame | ReadError], outcome: Summary) -> Iterator[Frame]:
     """The frames; what is said of the others, and of stray bytes, is added to the outcome."""
     for one in found:
         if isinstance(one, Frame):
@@ -180,7 +180,7 @@ def estimate_all(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[tupl
     """Each frame with its depth, float32 metres (height, width)."""
     for batch in batches(predictor, frames):
         before = predictor.batch_size
-        depths = predictor.several([frame.image for frame in batch])
+        depths = predictor.predict_batch([frame.image for frame in batch])
         if predictor.batch_size < before:
             say(
                 f"{predictor.device}: too little memory for {len(batch)} images at once; on with {predictor.batch_size}"
@@ -201,7 +201,7 @@ def batches(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[list[Fram
     yield from waiting.values()
 
 
-def summarise(outcome: Outcome, predictor: Predictor, results: Results, seconds: float) -> None:
+def summarise(outcome: Summary, predictor: Predictor, results: Results, seconds: float) -> None:
     """What was made, where, how fast, and what can be done with it. Raises UserError where something was not."""
     if outcome.images:
         made = f"{outcome.images:,} depth maps in {results.folder}"

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from mde_dist.data.manifest import Manifest
 from mde_dist.packing.claim import refuse_full
-from mde_dist.packing.holdout import hold_out
+from mde_dist.packing.holdout import make_val_split
 from mde_dist.packing.inspect import Layout, given_lists, given_scales, open_checked
 from mde_dist.packing.maintenance import index_shards, say_stray, show_splits, training_command, verify_shards
-from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import DepthMap
 from mde_dist.utils.cli import Part, Size, check_ranges, parse, run_command, words_of
 from mde_dist.utils.console import open_console, say
@@ -137,7 +137,7 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     if config.validation:
-        say(*hold_out(source, config.validation).in_words())
+        say(*make_val_split(source, config.validation).in_words())
     before = output.absolute().with_name(f".{output.absolute().name}.partial")
     if before.is_dir():
         say(f"note: {before} is what an earlier version left of a packing; nothing reads it, so remove it")
@@ -154,8 +154,8 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     show(console, manifest, output, time.monotonic() - started)
 
 
-def pack_options(config: ShardConfig) -> PackOptions:
-    return PackOptions(
+def pack_options(config: ShardConfig) -> PackConfig:
+    return PackConfig(
         config.size,
         config.samples_per_shard,
         config.depth_codec,

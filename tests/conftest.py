@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from commands import run, small, start
 
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import rooms
 
 STARTERS = {"gaps", "multiprocessing", "sandbox", "selenium", "subprocess", "terminals", "warm"}
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def room_shards(tmp_path_factory) -> Path:
     """30 training and 8 test rooms at 48x64, 8 in a shard (the last one of training is short)."""
     output = tmp_path_factory.mktemp("shards") / "rooms"
-    options = PackOptions(size=(48, 64), samples_per_shard=8)
+    options = PackConfig(size=(48, 64), samples_per_shard=8)
     pack(rooms({"train": 30, "test": 8}), output, options, workers=2, progress=lambda done, total: None)
     return output
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mde_dist.data.shards import ShardSet
+from mde_dist.data.shards import ShardDataset
 from mde_dist.distributed import process_group as run_distributed
 from mde_dist.evaluation import evaluator as scoring
 from mde_dist.evaluation import results
@@ -31,7 +31,7 @@ from mde_dist.training import checkpoint
 from mde_dist.training import data_stream as stream
 from mde_dist.training import run_dir as directory
 from mde_dist.training import snapshots as showcase
-from mde_dist.training import step as learner
+from mde_dist.training import step as train_module
 from mde_dist.utils import jsonl as run_records
 
 POINTS: dict[str, tuple[Any, str]] = {
@@ -43,7 +43,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "rename of a checkpoint": (Path, "rename"),
     "flush of a directory": (checkpoint, "sync_directory"),
     "removal of a checkpoint": (shutil, "rmtree"),
-    "line of metrics": (run_records.RecordFile, "write"),
+    "line of metrics": (run_records.JsonlLogger, "write"),
     "file of the run": (directory, "write_atomic"),
     "file of an evaluation": (results, "write_atomic"),
     "picture of an evaluation": (showcase, "write_atomic"),
@@ -156,9 +156,9 @@ def no_data(after: int, rank: int, mark: Path) -> None:
     """After so many samples the shards do not answer this rank any more; then `mark` is there."""
     if not mine(rank):
         return
-    real, reads, lock = ShardSet.read_into, 0, threading.Lock()
+    real, reads, lock = ShardDataset.read_into, 0, threading.Lock()
 
-    def stuck(self: ShardSet, *arguments: Any) -> None:
+    def stuck(self: ShardDataset, *arguments: Any) -> None:
         nonlocal reads
         with lock:
             reads += 1
@@ -168,14 +168,14 @@ def no_data(after: int, rank: int, mark: Path) -> None:
             time.sleep(600)
         real(self, *arguments)
 
-    ShardSet.read_into = stuck  # type: ignore[method-assign]
+    ShardDataset.read_into = stuck  # type: ignore[method-assign]
 
 
 def not_finite(step: int, what: str, rank: int | None = None) -> None:
     """The loss of this rank in a step (from 1), or the gradient of a loss that is finite, is not."""
     if not mine(rank):
         return
-    real, seen = learner.depth_loss, 0
+    real, seen = train_module.depth_loss, 0
 
     def depth_loss(*arguments: Any) -> torch.Tensor:
         nonlocal seen
@@ -185,7 +185,7 @@ def not_finite(step: int, what: str, rank: int | None = None) -> None:
             loss = loss * torch.nan if what == "loss" else _Poison.apply(loss)
         return loss
 
-    learner.depth_loss = depth_loss
+    train_module.depth_loss = depth_loss
 
 
 class _Poison(torch.autograd.Function):
@@ -289,11 +289,11 @@ def no_locks() -> None:
 
 def hosts_apart() -> None:
     """What ranks on GPUs do: the numbers that the host waits for go over a group of their own."""
-    real = stream.sum_apart
+    real = stream.all_reduce_device_and_host
 
-    def sum_apart(*arguments: Any) -> Any:
+    def all_reduce_device_and_host(*arguments: Any) -> Any:
         if run_distributed._hosts is None:
             run_distributed._hosts = run_distributed.hosts_group(60)
         return real(*arguments)
 
-    stream.sum_apart = sum_apart
+    stream.all_reduce_device_and_host = all_reduce_device_and_host

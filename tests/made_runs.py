@@ -17,11 +17,11 @@ from mde_dist.data.shards import open_split
 from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.breakdown import score_with_breakdown, split_breakdown
 from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
-from mde_dist.evaluation.results import EVALUATIONS, Truth, as_record, digests, sha256_of_truth, write_json
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import MODEL, OPTIMIZER, model_bytes
+from mde_dist.evaluation.results import EVALUATIONS, GroundTruth, hash_ground_truth, target_hashes, to_json, write_json
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import MODEL, OPTIMIZER, serialize_model
 from mde_dist.training.checkpoint import save_checkpoint
-from mde_dist.training.snapshots import write_showcase
+from mde_dist.training.snapshots import write_snapshots
 
 BEGAN = 1_790_000_000.0
 """When the runs began, seconds since 1970."""
@@ -139,13 +139,15 @@ def _evaluate(path: Path, images: HeldOut, samples: int, protocol: str, seed: in
     both = torch.from_numpy(prediction), torch.from_numpy(truth)
     rules, size = PROTOCOLS[protocol], truth.shape[1:]
     rows, where = split_breakdown(score_with_breakdown(*both, rules))
-    sha256 = sha256_of_truth(images.keys, size, digests(both[0], torch.from_numpy(metres_to_millimetres(truth))))
-    known = Truth(images.place, "test", size, images.manifest, images.keys, images.scenes, sha256)
+    sha256 = hash_ground_truth(
+        images.keys, size, target_hashes(both[0], torch.from_numpy(metres_to_millimetres(truth)))
+    )
+    known = GroundTruth(images.place, "test", size, images.manifest, images.keys, images.scenes, sha256)
     about = {"path": str(path), "samples": samples}
-    write_json(path / EVALUATIONS / "last.json", as_record({"model": [rows]}, [rules], known, about, [], where))
+    write_json(path / EVALUATIONS / "last.json", to_json({"model": [rows]}, [rules], known, about, [], where))
     chosen = np.linspace(0, len(images.keys) - 1, 3).astype(int)
     maps = [metres_to_millimetres(depth[chosen]) for depth in (truth, prediction)]
-    write_showcase(path, samples, [images.keys[place] for place in chosen], images.image[chosen], *maps)
+    write_snapshots(path, samples, [images.keys[place] for place in chosen], images.image[chosen], *maps)
     metrics = summarise(rows, rules).metrics
     at = {"samples": samples, "evaluation": protocol, "images": len(images.keys)}
     return {**at, **metrics}
@@ -155,5 +157,5 @@ def untrained(path: Path, images: HeldOut) -> Path:
     """The weights of a model that has learned nothing, as a training publishes them."""
     config = {"model.backbone": "resnet18", "data.shards": images.place, "data.eval_shards": None}
     metadata = {"config": {**config, "data.train_split": "train", "data.eval_split": "test"}, "size": [32, 32]}
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), metadata))
+    path.write_bytes(serialize_model(create_pretrained_model(ModelConfig(), seed=3).state_dict(), metadata))
     return path

@@ -9,7 +9,7 @@ import torch
 from commands import records, run, start, wait_for
 
 from mde_dist.evaluation.bootstrap import RESAMPLES
-from mde_dist.evaluation.metrics import PROTOCOLS, TERMS
+from mde_dist.evaluation.metrics import PROTOCOLS, SUFFICIENT_STATISTICS
 from mde_dist.tools.ablation.numbers import figures_of
 from mde_dist.tools.ablation.runs import check_devices, gpus_of
 from mde_dist.tools.ablation.table import check_begun, read_table
@@ -130,10 +130,12 @@ def test_rows_begin_at_their_base_under_what_is_common(tmp_path):
 
 def test_intervals_are_those_of_numpy_over_the_seeds_that_both_rows_have():
     random, images, protocol = np.random.default_rng(3), 12, PROTOCOLS["eigen"]
-    scored = [np.column_stack([np.full(images, 9.0), random.random((images, len(TERMS)))]) for _ in range(3)]
+    scored = [
+        np.column_stack([np.full(images, 9.0), random.random((images, len(SUFFICIENT_STATISTICS)))]) for _ in range(3)
+    ]
     a = figures_of("a", {0: scored[0], 1: scored[1]}, protocol, {})
     b = figures_of("b", {1: scored[2]}, protocol, {})
-    k, column = protocol.metrics.index("abs_rel"), 1 + TERMS.index("abs_rel")
+    k, column = protocol.metrics.index("abs_rel"), 1 + SUFFICIENT_STATISTICS.index("abs_rel")
     draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=RESAMPLES) / images
     of = [draws @ rows[:, column] for rows in scored]
     ends = [0.025, 0.975]

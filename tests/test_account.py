@@ -7,13 +7,13 @@ import torch
 
 from mde_dist.models.depth_model import ModelConfig
 from mde_dist.models.flops import training_flops
-from mde_dist.training.throughput import Account, peak_flops, peak_memory
+from mde_dist.training.throughput import ThroughputMeter, peak_flops, peak_memory
 
 CPU = torch.device("cpu")
 
 
 def test_rates_of_one_rank_by_hand():
-    account = Account(CPU)
+    account = ThroughputMeter(CPU)
     account.step(30)
     account.step(50)
     rates = account.rates(torch.tensor([[4.0, 1.0, 2.0, 3e9]], dtype=torch.float64), left=600)
@@ -22,7 +22,7 @@ def test_rates_of_one_rank_by_hand():
 
 
 def test_rates_of_several_ranks_name_the_one_that_the_others_wait_for():
-    account = Account(CPU, flops=5e9, peak=1e12)
+    account = ThroughputMeter(CPU, flops=5e9, peak=1e12)
     account.step(100)
     # seconds in all, waiting for data, own work, bytes
     rows = torch.tensor([[10.0, 1.0, 2.0, 1e9], [10.0, 0.5, 5.5, 2e9], [10.0, 3.0, 0.0, 1e9]], dtype=torch.float64)
@@ -36,7 +36,7 @@ def test_rates_of_several_ranks_name_the_one_that_the_others_wait_for():
 
 
 def test_time_is_booked_where_it_is_spent_and_restart_forgets_it():
-    account = Account(CPU)
+    account = ThroughputMeter(CPU)
     with account.waiting():
         time.sleep(0.02)
     with account.working():

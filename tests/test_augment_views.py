@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from warm import warm_run, without_pictures
 
 from mde_dist.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalise, prepare, prepare_depth, prepare_images
-from mde_dist.data.crops import AugmentConfig, look, paste_depth, rectangles, view_size
+from mde_dist.data.crops import AugmentConfig, paste_depth, random_crop_zoom, rectangles, view_size
 from mde_dist.data.loader import Batch
-from mde_dist.data.sampler import uniform
+from mde_dist.data.sampler import hash_uniform
 from mde_dist.models.weights import read_model
 from mde_dist.training.config import read_config
 from mde_dist.utils.errors import UserError
@@ -126,7 +126,7 @@ def test_a_view_has_the_stated_size_and_stays_inside(size, border, crop, zoom, s
     image, depth = prepare(numbered([sample], size), size, augment, SEED)
     assert image.shape == (1, 3, height, width)
     assert depth.shape == (1, height, width)
-    z = 1 + (zoom - 1) * uniform(SEED, 0, sample, 9)
+    z = 1 + (zoom - 1) * hash_uniform(SEED, 0, sample, 9)
     row, column = places(depth * z, size)
     for place, side in ((row, size[0]), (column, size[1])):
         frame = int(border * side + 0.5)
@@ -140,14 +140,14 @@ def test_golden_magnification():
     # 2 of 4 columns, twice as large: from 1 to 3, centres at 1.25, 1.75, 2.25, 2.75; pixel k's own centre is k + 0.5
     image = torch.tensor([10.0, 20.0, 30.0, 40.0]).expand(1, 3, 4, 4)
     depth = torch.tensor([1.0, 2.0, 0.0, 4.0]).expand(1, 4, 4)
-    middle, metres = look(image, depth, np.array([[0.5, 0.5, 0.5]]), still(zoom=3.0))
+    middle, metres = random_crop_zoom(image, depth, np.array([[0.5, 0.5, 0.5]]), still(zoom=3.0))
     assert middle[0, 1, 2].tolist() == pytest.approx([17.5, 22.5, 27.5, 32.5], abs=1e-5)
     assert metres[0, 3].tolist() == [1.0, 1.0, 0.0, 0.0]  # 2 m and the hole, which is not halved into something else
     # at the left end the first centre lies outside that of the first pixel
-    left, metres = look(image, depth, np.array([[0.5, 0.0, 0.5]]), still(zoom=3.0))
+    left, metres = random_crop_zoom(image, depth, np.array([[0.5, 0.0, 0.5]]), still(zoom=3.0))
     assert left[0, 1, 2].tolist() == pytest.approx([10.0, 12.5, 17.5, 22.5], abs=1e-5)
     assert metres[0, 3].tolist() == [0.5, 0.5, 1.0, 1.0]
-    top, _ = look(image.mT, depth, np.array([[0.0, 0.9, 0.5]]), still(zoom=3.0))
+    top, _ = random_crop_zoom(image.mT, depth, np.array([[0.0, 0.9, 0.5]]), still(zoom=3.0))
     assert top[0, 1, :, 2].tolist() == pytest.approx([10.0, 12.5, 17.5, 22.5], abs=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_wall_comes_nearer_by_as_much_as_it_is_magnified():
         samples,
     )
     _, depth = prepare(wall, SIZE, still(zoom=1.5), SEED)
-    z = 1 + 0.5 * uniform(SEED, 0, samples, np.full(200, 9))
+    z = 1 + 0.5 * hash_uniform(SEED, 0, samples, np.full(200, 9))
     assert np.abs(depth.numpy() - (3 / z)[:, None, None]).max() < 1e-6
     assert z.min() < 1.02
     assert z.max() > 1.48
@@ -213,7 +213,7 @@ def test_pasting_follows_its_probability_and_shows_the_depth_of_the_view():
     )
     assert not changed[depth == 0].any()
     chosen = changed.any(2).any(1).numpy()
-    drawn = uniform(SEED, 0, np.arange(400), np.full(400, 10)) < 0.25
+    drawn = hash_uniform(SEED, 0, np.arange(400), np.full(400, 10)) < 0.25
     assert (chosen <= drawn).all()
     assert (chosen != drawn).mean() < 0.02  # a small rectangle may hold holes only
     assert 60 < chosen.sum() < 140  # 100 expected, spread 9

@@ -14,7 +14,7 @@ from mde_dist.tools.benchmarking import peer_scripts, peers
 from mde_dist.tools.benchmarking.peer_loaders import harness
 from mde_dist.tools.benchmarking.peer_pairs import Truth, take_pairs
 from mde_dist.tools.benchmarking.peer_scripts import PEERS, Peer
-from mde_dist.training.config import checked
+from mde_dist.training.config import validate
 from mde_dist.utils.cli import parse
 from mde_dist.utils.errors import UserError
 
@@ -61,7 +61,7 @@ def scripts_on_path(monkeypatch):
 
 
 def options(shards, *arguments):
-    found = checked(parse(peers.Options, ["--data.shards", str(shards), *map(str, arguments)], "bench peers"))
+    found = validate(parse(peers.Options, ["--data.shards", str(shards), *map(str, arguments)], "bench peers"))
     found.check()
     return found
 

@@ -23,7 +23,7 @@ from servers import Fault, FileServer
 
 from mde_dist.data.manifest import FileInfo as Wanted
 from mde_dist.data.storage.cache import Cache
-from mde_dist.data.storage.remote import Away, Closed, NotThere, Remote, open_remote
+from mde_dist.data.storage.remote import Cancelled, NotThere, Remote, ServerUnavailable, open_remote
 from mde_dist.utils.errors import UserError
 
 MIB = 2**20
@@ -327,7 +327,7 @@ def test_a_server_that_goes_away_in_mid_file_is_given_up_and_resumed_later(
     want = wanted(server, "a.tar")
     server.fail(Fault(cut=300_000), times=1)
     server.fail(Fault(status=503))
-    with pytest.raises(Away, match=f"^{server.url}/a.tar: no new byte for"):
+    with pytest.raises(ServerUnavailable, match=f"^{server.url}/a.tar: no new byte for"):
         cache.fetch(remote, want, FOREVER)
     assert part_of(cache, want).stat().st_size == 300_000
     server.behave()
@@ -434,7 +434,7 @@ def test_closing_ends_the_wait_for_a_lock_within_a_second(
         assert not server.requests
         begun = time.monotonic()
         closing.set()
-        with pytest.raises(Closed):
+        with pytest.raises(Cancelled):
             fetch.result(20)
         assert time.monotonic() - begun < 1
 
@@ -446,7 +446,7 @@ def test_a_closed_download_leaves_its_part_to_the_next(cache: Cache, server: Fil
         fetch = thread.submit(cache.fetch, remote, want, closing)
         wait_for_size(part_of(cache, want), 100_000)
         closing.set()
-        with pytest.raises(Closed):
+        with pytest.raises(Cancelled):
             fetch.result(20)
     size = part_of(cache, want).stat().st_size
     assert cache.fetch(remote, want, FOREVER).read_bytes() == content_of(server, "a.tar")
@@ -553,6 +553,6 @@ def test_those_who_wait_for_a_download_lose_patience_with_the_one_who_downloads(
     with ThreadPoolExecutor(4) as threads:  # each with a Remote of its own, as ranks have
         fetches = [threads.submit(cache.fetch, open_remote(server.url), want, FOREVER) for cache in caches]
         for fetch in fetches:
-            with pytest.raises(Away):
+            with pytest.raises(ServerUnavailable):
                 fetch.result(30)
     assert server.requests["a.tar"] <= 10  # the first one asks 4 or 5 times in its 1.5 s, the others once

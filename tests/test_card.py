@@ -20,8 +20,8 @@ from mde_dist.evaluation.metrics import PROTOCOLS
 from mde_dist.inference.model_card import write_card
 from mde_dist.inference.origin import find_origin
 from mde_dist.inference.predictor import open_predictor
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, model_bytes, read_model
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, read_model, serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.training.checkpoint import save_checkpoint
 from mde_dist.utils.errors import UserError
@@ -95,7 +95,7 @@ def test_the_card_tells_what_the_run_found(run, room_shards):
     assert len(baselines) == 2
     shown = [*(scores[name] for name in ("abs_rel", "delta1")), *(r["abs_rel"] for r in baselines)]
     assert all(f" {value:.4f} |" in card.text for value in shown)
-    model = build(ModelConfig(backbone="tiny"), seed=0)
+    model = create_pretrained_model(ModelConfig(backbone="tiny"), seed=0)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     manifest = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())["identity"]["manifest"]
     for said in ("samples seen: 24", f"{millions:.1f} million", "30 pairs of the embedded sample", "32x32", manifest):
@@ -146,14 +146,16 @@ def test_a_card_shows_only_what_was_measured_of_these_very_weights(trained, run,
 def test_beside_an_average_the_weights_themselves_were_not_scored(trained, run, tmp_path):
     averaged = tmp_path / "averaged"
     state = json.loads(next(trained.glob("checkpoints/*/state.json")).read_text())
-    files = {name: model_bytes({"weight": torch.full((4,), value)}, {}) for name, value in ((MODEL, 1.0), (EMA, 2.0))}
+    files = {
+        name: serialize_model({"weight": torch.full((4,), value)}, {}) for name, value in ((MODEL, 1.0), (EMA, 2.0))
+    }
     record = {name: state[name] for name in ("config", "identity", "versions")} | {"step": 2, "samples_seen": 24}
     save_checkpoint(averaged / "checkpoints", {**files, OPTIMIZER: b""}, record, 2, None)
     shutil.copytree(run / "evaluations", averaged / "evaluations")
     for name, scores in ((MODEL, 0), (EMA, 1)):
         origin = find_origin(averaged / "checkpoints" / "step-00000002" / name, averaged)
         assert origin.samples == 24 and len(origin.scores) == scores
-    (tmp_path / "other").write_bytes(model_bytes({"weight": torch.full((4,), 3.0)}, {}))
+    (tmp_path / "other").write_bytes(serialize_model({"weight": torch.full((4,), 3.0)}, {}))
     assert find_origin(tmp_path / "other", averaged).samples is None
 
 
@@ -168,7 +170,7 @@ def test_a_published_model_is_recognised_whatever_it_says_of_itself(trained, run
 def make_run(folder, trained, config, identity, **evaluation):
     """A run as the trained one, that says something else of itself."""
     metadata, tensors = read_model(trained / MODEL)
-    weights = model_bytes(tensors, metadata | {"config": metadata["config"] | config})
+    weights = serialize_model(tensors, metadata | {"config": metadata["config"] | config})
     state = json.loads(next(trained.glob("checkpoints/*2/state.json")).read_text())
     record = {name: state[name] for name in ("step", "samples_seen", "config", "versions")}
     record["identity"] = state["identity"] | identity

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, model_bytes, read_model, read_tensors
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, read_model, read_tensors, serialize_model
 from mde_dist.training.checkpoint import (
     Checkpoint,
-    host_copy,
     load_checkpoint,
     load_newest,
     newest_checkpoint,
     open_model,
     save_checkpoint,
+    to_cpu,
 )
 from mde_dist.training.state import State
 from mde_dist.utils.errors import UserError
@@ -31,7 +31,7 @@ ABOUT = {"config": {"model.backbone": "resnet18"}, "size": [32, 32]}
 
 def write(directory: Path, step: int, keep: int = 2, best: int | None = None, average: bool = False, **more) -> Path:
     tensors = {"w": torch.full((3,), float(step))}
-    files = {name: model_bytes(tensors, ABOUT) for name in ((MODEL, EMA) if average else (MODEL,))}
+    files = {name: serialize_model(tensors, ABOUT) for name in ((MODEL, EMA) if average else (MODEL,))}
     return save_checkpoint(directory, {**files, OPTIMIZER: save(tensors)}, record(step), keep, best, **more)
 
 
@@ -195,7 +195,7 @@ def test_a_model_file_carries_what_rebuilds_it(tmp_path):
     path = tmp_path / MODEL
     names = ("data.shards", "data.eval_shards", "data.train_split", "data.eval_split")
     config = {"model.backbone": "resnet18", **dict.fromkeys(names, "x")}
-    path.write_bytes(model_bytes(host_copy(model.state_dict()), {"config": config, "size": (240, 320)}))
+    path.write_bytes(serialize_model(to_cpu(model.state_dict()), {"config": config, "size": (240, 320)}))
     metadata, tensors = read_model(path)
     assert metadata["config"] == config
     assert metadata["size"] == [240, 320]
@@ -247,7 +247,7 @@ def test_weights_that_rot_are_named_and_the_whole_ones_before_are_taken(tmp_path
         with pytest.raises(UserError, match=f"{name} is damaged"):
             read_model(name)
         with pytest.raises(UserError, match=f"{name} is damaged"):  # as --model.weights, too
-            build(ModelConfig(weights=str(name)), seed=0)
+            create_pretrained_model(ModelConfig(weights=str(name)), seed=0)
     flip(whole[0] / OPTIMIZER, -1)  # of which only training has need
     assert open_model(tmp_path, None)[0] == path
     flip(path, -1)
@@ -259,8 +259,8 @@ def test_weights_that_rot_are_named_and_the_whole_ones_before_are_taken(tmp_path
 
 
 def test_a_model_on_its_own_is_read_as_it_was_written_or_not_at_all(tmp_path):
-    data = model_bytes({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
-    assert data == model_bytes({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
+    data = serialize_model({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
+    assert data == serialize_model({"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}, ABOUT)
     path = tmp_path / MODEL
     path.write_bytes(data)
     expected = read_model(path)

@@ -14,8 +14,8 @@ from commands import wait_for
 from trees import bts, contents, folder, packed, packed_yet, silent
 from warm import warm_run, warm_start
 
-from mde_dist.packing.index_tars import adopt
-from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.index_tars import index_tars
+from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.repair import LOCK, repair
 from mde_dist.packing.sources import open_source
 from mde_dist.packing.validate import verify
@@ -23,7 +23,7 @@ from mde_dist.training.setup import pack_sample
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.locks import Taken, locked
 
-OPTIONS = PackOptions(samples_per_shard=2)
+OPTIONS = PackConfig(samples_per_shard=2)
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_a_second_packing_is_refused_and_one_that_was_killed_is_replaced(tmp_pat
         assert not packed_yet(output)
         third = warm_run("shard", **given, **{"depth-codec": "png"})
     assert third.returncode == 0, third.stderr
-    packed(root, tmp_path / "alone", PackOptions(samples_per_shard=6, codec="png"))
+    packed(root, tmp_path / "alone", PackConfig(samples_per_shard=6, codec="png"))
     assert contents(output) == contents(tmp_path / "alone")
 
 
@@ -124,8 +124,8 @@ def test_parts_are_packed_side_by_side_and_published_alone(tmp_path):
             assert "0/2" in refused.stderr or f"process {first.ranks[0].pid}" in refused.stderr
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0
-    pack(open_source(root), output, PackOptions(samples_per_shard=6), 1, silent)
-    packed(root, tmp_path / "alone", PackOptions(samples_per_shard=6))
+    pack(open_source(root), output, PackConfig(samples_per_shard=6), 1, silent)
+    packed(root, tmp_path / "alone", PackConfig(samples_per_shard=6))
     assert contents(output) == contents(tmp_path / "alone")
 
 
@@ -180,8 +180,8 @@ def test_two_repairs_or_indexings_do_not_mix(tmp_path):
     assert contents(tmp_path / "out") == after
     (tmp_path / "out/manifest.json").unlink()
     with locked(tmp_path / "out" / LOCK, "taken"), pytest.raises(Taken):
-        adopt(tmp_path / "out", 1, silent, True, lambda split, median: None)
-    adopt(tmp_path / "out", 1, silent, True, lambda split, median: None)
+        index_tars(tmp_path / "out", 1, silent, True, lambda split, median: None)
+    index_tars(tmp_path / "out", 1, silent, True, lambda split, median: None)
     assert not (tmp_path / "out" / LOCK).exists()
 
 

@@ -12,12 +12,12 @@ from mde_dist import evaluate
 from mde_dist.evaluation.compare import compare, differences
 from mde_dist.evaluation.metrics import METRICS, PROTOCOLS, score, summarise
 from mde_dist.evaluation.results import (
-    Truth,
-    as_record,
-    digests,
+    GroundTruth,
+    hash_ground_truth,
     read_record,
-    sha256_of_truth,
-    short,
+    short_hash,
+    target_hashes,
+    to_json,
     write_csv,
     write_json,
 )
@@ -26,10 +26,10 @@ from mde_dist.utils.errors import UserError
 IMAGES, SIZE = 30, (12, 16)
 
 
-def truth_of(depth, keys=None):
+def ground_truth_of(depth, keys=None):
     keys = keys or [f"image-{number}" for number in range(len(depth))]
-    sha256 = sha256_of_truth(keys, SIZE, digests(depth, depth))
-    return Truth("here", "test", SIZE, "0" * 64, keys, ["scene"] * len(keys), sha256)
+    sha256 = hash_ground_truth(keys, SIZE, target_hashes(depth, depth))
+    return GroundTruth("here", "test", SIZE, "0" * 64, keys, ["scene"] * len(keys), sha256)
 
 
 def depths(seed=0, images=IMAGES):
@@ -40,7 +40,7 @@ def depths(seed=0, images=IMAGES):
 def record(prediction, depth, names=("eigen", "densedepth"), keys=None, **about):
     protocols = [PROTOCOLS[name] for name in names]
     rows = [score(prediction, depth, protocol, 1000) for protocol in protocols]
-    return as_record({"model": rows}, protocols, truth_of(depth, keys), {"path": "model", **about}, [])
+    return to_json({"model": rows}, protocols, ground_truth_of(depth, keys), {"path": "model", **about}, [])
 
 
 def noisy(depth, seed, spread):
@@ -102,7 +102,7 @@ def test_verdicts(tmp_path, capsys):
     assert {one.verdict for one in compare(paths[0], paths[0])["eigen"]} == {"not clear"}
     assert next(one for one in compare(paths[0], paths[2])["eigen"] if one.metric == "abs_rel").verdict == ("not clear")
     said = capsys.readouterr().out
-    assert short(record(good, depth)["fingerprints"]["eigen"]) in said
+    assert short_hash(record(good, depth)["fingerprints"]["eigen"]) in said
     assert "10,000 bootstrap resamples" in said
 
 
@@ -210,7 +210,7 @@ def test_the_fingerprint_holds_all_that_decides():
     assert marks["eigen"]["protocol"]["clamp"] == [1e-3, 10.0]
     assert marks["densedepth"]["protocol"]["valid"] == [0.0, None]  # JSON has no infinity
     assert marks["eigen"]["images"] == IMAGES
-    assert short(marks["eigen"]) != short(marks["densedepth"])
+    assert short_hash(marks["eigen"]) != short_hash(marks["densedepth"])
 
 
 @settings(max_examples=30, deadline=None)
@@ -220,7 +220,7 @@ def test_a_truth_that_differs_in_one_pixel_is_another(value, image, row, column)
     changed = depth.clone()
     changed[image, row, column] = value
     same = bool((changed == depth).all())
-    assert (truth_of(changed).sha256 == truth_of(depth).sha256) == same
+    assert (ground_truth_of(changed).sha256 == ground_truth_of(depth).sha256) == same
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
@@ -244,7 +244,7 @@ def test_the_table_of_images_has_a_row_each(tmp_path):
     depth[4] = 0
     protocols = [PROTOCOLS["eigen"], PROTOCOLS["blog"]]
     rows = [score(noisy(depth, 1, 0.2), depth, protocol, 1000) for protocol in protocols]
-    write_csv(tmp_path / "images.csv", protocols, rows, truth_of(depth))
+    write_csv(tmp_path / "images.csv", protocols, rows, ground_truth_of(depth))
     lines = [line.split(",") for line in (tmp_path / "images.csv").read_text().splitlines()]
     head = ["key", "scene", "eigen_pixels", *(f"eigen_{m}" for m in METRICS)]
     assert lines[0] == [*head, "blog_pixels", "blog_abs_rel", "blog_delta1"]

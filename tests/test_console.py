@@ -15,9 +15,9 @@ from trees import folder
 
 import mde_dist
 from mde_dist import shard
-from mde_dist.evaluation.metrics import PROTOCOLS, TERMS
+from mde_dist.evaluation.metrics import PROTOCOLS, SUFFICIENT_STATISTICS
 from mde_dist.tools.ablation import report
-from mde_dist.tools.ablation.numbers import Found, figures_of
+from mde_dist.tools.ablation.numbers import AblationResult, figures_of
 from mde_dist.tools.ablation.table import read_table
 from mde_dist.training.scores import show_scores
 from mde_dist.utils.cli import run_command
@@ -115,11 +115,11 @@ def test_a_packing_into_a_folder_with_such_a_name_ends_well(tmp_path, capsys):
 def test_rows_of_an_ablation_and_lines_of_metrics_are_shown_as_they_are_named(tmp_path, capsys):
     (tmp_path / "table.toml").write_text('[rows."[/b] :smile: \\u001b[31m"]\n[rows."[red]b"]\noptim.ema = 0\n')
     table = read_table(tmp_path / "table.toml", tmp_path / "out")
-    protocol, rows = PROTOCOLS["eigen"], np.full((3, 1 + len(TERMS)), 0.5)
+    protocol, rows = PROTOCOLS["eigen"], np.full((3, 1 + len(SUFFICIENT_STATISTICS)), 0.5)
     cost = {"seconds": 1.0, "images_per_second": 1.0, "million_parameters": 1.0}
     figures = {row: figures_of(row, {0: rows}, protocol, cost) for row in table.rows}
     mark = {"protocol": {}, "images": 3, "ground_truth": "", "version": ""}
-    report.show(Found(protocol, mark, figures), table)
+    report.show(AblationResult(protocol, mark, figures), table)
     lines = [{"baseline": name, "abs_rel": 0.5} for name in MARKUP + COMMANDS]
     show_scores(Path("[/b]"), [*lines, {"evaluation": "[/i]", "images": 3, "samples": 1, "abs_rel": 0.5}])
     said = capsys.readouterr().out

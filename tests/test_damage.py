@@ -46,14 +46,14 @@ from trees import (
 from mde_dist.data import depth as depth_module
 from mde_dist.data import shards as shards_module
 from mde_dist.data.dataset import DamagedSample
-from mde_dist.data.loader import Loader
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.packing.index_tars import adopt
-from mde_dist.packing.pack import PackOptions
+from mde_dist.data.loader import DataLoader
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.packing.index_tars import index_tars
+from mde_dist.packing.pack import PackConfig
 from mde_dist.packing.repair import repair
 from mde_dist.packing.validate import verify
 from mde_dist.training.config import Config
-from mde_dist.training.data_stream import poisoned
+from mde_dist.training.data_stream import check_bad_sample_quota
 from mde_dist.utils.errors import RankError, UserError
 
 CPU = torch.device("cpu")
@@ -69,11 +69,11 @@ Pair = tuple[bytes, bytes]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`shards`: 13 training pairs (5, 5, 3 in a shard) and 3 of test; `other`: as many of another data set."""
     root = tmp_path_factory.mktemp("damage")
-    packed(bts(root / "tree", SAMPLES, 3), root / "shards", PackOptions(samples_per_shard=PER_SHARD))
+    packed(bts(root / "tree", SAMPLES, 3), root / "shards", PackConfig(samples_per_shard=PER_SHARD))
     other = bts(root / "other tree", SAMPLES, 3)
     for number, path in enumerate(sorted(other.glob("sync/*/*.jpg"))):
         path.write_bytes(jpeg_bytes(picture(50 + number)))
-    packed(other, root / "other", PackOptions(samples_per_shard=PER_SHARD))
+    packed(other, root / "other", PackConfig(samples_per_shard=PER_SHARD))
     return root
 
 
@@ -93,7 +93,7 @@ def fresh(base: Path) -> Path:
     return Path(shutil.copytree(base / "shards", base / "copy"))
 
 
-def read(shards: ShardSet, sample: int) -> Pair:
+def read(shards: ShardDataset, sample: int) -> Pair:
     image, depth = np.full((*shards.size, 3), 77, np.uint8), np.full(shards.size, 77, np.uint16)
     shards.read_into(sample, image, depth)
     return image.tobytes(), depth.tobytes()
@@ -466,7 +466,7 @@ def substitute(sample: int, bad: tuple[int, ...], total: int, block: int) -> int
     return next((it for it in ((sample + k * (block + 1)) % total for k in range(8)) if it not in bad), None)
 
 
-def check_run(shards: ShardSet, damage: Damage, keys: list[str], pairs: dict[str, list[Pair]]) -> None:
+def check_run(shards: ShardDataset, damage: Damage, keys: list[str], pairs: dict[str, list[Pair]]) -> None:
     """Direct reads and the loader: every pair is right, what is damaged is named, replaced and counted."""
     for sample, key in enumerate(keys):
         if sample in damage.bad and not damage.training_only:
@@ -488,7 +488,7 @@ def check_run(shards: ShardSet, damage: Damage, keys: list[str], pairs: dict[str
     for threads in (0, 2):
         said_aloud: list[str] = []
         draws = ((np.zeros(2, np.int64), np.array([s, order[-1 - i]])) for i, s in enumerate(order))
-        with Loader(shards, draws, 2, CPU, threads, replace=True, say=said_aloud.append) as loader:
+        with DataLoader(shards, draws, 2, CPU, threads, replace=True, say=said_aloud.append) as loader:
             for batch in loader:
                 images, depths = batch.image.numpy(), batch.depth.numpy()
                 for place, sample in enumerate(batch.sample.tolist()):
@@ -499,14 +499,14 @@ def check_run(shards: ShardSet, damage: Damage, keys: list[str], pairs: dict[str
     if damage.bad and not damage.training_only:
         draws = ((np.zeros(1, np.int64), np.array([s])) for s in damage.bad)
         with (
-            Loader(shards, draws, 1, CPU, 1) as loader,
+            DataLoader(shards, draws, 1, CPU, 1) as loader,
             pytest.raises(RankError, match=SHARD.replace("00001", "0000.")),
         ):
             next(loader)
 
 
 @contextlib.contextmanager
-def damaged(directory: Path, damage: Damage) -> Iterator[ShardSet | None]:
+def damaged(directory: Path, damage: Damage) -> Iterator[ShardDataset | None]:
     """Damage it -> the open split, or None where opening is refused in one line that says what and how to go on."""
     if damage.while_open:
         with open_split(directory, "train") as shards:
@@ -602,12 +602,12 @@ def test_damage_without_a_manifest(name: str, base: Path, truth: list[tuple[str,
     pairs = {key: pair for key, pair in truth}
     if damage.index:
         with pytest.raises(UserError, match="--skip-bad") as error:
-            adopt(directory, 1, silent, False, lambda split, median: None)
+            index_tars(directory, 1, silent, False, lambda split, median: None)
         said = str(error.value)
         assert str(directory) in said
         assert "\n" not in said
         assert not (directory / "manifest.json").exists()
-    adopt(directory, 1, silent, True, lambda split, median: None)
+    index_tars(directory, 1, silent, True, lambda split, median: None)
     after = contents(directory)
     assert {name: after[name] for name in before} == before  # tars are never touched
     with open_split(directory, "train") as shards:
@@ -626,7 +626,7 @@ def test_a_sample_that_lost_a_member_never_gets_that_of_its_namesake(tmp_path: P
         directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         content = [*sample_members("0000", 0), *order, *sample_members("0003", 3)]
         write_tar(directory / "train-000000.tar", content)
-        adopt(directory, 1, silent, True, lambda split, median: None)
+        index_tars(directory, 1, silent, True, lambda split, median: None)
         right = [decoded(seed) for seed in range(4)]
         with open_split(directory, "train") as shards:
             assert all(read(shards, sample) in right for sample in range(len(shards)))
@@ -643,7 +643,7 @@ def test_manifest_and_index_of_another_pack_give_no_sample_at_all(base: Path) ->
                 read(shards, sample)
         draws = ((np.zeros(1, np.int64), np.array([s])) for s in range(SAMPLES))
         with (
-            Loader(shards, draws, 1, CPU, 2, replace=True, say=lambda line: None) as loader,
+            DataLoader(shards, draws, 1, CPU, 2, replace=True, say=lambda line: None) as loader,
             pytest.raises(RankError, match="damaged, and so are the 7 to replace it"),
         ):
             next(loader)
@@ -741,7 +741,7 @@ def test_too_many_replaced_samples_end_a_run(base: Path, fraction: float, replac
     config = Config()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_fraction=fraction))
     with open_split(base / "shards", "train") as shards:
-        error = poisoned(config, replaced, seen, shards)
+        error = check_bad_sample_quota(config, replaced, seen, shards)
         if not ends:
             assert error is None
             return

@@ -11,7 +11,7 @@ from trees import bts, densedepth, folder, h5, marigold, newcrfs, silent
 
 from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.inference.inputs import find_inputs
-from mde_dist.packing.pack import PackOptions, pack, plan
+from mde_dist.packing.pack import PackConfig, pack, plan
 from mde_dist.packing.sources import Source, open_source
 from mde_dist.utils.errors import UserError
 
@@ -63,8 +63,8 @@ def test_a_file_that_cannot_be_reached_is_a_pair_that_is_named(
     end(path)
     source = open_source(root)
     assert source.splits["train"].pairs == before.splits["train"].pairs
-    names_it(root, path, lambda: plan(source, PackOptions()))
-    _, missing = plan(source, PackOptions(skip_bad=True))
+    names_it(root, path, lambda: plan(source, PackConfig()))
+    _, missing = plan(source, PackConfig(skip_bad=True))
     (line,) = missing["train"]
     assert str(path) in line
     assert "a link that leads nowhere" in line
@@ -76,8 +76,8 @@ def test_such_pairs_are_left_out_where_they_may_be(tmp_path: Path) -> None:
     kill(root / "images/0001.jpg")
     kill(root / "depth/0003.png")
     source = open_source(root)
-    names_it(root, root / "images/0001.jpg", lambda: pack(source, tmp_path / "o", PackOptions(), 1, silent))
-    manifest = pack(source, tmp_path / "o", PackOptions(skip_bad=True), 1, silent)
+    names_it(root, root / "images/0001.jpg", lambda: pack(source, tmp_path / "o", PackConfig(), 1, silent))
+    manifest = pack(source, tmp_path / "o", PackConfig(skip_bad=True), 1, silent)
     assert manifest.splits["train"].samples == 1
     assert len(manifest.raw["splits"]["train"]["skipped"]) == 3
 
@@ -157,7 +157,7 @@ def test_a_file_that_stands_for_another_says_so(tmp_path: Path, pointer: str, wh
     root = folder(tmp_path / "tree")
     for name in ("images/0000.jpg", "depth/0001.png"):
         (root / name).write_text(pointer)
-    manifest = pack(open_source(root), tmp_path / "o", PackOptions(skip_bad=True), 1, silent)
+    manifest = pack(open_source(root), tmp_path / "o", PackConfig(skip_bad=True), 1, silent)
     skipped = sorted(manifest.raw["splits"]["train"]["skipped"])
     assert [line.count(whose) for line in skipped] == [1, 1]
     assert "depth/0001.png is not a readable depth map" in skipped[0]

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from mde_dist.models.decoders import bounded
-from mde_dist.models.depth_model import ModelConfig, build, restore, skeleton
+from mde_dist.models.decoders import depth_activation
+from mde_dist.models.depth_model import ModelConfig, create_model, create_pretrained_model, load_model
 from mde_dist.utils.errors import UserError
 
 STRONG = ModelConfig(upsample="bilinear", refine=True, head="full", output="log")
@@ -28,7 +28,7 @@ def image(*shape, seed=0):
 
 @pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
 def test_every_parameter_learns_and_depth_has_the_size_of_the_image(config):
-    model = build(config, seed=0).train()
+    model = create_pretrained_model(config, seed=0).train()
     depth = model(image(2, 3, 45, 61))
     assert depth.shape == (2, 45, 61)
     assert depth.dtype == torch.float32
@@ -38,9 +38,9 @@ def test_every_parameter_learns_and_depth_has_the_size_of_the_image(config):
 
 @pytest.mark.parametrize("config", PARTS.values(), ids=PARTS)
 def test_each_part_makes_another_model_that_its_file_brings_back(config):
-    model = build(config, seed=3).eval()
+    model = create_pretrained_model(config, seed=3).eval()
     metadata = {"config": json.loads(json.dumps({f"model.{k}": v for k, v in dataclasses.asdict(config).items()}))}
-    again, seed = restore(metadata, model.state_dict()).eval(), build(ModelConfig(), seed=3).eval()
+    again, seed = load_model(metadata, model.state_dict()).eval(), create_pretrained_model(ModelConfig(), seed=3).eval()
     x = image(1, 3, 64, 96)
     with torch.inference_mode():
         assert torch.allclose(model(x), again(x), atol=1e-5)
@@ -48,13 +48,16 @@ def test_each_part_makes_another_model_that_its_file_brings_back(config):
 
 
 def test_the_encoder_starts_the_same_under_every_decoder():
-    one, other = build(ModelConfig(), seed=3).encoder.state_dict(), build(STRONG, seed=3).encoder.state_dict()
+    one, other = (
+        create_pretrained_model(ModelConfig(), seed=3).encoder.state_dict(),
+        create_pretrained_model(STRONG, seed=3).encoder.state_dict(),
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_file_from_before_these_fields_is_a_seed():
-    model = build(ModelConfig(), seed=3).eval()
-    again = restore({"config": {"model.backbone": "resnet18", "model.norm": "batch"}}, model.state_dict()).eval()
+    model = create_pretrained_model(ModelConfig(), seed=3).eval()
+    again = load_model({"config": {"model.backbone": "resnet18", "model.norm": "batch"}}, model.state_dict()).eval()
     x = image(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.allclose(model(x), again(x), atol=1e-5)
@@ -64,27 +67,27 @@ def test_a_file_from_before_these_fields_is_a_seed():
 def test_a_file_that_names_what_there_is_not_is_refused(field):
     values = {f"model.{name}": value for name, value in dataclasses.asdict(ModelConfig()).items()}
     with pytest.raises(UserError, match=f"model.{field}: unknown"):
-        restore({"config": values | {f"model.{field}": ["no"]}}, {})
+        load_model({"config": values | {f"model.{field}": ["no"]}}, {})
 
 
 def test_bounds_by_hand():
     raw = torch.tensor([-1e4, 0.0, 1e4])
-    assert bounded(raw, "sigmoid", 0.1, 10).tolist() == pytest.approx([0.1, 5.05, 10])
-    assert bounded(raw, "log", 0.1, 10).tolist() == pytest.approx([0.1, 1, 10])
+    assert depth_activation(raw, "sigmoid", 0.1, 10).tolist() == pytest.approx([0.1, 5.05, 10])
+    assert depth_activation(raw, "log", 0.1, 10).tolist() == pytest.approx([0.1, 1, 10])
     # ln(1 + e^0)
-    assert bounded(raw, "softplus", 0.1, 10).tolist() == pytest.approx([0, 0.693147, 1e4])
+    assert depth_activation(raw, "softplus", 0.1, 10).tolist() == pytest.approx([0, 0.693147, 1e4])
 
 
 @pytest.mark.parametrize("output", ["sigmoid", "log"])
 def test_a_bounded_output_stays_within_its_range(output):
-    model = build(ModelConfig(output=output, min_depth=1, max_depth=3), seed=0).eval()
+    model = create_pretrained_model(ModelConfig(output=output, min_depth=1, max_depth=3), seed=0).eval()
     with torch.inference_mode():
         depth = model(1e3 * image(1, 3, 64, 64))
     assert 1 <= depth.min() < depth.max() <= 3
 
 
 def test_a_decoder_has_no_statistics_to_freeze():
-    model = skeleton(dataclasses.replace(STRONG, norm="frozen"))
+    model = create_model(dataclasses.replace(STRONG, norm="frozen"))
     decoder = [module for name, module in model.named_modules() if not name.startswith("encoder")]
     assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in decoder)
     assert any(isinstance(module, torch.nn.GroupNorm) for module in decoder)

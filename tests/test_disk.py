@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.training.checkpoint import newest_checkpoint
-from mde_dist.training.checkpoint_writer import Saver
+from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
 from mde_dist.utils.errors import UserError
-from mde_dist.utils.jsonl import RecordFile, read_records
+from mde_dist.utils.jsonl import JsonlLogger, read_records
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 
@@ -128,7 +128,7 @@ def test_a_directory_that_becomes_read_only_stops_the_run_with_one_line(undistur
 
 def test_lines_that_the_disk_did_not_take_are_written_when_it_does(tmp_path):
     path, complaints = tmp_path / "metrics.jsonl", []
-    with contextlib.closing(RecordFile(path, 0, 0, complaints.append)) as records:
+    with contextlib.closing(JsonlLogger(path, 0, 0, complaints.append)) as records:
         records.write({"samples": 1})
         real, records._file = records._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115, PTH123
         for samples in (2, 3):
@@ -150,16 +150,16 @@ def test_a_saver_writes_one_at_a_time_and_what_is_written_once():
     def fail(copy):
         raise UserError("no")
 
-    with Saver(complaints.append) as saver:
+    with AsyncCheckpointWriter(complaints.append) as saver:
         for label in (1, 1, 2):
-            saver.start(label, lambda label=label: label, done.append)
+            saver.submit(label, lambda label=label: label, done.append)
         saver.finish()
         assert done == [1, 2]
-        saver.start(3, lambda: None, fail)
+        saver.submit(3, lambda: None, fail)
         with pytest.raises(UserError, match="no"):
             saver.finish()
         assert [str(error) for error in complaints] == ["no"]
-        saver.start(3, lambda: 3, done.append)  # again, since it failed
+        saver.submit(3, lambda: 3, done.append)  # again, since it failed
     assert done == [1, 2, 3]
     assert saver.error is None
 
@@ -168,7 +168,7 @@ def test_a_mistake_in_the_code_that_writes_is_not_lost():
     def fail(copy):
         raise ZeroDivisionError
 
-    with Saver(lambda error: None) as saver:
-        saver.start(1, lambda: None, fail)
+    with AsyncCheckpointWriter(lambda error: None) as saver:
+        saver.submit(1, lambda: None, fail)
         with pytest.raises(ZeroDivisionError):
             saver.finish()

@@ -25,11 +25,11 @@ from warm import warm_run
 from mde_dist.data.shards import open_split
 from mde_dist.doctor import duration, verdict
 from mde_dist.tools.diagnostics import data, machine, step
-from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
 from mde_dist.tools.diagnostics.place import check_cache, check_disk
 from mde_dist.tools.diagnostics.step import Measured, checkpoint_bytes
 from mde_dist.training.config import read_config
-from mde_dist.training.step import Learner, check_statistics
+from mde_dist.training.step import TrainModule, check_statistics
 from mde_dist.utils.errors import UserError
 
 CHECKS = [
@@ -228,7 +228,7 @@ def test_a_bad_command_line_is_one_line():
 def look_at_disks(*folders: str) -> None:
     """Tell the rows of run directories and of caches in these folders."""
     for folder in folders:
-        panel = Panel(Accelerator(cpu=True), lambda word: None)
+        panel = RankSurvey(Accelerator(cpu=True), lambda word: None)
         config = read_config(["--run", f"{folder}/run"])
         check_disk(panel, config, checkpoint=1000, refused=False)
         check_cache(panel, Path(folder))
@@ -248,11 +248,11 @@ def test_a_disk_without_locks_or_flushes_is_told_and_a_broken_one_is_a_failure(t
 
 
 @pytest.fixture
-def panel() -> Panel:
+def panel() -> RankSurvey:
     """Of one process that believes to be two, for what is judged without asking."""
     device = torch.device("cpu")
     lone = SimpleNamespace(process_index=0, num_processes=1, local_process_index=0, device=device, is_main_process=True)
-    found = Panel(lone, lambda word: None)
+    found = RankSurvey(lone, lambda word: None)
     found.world, found.hosts, found.nodes = 2, ["one", "two"], [0, 1]
     return found
 
@@ -324,7 +324,7 @@ def test_the_bytes_of_a_checkpoint_are_those_that_are_written(undisturbed):
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     newest = max((undisturbed / "checkpoints").iterdir())
     written = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
-    expected = checkpoint_bytes(Learner(read_config(["--model.backbone", "tiny"]), accelerator, (32, 32)))
+    expected = checkpoint_bytes(TrainModule(read_config(["--model.backbone", "tiny"]), accelerator, (32, 32)))
     assert expected == pytest.approx(written, rel=0.02)  # names and metadata take some
 
 

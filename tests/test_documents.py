@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.rooms import render_room
 from mde_dist.packing.sources import rooms
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 def test_the_lines_that_read_shards_with_plain_webdataset_work(document, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "webdataset" in block]
-    options = PackOptions(samples_per_shard=1)
+    options = PackConfig(samples_per_shard=1)
     pack(rooms({"train": 1, "test": 2}), tmp_path / "shards/rooms", options, 1, lambda done, total: None)
     monkeypatch.chdir(tmp_path)
     seen: dict = {}

@@ -15,7 +15,7 @@ from torch import nn
 from warm import warm_run
 
 from mde_dist.distributed.environment import ignored_variables, missing_interface, ranks_here
-from mde_dist.distributed.process_group import processes, promised_processes
+from mde_dist.distributed.process_group import init_distributed, promised_processes
 from mde_dist.distributed.rendezvous import read_alone
 from mde_dist.training.config import read_config
 from mde_dist.utils.cli import run_command
@@ -71,7 +71,7 @@ def test_none_of_them_reaches_accelerate(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        with processes(cpu_threads=torch.get_num_threads()) as accelerator:
+        with init_distributed(cpu_threads=torch.get_num_threads()) as accelerator:
             assert name not in os.environ
             assert accelerator.gradient_accumulation_steps == 1
             assert accelerator.mixed_precision == "no"
@@ -97,7 +97,7 @@ def test_what_a_launcher_sets_by_default_is_no_word_worth(monkeypatch, name, val
 )
 def test_what_says_nothing_that_can_be_understood_is_one_line(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{name}={value}: .*unset it"), processes():
+    with pytest.raises(UserError, match=f"^{name}={value}: .*unset it"), init_distributed():
         raise AssertionError("it began")
 
 
@@ -134,7 +134,7 @@ def test_what_a_launcher_cannot_have_said_is_one_line_that_names_it(monkeypatch,
 def begin(config: str | None, argv: list[str]) -> None:
     given = ["--config", config] if config else []
     _, error = read_alone(lambda: read_config(given), None)
-    with processes(error=error):
+    with init_distributed(error=error):
         raise AssertionError("it began")
 
 

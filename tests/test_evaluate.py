@@ -11,8 +11,8 @@ from safetensors.torch import save
 from mde_dist import evaluate
 from mde_dist.data.shards import open_split
 from mde_dist.inference.predictor import open_predictor
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import model_bytes
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import serialize_model
 from mde_dist.utils.errors import UserError
 
 
@@ -24,7 +24,11 @@ def checkpoint(room_shards, tmp_path_factory):
         **{"data.train_split": "train", "data.eval_split": "test"},
     }
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}))
+    path.write_bytes(
+        serialize_model(
+            create_pretrained_model(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}
+        )
+    )
     return path
 
 
@@ -87,7 +91,11 @@ def test_a_checkpoint_far_from_its_shards_is_scored_on_others(checkpoint, room_s
     config = {"model.backbone": "resnet18", "data.shards": "/gone", "data.eval_shards": None}
     config |= {"data.train_split": "train", "data.eval_split": "test"}
     path = tmp_path / "model.safetensors"
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}))
+    path.write_bytes(
+        serialize_model(
+            create_pretrained_model(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [48, 64]}
+        )
+    )
     with pytest.raises(UserError, match="/gone holds no shards"):
         results(path, tmp_path)
     moved = results(path, tmp_path, "--shards", str(room_shards))

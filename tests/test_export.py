@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from mde_dist import export
 from mde_dist.inference.export_formats import OLDEST_TORCH
 from mde_dist.models.depth_model import DepthModel, ModelConfig
-from mde_dist.models.weights import model_bytes, read_model
+from mde_dist.models.weights import read_model, serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 
@@ -45,7 +45,7 @@ def with_statistics(config):
 
 def saved(model, path, shards, **fields):
     config = {"model.backbone": "resnet18", "data.shards": str(shards), "data.eval_split": "test"} | fields
-    path.write_bytes(model_bytes(model.state_dict(), {"config": config, "size": [48, 64]}))
+    path.write_bytes(serialize_model(model.state_dict(), {"config": config, "size": [48, 64]}))
     return path
 
 
@@ -231,7 +231,7 @@ def test_a_program_that_differs_from_the_model_is_not_handed_on(checkpoint, outp
 def test_a_model_that_is_broken_is_not_handed_on(checkpoint, output, tmp_path, name, value, words):
     metadata, tensors = read_model(checkpoint)
     tensors[name].view(-1)[0] = value
-    (tmp_path / "broken.safetensors").write_bytes(model_bytes(tensors, metadata))
+    (tmp_path / "broken.safetensors").write_bytes(serialize_model(tensors, metadata))
     with pytest.raises(UserError, match=rf"broken\.safetensors on 5 images of .*: gives depths .*{words}") as error:
         export.main(["--checkpoint", str(tmp_path / "broken.safetensors"), "--output", str(output)])
     assert "\n" not in str(error.value)

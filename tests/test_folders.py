@@ -29,7 +29,7 @@ from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.evaluation.predictions import open_predictions
 from mde_dist.export import images_below
 from mde_dist.inference.inputs import find_inputs
-from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.index_tars import index_tars
 from mde_dist.packing.sources import open_source
 from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils.errors import UserError
@@ -106,7 +106,7 @@ def test_members_of_tars_that_were_left_behind_are_none(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-000000.tar", [*notes, *whole, *rest])
     shutil.copy(tmp_path / "train-000000.tar", tmp_path / "._train-000000.tar")
     (tmp_path / "._x.tar").write_bytes(NOTES)
-    manifest, problems = adopt(tmp_path, 1, silent, skip_bad=False, check=lambda split, median: None)
+    manifest, problems = index_tars(tmp_path, 1, silent, skip_bad=False, check=lambda split, median: None)
     assert [(split.samples, len(split.shards)) for split in manifest.splits.values()] == [(1, 1)]
     assert not problems
 

@@ -29,13 +29,13 @@ from trees import SIZE, bts, members, packed, silent, vouch, write_tar
 
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import CODECS
-from mde_dist.data.loader import Loader
-from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.loader import DataLoader
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.data.tar import scan
-from mde_dist.packing.examine import examine
-from mde_dist.packing.index_tars import adopt
-from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.examine import validate_shard
+from mde_dist.packing.index_tars import index_tars
+from mde_dist.packing.pack import PackConfig
 from mde_dist.packing.repair import repair
 from mde_dist.packing.validate import verify
 from mde_dist.utils.errors import RankError, UserError
@@ -71,7 +71,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> list[Whole]:
     found = []
     for codec in CODECS:
         base = tmp_path_factory.mktemp("fuzz")
-        packed(bts(base / "tree", 7, 5), base / "shards", PackOptions(samples_per_shard=3, codec=codec))
+        packed(bts(base / "tree", 7, 5), base / "shards", PackConfig(samples_per_shard=3, codec=codec))
         files = {path.name: path.read_bytes() for path in sorted((base / "shards").iterdir())}
         samples = {}
         for split in ("train", "test"):
@@ -81,7 +81,7 @@ def wholes(tmp_path_factory: pytest.TempPathFactory) -> list[Whole]:
     return found
 
 
-def whole_sample(shards: ShardSet, sample: int) -> Sample:
+def whole_sample(shards: ShardDataset, sample: int) -> Sample:
     image, depth = np.full((*shards.size, 3), 77, np.uint8), np.full(shards.size, 77, np.uint16)
     shards.read_into(sample, image, depth)
     return shards.key(sample), image.tobytes(), depth.tobytes(), shards.meta(sample)
@@ -239,7 +239,7 @@ def use(
         return Counter(refused=1)
     manifest, store = opened
     for split in manifest.splits:
-        shards = attempt(ShardSet, manifest, store, split)
+        shards = attempt(ShardDataset, manifest, store, split)
         if shards is None:
             seen["refused"] += 1
             continue
@@ -271,13 +271,13 @@ def use(
     return seen
 
 
-def load(shards: ShardSet, right: dict[int, tuple[bytes, bytes]], draw: np.random.Generator) -> None:
+def load(shards: ShardDataset, right: dict[int, tuple[bytes, bytes]], draw: np.random.Generator) -> None:
     """An epoch of the loader: every row is its sample, or the first whole one of those that may stand for it."""
     total, threads, size = len(shards), int(draw.choice([0, 2])), int(draw.integers(1, 4))
     order = draw.permutation(total)
     draws = ((np.zeros(len(part), np.int64), part) for part in np.split(order, range(size, total, size)))
     stands = {s: [c for k in range(8) if (c := (s + k * (shards.block + 1)) % total) in right] for s in range(total)}
-    with Loader(shards, draws, size, CPU, threads, replace=True, timeout=10.0, say=lambda line: None) as loader:
+    with DataLoader(shards, draws, size, CPU, threads, replace=True, timeout=10.0, say=lambda line: None) as loader:
         try:
             for batch in loader:
                 replaced = 0
@@ -298,7 +298,7 @@ def look(directory: Path, whole: Whole, draw: np.random.Generator) -> None:
         assert all("\n" not in problem for problem in scanned.problems)
         number = int(draw.integers(0, 3))
         for expected in (None, rows[rows["shard"] == number]):
-            report = examine(path, whole.codec, SIZE, expected)
+            report = validate_shard(path, whole.codec, SIZE, expected)
             assert len(report.keys) == len(report.rows)
             assert report.problems or report.sha256
 
@@ -314,7 +314,7 @@ def go_through_the_commands(directory: Path, whole: Whole, exact: bool) -> None:
     elif verdict is not None and not verdict.problems:
         check_left(directory, whole, exact)
     (directory / "manifest.json").unlink(missing_ok=True)
-    if attempt(adopt, directory, 1, silent, True, lambda split, median: None) is not None:
+    if attempt(index_tars, directory, 1, silent, True, lambda split, median: None) is not None:
         check_left(directory, whole, False)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from trees import open_files
 
-from mde_dist.data.storage.file_handles import Handles
+from mde_dist.data.storage.file_handles import FileDescriptorCache
 
 
 class Files:
@@ -39,7 +39,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-def read(handles: Handles, number: int) -> int:
+def read(handles: FileDescriptorCache, number: int) -> int:
     with handles.use(number) as file:
         return int(os.pread(file, 3, 0))
 
@@ -65,7 +65,7 @@ def in_threads(*work: Callable[[], None]) -> None:
 
 
 def test_each_number_has_its_own_file_which_is_opened_once(files: Files) -> None:
-    handles = Handles(files.open, 32)
+    handles = FileDescriptorCache(files.open, 32)
     for number in [3, 7, 3, 3, 7, 0]:
         assert read(handles, number) == number
     assert files.opened == [3, 7, 0]
@@ -75,7 +75,7 @@ def test_each_number_has_its_own_file_which_is_opened_once(files: Files) -> None
 
 def test_no_more_are_open_than_the_limit(files: Files) -> None:
     for limit in (1, 5, 32):
-        handles = Handles(files.open, limit)
+        handles = FileDescriptorCache(files.open, limit)
         for number in range(100):
             assert read(handles, number) == number
             assert files.count() == min(number + 1, limit)
@@ -84,7 +84,7 @@ def test_no_more_are_open_than_the_limit(files: Files) -> None:
 
 
 def test_no_more_than_the_limit_are_open(files: Files) -> None:
-    handles = Handles(files.open, 32)
+    handles = FileDescriptorCache(files.open, 32)
     for number in range(100):
         read(handles, number)
     assert files.count() == 32
@@ -92,7 +92,7 @@ def test_no_more_than_the_limit_are_open(files: Files) -> None:
 
 
 def test_the_least_recently_used_is_closed_first(files: Files) -> None:
-    handles = Handles(files.open, 3)
+    handles = FileDescriptorCache(files.open, 3)
     for number in (1, 2, 3, 1, 4):  # 4 takes the place of 2
         read(handles, number)
     assert {Path(name).stem for name in open_files(files.folder)} == {"1", "3", "4"}
@@ -106,7 +106,7 @@ def test_the_least_recently_used_is_closed_first(files: Files) -> None:
 
 
 def test_a_file_in_use_is_not_closed_however_many_others_are_asked_for(files: Files) -> None:
-    handles = Handles(files.open, 2)
+    handles = FileDescriptorCache(files.open, 2)
     with handles.use(0) as file, handles.use(1) as other:
         for number in range(2, 30):
             assert read(handles, number) == number
@@ -122,7 +122,7 @@ def test_a_file_in_use_is_not_closed_however_many_others_are_asked_for(files: Fi
 
 
 def test_closing_while_a_file_is_in_use_closes_it_when_its_user_has_done(files: Files) -> None:
-    handles = Handles(files.open, 32)
+    handles = FileDescriptorCache(files.open, 32)
     read(handles, 1)
     with handles.use(0) as file:
         handles.close()
@@ -133,7 +133,7 @@ def test_closing_while_a_file_is_in_use_closes_it_when_its_user_has_done(files: 
 
 
 def test_nothing_is_opened_any_more_once_closed(files: Files) -> None:
-    handles = Handles(files.open, 32)
+    handles = FileDescriptorCache(files.open, 32)
     read(handles, 0)
     with handles.use(1):
         handles.close()
@@ -144,7 +144,7 @@ def test_nothing_is_opened_any_more_once_closed(files: Files) -> None:
 
 
 def test_an_error_in_the_block_gives_the_file_back(files: Files) -> None:
-    handles = Handles(files.open, 1)
+    handles = FileDescriptorCache(files.open, 1)
     for number in range(10):
         with contextlib.suppress(KeyError), handles.use(number):
             raise KeyError
@@ -154,7 +154,7 @@ def test_an_error_in_the_block_gives_the_file_back(files: Files) -> None:
 
 
 def test_a_file_that_cannot_be_opened_is_the_callers_error_and_leaves_nothing_behind(files: Files) -> None:
-    handles = Handles(files.open, 2)
+    handles = FileDescriptorCache(files.open, 2)
     (files.folder / "5.bin").rename(files.folder / "away")
     for _ in range(3):
         with pytest.raises(FileNotFoundError), handles.use(5):
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_opened_is_the_callers_error_and_leaves_nothing_be
 
 
 def test_many_threads_read_what_they_ask_for_and_leave_no_more_open_than_the_limit(files: Files) -> None:
-    handles = Handles(files.open, 4)
+    handles = FileDescriptorCache(files.open, 4)
 
     def work(seed: int) -> Callable[[], None]:
         def run() -> None:
@@ -194,7 +194,7 @@ def test_two_threads_that_open_one_number_at_once_share_one_file(files: Files) -
             barrier.wait(2)  # all four are opening it
         return files.open(number)
 
-    handles = Handles(slowly, 32)
+    handles = FileDescriptorCache(slowly, 32)
     done = threading.Barrier(4)
 
     def work() -> None:
@@ -219,7 +219,7 @@ def test_a_slow_opening_holds_up_no_other_number(files: Files) -> None:
             assert wake.wait(20)
         return files.open(number)
 
-    handles, served = Handles(stuck_on_zero, 3), []
+    handles, served = FileDescriptorCache(stuck_on_zero, 3), []
 
     def slow() -> None:
         served.append(read(handles, 0))
@@ -244,7 +244,7 @@ def test_closing_while_a_file_is_being_opened_leaves_none_open(files: Files) -> 
         assert wake.wait(20)
         return files.open(number)
 
-    handles = Handles(stuck, 32)
+    handles = FileDescriptorCache(stuck, 32)
 
     def slow() -> None:
         with pytest.raises(OSError, match="closed"), handles.use(0):

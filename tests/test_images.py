@@ -24,8 +24,8 @@ from mde_dist.evaluation.predictions import open_predictions
 from mde_dist.export import from_files
 from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.packing.inspect import open_checked
-from mde_dist.packing.pack import PackOptions, pack
-from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.pack import PackConfig, pack
+from mde_dist.packing.raw_dataset import RawDataset
 from mde_dist.packing.sources import BadPair, RawPair, open_source
 from mde_dist.utils.errors import UserError
 
@@ -151,7 +151,7 @@ def test_shards_show_it_upright_to_every_reader(tmp_path: Path) -> None:
             assert np.abs(image.astype(int) - upright).mean() < 6
             np.testing.assert_array_equal(depth, millimetres(SEED))
     source = open_source(tmp_path / "tree")
-    with SourceSamples(source, "train", SIZE) as samples:  # evaluate --source
+    with RawDataset(source, "train", SIZE) as samples:  # evaluate --source
         samples.read_into(0, image, depth)
         assert np.abs(image.astype(int) - upright).mean() < 6
 
@@ -184,7 +184,7 @@ def test_depth_of_the_stored_size_cannot_be_told_to_match(tmp_path: Path, orient
     assert "\n" not in said
     write(root / "images/b.jpg", jpeg_bytes(picture(0)))
     write(root / "depth/b.png", millimetres(0))
-    manifest = pack(open_source(root), tmp_path / "out", PackOptions(skip_bad=True), 1, silent)
+    manifest = pack(open_source(root), tmp_path / "out", PackConfig(skip_bad=True), 1, silent)
     assert manifest.splits["train"].samples == 1
     assert manifest.raw["splits"]["train"]["skipped"] == [said]
 
@@ -273,7 +273,7 @@ def test_images_with_stray_bytes_are_read_by_all_and_counted(
     )
     source = open_source(tmp_path / "tree")
     expected = decode_jpeg(WHOLE)[0]
-    with open_split(tmp_path / "shards", "train") as shards, SourceSamples(source, "train", SIZE) as samples:
+    with open_split(tmp_path / "shards", "train") as shards, RawDataset(source, "train", SIZE) as samples:
         for where in (shards, samples):  # the loader, evaluate
             for sample in range(2):
                 image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
@@ -324,7 +324,7 @@ def test_postscript_is_no_image_and_starts_no_program(tmp_path: Path, started: P
     with pytest.raises(UserError, match="not a readable image"):
         from_files([root / "images"])  # export
     write(file, picture(0))
-    samples = SourceSamples(open_source(root), "train", SIZE)
+    samples = RawDataset(open_source(root), "train", SIZE)
     write(root / "depth/a.png", POSTSCRIPT)
     with pytest.raises(UserError, match=r"depth/a\.png"):
         open_checked(root, None, ())

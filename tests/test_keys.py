@@ -30,8 +30,8 @@ from trees import (
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.shards import open_split
 from mde_dist.evaluation.predictions import open_predictions
-from mde_dist.packing.pack import PackOptions, pack
-from mde_dist.packing.raw_dataset import SourceSamples
+from mde_dist.packing.pack import PackConfig, pack
+from mde_dist.packing.raw_dataset import RawDataset
 from mde_dist.packing.sources import open_source
 from mde_dist.packing.sources.keys import unique_keys
 from mde_dist.utils.console import printable
@@ -184,7 +184,7 @@ def test_predictions_match_in_either_unicode_form(tmp_path: Path, form: str) -> 
         write(tmp_path / f"source/images/{normalize('NFC', name).replace('/', '_')}.jpg", jpeg_bytes(picture(number)))
         write(tmp_path / f"source/depth/{normalize('NFC', name).replace('/', '_')}.png", millimetres(number))
         write(tmp_path / f"predictions/{normalize(form, name)}_深度.png", millimetres(number))
-    samples = SourceSamples(open_source(tmp_path / "source"), "train", SIZE)
+    samples = RawDataset(open_source(tmp_path / "source"), "train", SIZE)
     predictions, _ = open_predictions(tmp_path / "predictions", samples)
     for sample in range(4):
         image = Path(samples.meta(sample)["source"]).stem
@@ -195,13 +195,13 @@ def test_predictions_match_in_either_unicode_form(tmp_path: Path, form: str) -> 
 def test_a_name_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     source = open_source(pairs(tmp_path / "source", LATIN, "b"))
     with pytest.raises(UserError) as error:
-        pack(source, tmp_path / "shards", PackOptions(), 1, silent)
+        pack(source, tmp_path / "shards", PackConfig(), 1, silent)
     assert r"images/caf\xe9.jpg" in one_line(error) and "UTF-8" in one_line(error)
-    manifest = pack(source, tmp_path / "shards", PackOptions(skip_bad=True), 1, silent)
+    manifest = pack(source, tmp_path / "shards", PackConfig(skip_bad=True), 1, silent)
     assert manifest.splits["train"].samples == 1
     (line,) = manifest.raw["splits"]["train"]["skipped"]
     assert r"images/caf\xe9.jpg" in printable(line)
-    samples = SourceSamples(source, "train", SIZE)
+    samples = RawDataset(source, "train", SIZE)
     place = next(number for number in range(2) if LATIN in samples.file_of(number))
     with pytest.raises(DamagedSample) as damage:
         samples.read_into(place, np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16))

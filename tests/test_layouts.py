@@ -34,7 +34,7 @@ from trees import (
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.shards import open_split
 from mde_dist.packing.inspect import Layout
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import EXPECTED, LAYOUTS, BadPair, Source, open_source
 from mde_dist.packing.sources.official import OFFICIAL_TEST, official_split, test_scenes
 from mde_dist.shard import main
@@ -89,7 +89,7 @@ def test_the_shards_of_a_layout_hold_the_metres_of_its_files(tmp_path: Path, nam
     layout, make, train_holes, test_holes, step = FILES[name]
     source = open_source(make(tmp_path))
     assert source.layout == layout
-    pack(source, tmp_path / "shards", PackOptions(samples_per_shard=3), 1, silent)
+    pack(source, tmp_path / "shards", PackConfig(samples_per_shard=3), 1, silent)
     for split, count, first, holes in (("train", 4, 0, train_holes), ("test", 3, 100, test_holes)):
         expected = [(picture(first + i), millimetres(first + i, holes=holes)) for i in range(count)]
         found = shards_of(tmp_path / "shards", split)
@@ -140,7 +140,7 @@ def test_a_source_that_travelled_reads_in_many_threads_what_it_reads_alone(tmp_p
 def test_a_zip_is_packed_by_worker_processes_into_the_bytes_of_its_folder(tmp_path: Path) -> None:
     tree = densedepth(tmp_path / "tree")
     for name, root in (("folder", tree), ("zip", zipped(tree, tmp_path / "nyu_data.zip"))):
-        pack(open_source(root), tmp_path / name, PackOptions(samples_per_shard=2), 2, silent)
+        pack(open_source(root), tmp_path / name, PackConfig(samples_per_shard=2), 2, silent)
     tars = sorted(path.name for path in (tmp_path / "folder").glob("*.tar"))
     assert len(tars) == 4
     for tar in tars:

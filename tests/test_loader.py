@@ -19,9 +19,9 @@ from trees import SIZE, bts, depth_bytes, members, open_files, packed, vouch, wr
 
 from mde_dist.data import dataset as samples_module
 from mde_dist.data import loader as loader_module
-from mde_dist.data.loader import Draw, Loader, Stopped
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.packing.pack import PackOptions
+from mde_dist.data.loader import BatchIndices, DataLoader, Stopped
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.packing.pack import PackConfig
 from mde_dist.utils.errors import RankError, UserError
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ BATCH = 4
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 20 training pairs, 6 in a shard."""
     base = tmp_path_factory.mktemp("loader")
-    packed(bts(base / "tree", SAMPLES, 2), base / "shards", PackOptions(samples_per_shard=6))
+    packed(bts(base / "tree", SAMPLES, 2), base / "shards", PackConfig(samples_per_shard=6))
     return base / "shards"
 
 
@@ -65,7 +65,7 @@ def empty_depth(directory: Path, sample: int) -> None:
     vouch(directory)
 
 
-def draws(samples: np.ndarray, batch: int = BATCH) -> Iterator[Draw]:
+def draws(samples: np.ndarray, batch: int = BATCH) -> Iterator[BatchIndices]:
     """The samples in batches, the last one ragged; epochs are the samples' places over 20."""
     epochs = np.arange(len(samples)) // SAMPLES
     for start in range(0, len(samples), batch):
@@ -76,7 +76,7 @@ def shuffled(count: int = 50) -> np.ndarray:
     return np.random.default_rng(3).integers(0, SAMPLES, count)
 
 
-def direct(shards: ShardSet, sample: int) -> tuple[bytes, bytes]:
+def direct(shards: ShardDataset, sample: int) -> tuple[bytes, bytes]:
     image, depth = np.empty((*SIZE, 3), np.uint8), np.empty(SIZE, np.uint16)
     shards.read_into(sample, image, depth)
     return image.tobytes(), depth.tobytes()
@@ -98,7 +98,7 @@ def test_batches_equal_direct_reads_for_any_threads_and_depth(whole: Path, threa
         truth = [direct(shards, sample) for sample in range(SAMPLES)]
         assert len(set(truth)) == SAMPLES
         seen, epochs, sizes = [], [], []
-        with Loader(shards, draws(order), BATCH, CPU, threads, ahead) as loader:
+        with DataLoader(shards, draws(order), BATCH, CPU, threads, ahead) as loader:
             for batch in loader:
                 assert batch.image.dtype == torch.uint8
                 assert batch.depth.dtype == torch.uint16
@@ -119,7 +119,7 @@ def test_a_batch_stays_as_it_is_while_the_loop_holds_it(whole: Path, threads: in
     """Meanwhile the threads have all the time they want to fill what they may fill."""
     with open_split(whole, "train") as shards:
         truth = [direct(shards, sample) for sample in range(SAMPLES)]
-        with Loader(shards, draws(shuffled(80)), BATCH, CPU, threads, ahead=2) as loader:
+        with DataLoader(shards, draws(shuffled(80)), BATCH, CPU, threads, ahead=2) as loader:
             for batch in loader:
                 for _ in range(3):
                     for sample in range(SAMPLES):
@@ -132,13 +132,13 @@ def test_a_batch_stays_as_it_is_while_the_loop_holds_it(whole: Path, threads: in
 def test_it_draws_as_far_ahead_as_it_is_told_and_no_further(whole: Path, threads: int, ahead: int) -> None:
     drawn = 0
 
-    def counted() -> Iterator[Draw]:
+    def counted() -> Iterator[BatchIndices]:
         nonlocal drawn
         while True:  # training is one endless stream
             drawn += 1
             yield np.zeros(BATCH, np.int64), np.arange(BATCH)
 
-    with open_split(whole, "train") as shards, Loader(shards, counted(), BATCH, CPU, threads, ahead) as loader:
+    with open_split(whole, "train") as shards, DataLoader(shards, counted(), BATCH, CPU, threads, ahead) as loader:
         for taken in range(1, 6):
             next(loader)
             assert drawn == taken + ahead
@@ -146,9 +146,9 @@ def test_it_draws_as_far_ahead_as_it_is_told_and_no_further(whole: Path, threads
 
 def test_no_draws_is_the_end_and_the_end_stays_the_end(whole: Path) -> None:
     with open_split(whole, "train") as shards:
-        with Loader(shards, iter([]), BATCH, CPU, 1) as loader:
+        with DataLoader(shards, iter([]), BATCH, CPU, 1) as loader:
             assert list(loader) == []
-        with Loader(shards, draws(np.arange(6)), BATCH, CPU, 2, ahead=4) as loader:
+        with DataLoader(shards, draws(np.arange(6)), BATCH, CPU, 2, ahead=4) as loader:
             assert [len(batch.sample) for batch in loader] == [4, 2]
             assert next(loader, None) is None
 
@@ -171,7 +171,7 @@ def test_a_damaged_sample_is_replaced_by_one_a_shard_further_on_whatever_the_top
         said: list[str] = []
         with open_split(copy, "train") as shards:
             options = {"replace": True, "say": said.append}
-            with Loader(shards, draws(order, size), size, CPU, threads, ahead, **options) as loader:
+            with DataLoader(shards, draws(order, size), size, CPU, threads, ahead, **options) as loader:
                 for batch in loader:
                     assert rows(batch) == [expected[sample] for sample in batch.sample]
                     assert batch.replaced == np.isin(batch.sample, bad).sum()  # each time it is drawn
@@ -188,7 +188,10 @@ def test_a_damaged_sample_is_replaced_by_one_a_shard_further_on_whatever_the_top
 @pytest.mark.parametrize("threads", [0, 3])
 def test_without_replacement_the_first_damaged_sample_ends_it(copy: Path, threads: int) -> None:
     name = damage(copy, 9)
-    with open_split(copy, "train") as shards, Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, threads) as loader:
+    with (
+        open_split(copy, "train") as shards,
+        DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, threads) as loader,
+    ):
         for first in (0, 4):  # the batches before it are whole
             batch = next(loader)
             assert batch.sample[0] == first
@@ -208,12 +211,12 @@ def test_eight_damaged_candidates_end_the_run(copy: Path, threads: int) -> None:
         damage(copy, (3 + 7 * step) % SAMPLES)
     with open_split(copy, "train") as shards:
         options = {"replace": True, "say": lambda line: None}
-        with Loader(shards, draws(np.array([10 + 7])), 1, CPU, threads, **options) as loader:
+        with DataLoader(shards, draws(np.array([10 + 7])), 1, CPU, threads, **options) as loader:
             batch = next(loader)  # the eighth, after seven that are damaged
             assert rows(batch) == [direct(shards, (3 + 7 * 9) % SAMPLES)]
             assert batch.replaced == 1
         with (
-            Loader(shards, draws(np.array([10])), 1, CPU, threads, **options) as loader,
+            DataLoader(shards, draws(np.array([10])), 1, CPU, threads, **options) as loader,
             pytest.raises(RankError, match=r"train-000001\.tar: damaged, and so are the 7 to replace it; .*--verify"),
         ):
             next(loader)
@@ -224,11 +227,11 @@ def test_where_the_last_shard_holds_one_sample_a_damaged_one_is_replaced_all_the
     tmp_path: Path, threads: int
 ) -> None:
     """One shard further on is once round: n = block + 1."""
-    packed(bts(tmp_path / "tree", 4, 2), tmp_path / "shards", PackOptions(samples_per_shard=3))
+    packed(bts(tmp_path / "tree", 4, 2), tmp_path / "shards", PackConfig(samples_per_shard=3))
     damage(tmp_path / "shards", 1)
     with open_split(tmp_path / "shards", "train") as shards:
         whole = {sample: direct(shards, sample) for sample in (0, 2, 3)}
-        with Loader(shards, draws(np.arange(4)), 4, CPU, threads, replace=True, say=lambda line: None) as loader:
+        with DataLoader(shards, draws(np.arange(4)), 4, CPU, threads, replace=True, say=lambda line: None) as loader:
             batch = next(loader)
             assert batch.replaced == 1
             assert [rows(batch)[sample] for sample in whole] == list(whole.values())
@@ -247,7 +250,7 @@ def test_damaged_samples_are_named_up_to_a_limit_and_counted_beyond_it(
     said: list[str] = []
     with open_split(copy, "train") as shards:
         options = {"replace": True, "say": said.append}
-        with Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, threads, **options) as loader:
+        with DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, threads, **options) as loader:
             assert sum(batch.replaced for batch in loader) == len(bad)
         assert len(loader.damaged) == len(said) == 3
         assert set(loader.damaged) < set(bad)
@@ -259,13 +262,13 @@ def test_a_depth_map_without_a_measurement_is_damage_for_training_only(copy: Pat
         truth = {sample: direct(shards, sample) for sample in (2, 9)}
     empty_depth(copy, 2)
     with open_split(copy, "train") as shards:
-        with Loader(shards, draws(np.array([2])), 1, CPU, threads, replace=True, say=lambda line: None) as loader:
+        with DataLoader(shards, draws(np.array([2])), 1, CPU, threads, replace=True, say=lambda line: None) as loader:
             batch = next(loader)
             assert rows(batch) == [truth[9]]
             assert batch.replaced == 1
             assert "train-000000.tar, key " in loader.damaged[2]
             assert "depth has no valid pixel" in loader.damaged[2]
-        with Loader(shards, draws(np.array([2])), 1, CPU, threads) as loader:
+        with DataLoader(shards, draws(np.array([2])), 1, CPU, threads) as loader:
             batch = next(loader)
             assert rows(batch) == [(truth[2][0], bytes(len(truth[2][1])))]
             assert batch.replaced == 0
@@ -308,7 +311,7 @@ def test_a_read_that_hangs_ends_in_an_error_that_names_shard_and_seconds(
 ) -> None:
     with open_split(copy, "train") as shards, hanging(hang(copy, "train-000001.tar")):
         options = {"replace": replace, "timeout": 0.6}
-        with Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, ahead=1, **options) as loader:
+        with DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, ahead=1, **options) as loader:
             assert len(next(loader).sample) == BATCH  # of the shard before
             started = time.monotonic()
             with pytest.raises(RankError) as error:
@@ -328,7 +331,7 @@ def test_stop_ends_the_wait_for_a_read_that_hangs(copy: Path, quick: None) -> No
     with (
         open_split(copy, "train") as shards,
         hanging(hang(copy, "train-000000.tar")),
-        Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, stop=stop.is_set) as loader,
+        DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, stop=stop.is_set) as loader,
     ):
         timer = threading.Timer(0.4, stop.set)
         timer.start()
@@ -344,7 +347,7 @@ def test_stop_does_not_keep_from_the_loop_what_is_ready(whole: Path) -> None:
     with open_split(whole, "train") as shards:
         truth = [direct(shards, sample) for sample in range(SAMPLES)]
         for threads in (0, 2):
-            with Loader(shards, draws(np.arange(8)), BATCH, CPU, threads, stop=lambda: True) as loader:
+            with DataLoader(shards, draws(np.arange(8)), BATCH, CPU, threads, stop=lambda: True) as loader:
                 time.sleep(0.3 if threads else 0)
                 assert [rows(batch) for batch in loader] == [truth[:4], truth[4:8]]
 
@@ -358,7 +361,7 @@ def test_long_waits_are_said_and_each_time_after_twice_as_long(
     with (
         open_split(copy, "train") as shards,
         hanging(hang(copy, "train-000000.tar")),
-        Loader(shards, draws(np.arange(4)), 4, CPU, 1, timeout=2.4, say=said.append) as loader,
+        DataLoader(shards, draws(np.arange(4)), 4, CPU, 1, timeout=2.4, say=said.append) as loader,
         pytest.raises(RankError),
     ):
         next(loader)
@@ -383,7 +386,7 @@ def test_a_read_that_comes_back_late_is_as_good_as_any(copy: Path, monkeypatch: 
 
         monkeypatch.setattr(shards, "read_into", late)
         options = {"replace": True, "timeout": 30.0, "say": said.append}
-        with Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, **options) as loader:
+        with DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2, **options) as loader:
             for batch in loader:
                 assert rows(batch) == [truth[sample] for sample in batch.sample]
                 assert batch.replaced == 0
@@ -404,7 +407,7 @@ def test_many_slow_reads_are_no_time_out_as_long_as_each_comes_back(
             read(sample, image, depth)
 
         monkeypatch.setattr(shards, "read_into", slow)
-        with Loader(shards, draws(np.arange(8), 8), 8, CPU, 1, timeout=0.8) as loader:
+        with DataLoader(shards, draws(np.arange(8), 8), 8, CPU, 1, timeout=0.8) as loader:
             assert len(next(loader).sample) == 8  # in 1.2 s
 
 
@@ -415,7 +418,7 @@ def test_many_slow_reads_are_no_time_out_as_long_as_each_comes_back(
 def test_an_error_in_a_decoding_thread_reaches_the_loop(whole: Path, threads: int) -> None:
     """A draw that is larger than the batch buffer: a mistake of the program, not damage."""
     too_many = iter([(np.zeros(4, np.int64), np.arange(4)), (np.zeros(6, np.int64), np.arange(6))])
-    with open_split(whole, "train") as shards, Loader(shards, too_many, BATCH, CPU, threads) as loader:
+    with open_split(whole, "train") as shards, DataLoader(shards, too_many, BATCH, CPU, threads) as loader:
         assert len(next(loader).sample) == 4
         with pytest.raises(IndexError):
             next(loader)
@@ -423,13 +426,13 @@ def test_an_error_in_a_decoding_thread_reaches_the_loop(whole: Path, threads: in
 
 
 def test_an_error_in_the_draws_reaches_the_loop(whole: Path) -> None:
-    def broken() -> Iterator[Draw]:
+    def broken() -> Iterator[BatchIndices]:
         yield np.zeros(4, np.int64), np.arange(4)
         raise ZeroDivisionError("no more")
 
     with (
         open_split(whole, "train") as shards,
-        Loader(shards, broken(), BATCH, CPU, 2) as loader,
+        DataLoader(shards, broken(), BATCH, CPU, 2) as loader,
         pytest.raises(ZeroDivisionError),
     ):
         list(loader)
@@ -445,7 +448,7 @@ def test_leaving_it_ends_its_threads_and_closes_its_files(copy: Path, how: str) 
         damage(copy, 1)
     order = shuffled(400) if how == "early" else np.arange(SAMPLES)
     try:
-        with open_split(copy, "train") as shards, Loader(shards, draws(order), BATCH, CPU, 3, 4) as loader:
+        with open_split(copy, "train") as shards, DataLoader(shards, draws(order), BATCH, CPU, 3, 4) as loader:
             assert our_threads() == ["decode-0", "decode-1", "decode-2"]
             assert not [file for file in open_files(copy) if file.endswith(".tar")]  # nothing is drawn yet
             if how != "unused":
@@ -469,6 +472,6 @@ def test_after_leaving_it_the_split_can_be_read_and_loaded_again(whole: Path) ->
     with open_split(whole, "train") as shards:
         truth = [direct(shards, sample) for sample in range(SAMPLES)]
         for _ in range(2):
-            with Loader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2) as loader:
+            with DataLoader(shards, draws(np.arange(SAMPLES)), BATCH, CPU, 2) as loader:
                 assert [row for batch in loader for row in rows(batch)] == truth
         assert direct(shards, 3) == truth[3]

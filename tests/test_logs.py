@@ -6,18 +6,18 @@ import textwrap
 
 import pytest
 
-from mde_dist.distributed.rank_log import log_path, rank_log
+from mde_dist.distributed.rank_log import log_path, redirect_to_rank_log
 from mde_dist.utils.errors import UserError
 
 
 def run(code: str, *arguments) -> subprocess.CompletedProcess[str]:
-    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.distributed.rank_log import rank_log, alarm\n"
+    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.distributed.redirect_to_rank_log import redirect_to_rank_log, emergency_print\n"
     line = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
 
 
 def test_rank_0_shows_and_notes_what_it_says(tmp_path, capsys):
-    with rank_log(tmp_path, 0, 2):
+    with redirect_to_rank_log(tmp_path, 0, 2):
         print("hello")
         print("careful", file=sys.stderr)
     print("after")
@@ -92,7 +92,7 @@ def test_a_log_on_a_full_disk_is_done_without(tmp_path, rank):
 
 def test_a_log_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "logs").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), rank_log(tmp_path, 0, 1):
+    with pytest.raises(UserError, match="cannot be written"), redirect_to_rank_log(tmp_path, 0, 1):
         pass
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mde_dist.training.losses import LossConfig, berhu, counts, depth_loss, gradient, l1, log_l1, mse, silog
+from mde_dist.training.losses import LossConfig, berhu, depth_loss, gradient, l1, log_l1, mse, silog, valid_counts
 
 
 def random_pair(seed, shape=(3, 7, 9), holes=0.4):
@@ -25,7 +25,7 @@ def test_sum_and_count_are_those_of_numpy(seed, holes):
     assert l1(prediction, depth).item() == pytest.approx(np.abs(p - g)[g > 0].sum(), rel=1e-5, abs=1e-9)
     expected = np.abs(np.log(p[g > 0]) - np.log(g[g > 0])).sum()
     assert log_l1(prediction, depth).item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
-    count = counts(depth)
+    count = valid_counts(depth)
     assert count.dtype == torch.float64
     assert count.tolist() == [(g > 0).sum(), (g > 0).any((1, 2)).sum()]
 
@@ -35,7 +35,7 @@ def test_by_hand():
     depth = torch.tensor([[[2.0, 2.5], [0.0, 6.0]]])
     # 1 + 0.25 + 9; the 3.0 stands over a hole
     assert mse(prediction, depth).item() == 10.25
-    assert counts(depth).tolist() == [3, 1]
+    assert valid_counts(depth).tolist() == [3, 1]
 
 
 @settings(deadline=None, max_examples=40)
@@ -65,10 +65,10 @@ every = pytest.mark.parametrize("config", EVERY, ids=lambda config: f"{config.ki
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_stands_over_a_hole_poisons_neither_loss_nor_gradient(config, poison):
     prediction, depth = random_pair(1)
-    clean = depth_loss(prediction, depth, config, counts(depth))
+    clean = depth_loss(prediction, depth, config, valid_counts(depth))
     prediction[depth == 0] = poison
     prediction.requires_grad_()
-    loss = depth_loss(prediction, depth, config, counts(depth))
+    loss = depth_loss(prediction, depth, config, valid_counts(depth))
     loss.backward()
     assert loss.item() == clean.item()
     assert torch.isfinite(prediction.grad).all()
@@ -80,17 +80,17 @@ def test_what_stands_over_a_hole_poisons_neither_loss_nor_gradient(config, poiso
 def test_what_is_wrong_at_a_measured_pixel_is_seen(config):
     prediction, depth = random_pair(1)
     prediction[tuple((depth > 0).nonzero()[0])] = np.nan
-    assert torch.isnan(depth_loss(prediction, depth, config, counts(depth)))
+    assert torch.isnan(depth_loss(prediction, depth, config, valid_counts(depth)))
 
 
 @every
 def test_a_batch_of_holes_is_zero_and_has_a_gradient_of_zeros(config):
     prediction = torch.rand((2, 4, 5), generator=torch.Generator().manual_seed(0)).requires_grad_()
     depth = torch.zeros((2, 4, 5))
-    loss = depth_loss(prediction, depth, config, counts(depth))
+    loss = depth_loss(prediction, depth, config, valid_counts(depth))
     loss.backward()
     assert loss.item() == 0
-    assert counts(depth).tolist() == [0, 0]
+    assert valid_counts(depth).tolist() == [0, 0]
     assert (prediction.grad == 0).all()
 
 
@@ -99,7 +99,7 @@ def test_an_image_that_is_met_exactly_has_a_finite_gradient(config):
     _, depth = random_pair(3)
     prediction = depth.clamp(min=0.5).where(depth > 0, 1.0).requires_grad_()
     depth = prediction.detach().where(depth > 0, 0.0)
-    loss = depth_loss(prediction, depth, config, counts(depth))
+    loss = depth_loss(prediction, depth, config, valid_counts(depth))
     loss.backward()
     assert loss.item() <= 1.01e-4
     assert torch.isfinite(prediction.grad).all()
@@ -109,13 +109,13 @@ def test_an_image_that_is_met_exactly_has_a_finite_gradient(config):
 def test_the_shares_of_the_parts_of_a_batch_add_up(config):
     prediction, depth = random_pair(2, (6, 8, 8))
     depth[3] = 0  # an image without a measurement is in no mean
-    counted = counts(depth)
-    assert counted.tolist() == (sum(counts(depth[k : k + 2]) for k in (0, 2, 4))).tolist()
+    counted = valid_counts(depth)
+    assert counted.tolist() == (sum(valid_counts(depth[k : k + 2]) for k in (0, 2, 4))).tolist()
     whole = depth_loss(prediction, depth, config, counted)
     parts = sum(depth_loss(prediction[k : k + 2], depth[k : k + 2], config, counted) for k in (0, 2, 4))
     assert whole.item() == pytest.approx(parts.item(), rel=1e-6)
     without = torch.arange(6) != 3
-    alone = depth_loss(prediction[without], depth[without], config, counts(depth[without]))
+    alone = depth_loss(prediction[without], depth[without], config, valid_counts(depth[without]))
     assert whole.item() == pytest.approx(alone.item(), rel=1e-6)
 
 
@@ -180,4 +180,4 @@ def test_half_precision_predictions_are_summed_in_float32(dtype):
 
 def test_count_is_exact_beyond_float32():
     depth = torch.ones(1).expand(1, 4097, 4097)  # one more than 2**24 + 2**13
-    assert counts(depth).tolist() == [4097**2, 1]
+    assert valid_counts(depth).tolist() == [4097**2, 1]

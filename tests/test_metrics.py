@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mde_dist.evaluation.metrics import METRICS, PROTOCOLS, SCORE_COLUMNS, crop_slices, image_metrics, summarise
+from mde_dist.evaluation.metrics import METRICS, N_COLUMNS, PROTOCOLS, crop_slices, image_metrics, summarise
 from mde_dist.evaluation.metrics import score as score_terms
 
 EIGEN, FULL, BLOG, DENSEDEPTH, LSQ = (PROTOCOLS[name] for name in ("eigen", "full", "blog", "densedepth", "lsq"))
@@ -453,7 +453,7 @@ def test_mean_is_over_images_not_over_pixels():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.floats(0, 1))
 def test_summary_is_the_mean_of_the_scored_rows(seed, images, empty):
     rng = np.random.default_rng(seed)
-    rows = rng.random((images, SCORE_COLUMNS))
+    rows = rng.random((images, N_COLUMNS))
     rows[:, 0] = rng.integers(1, 1000, images)
     rows[rng.random(images) < empty] = 0
     scored = torch.from_numpy(rows[rows[:, 0] > 0])

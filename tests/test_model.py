@@ -9,9 +9,16 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from mde_dist.models.decoders import bounded
-from mde_dist.models.depth_model import DepthModel, ModelConfig, build, build_started, restore, skeleton
-from mde_dist.models.weights import model_bytes
+from mde_dist.models.decoders import depth_activation
+from mde_dist.models.depth_model import (
+    DepthModel,
+    ModelConfig,
+    build_started,
+    create_model,
+    create_pretrained_model,
+    load_model,
+)
+from mde_dist.models.weights import serialize_model
 from mde_dist.utils.errors import UserError
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "tiny")
@@ -52,7 +59,7 @@ def encoder_is(model, state):
 
 
 def test_number_of_parameters():
-    model = build(ModelConfig(), seed=0)
+    model = create_pretrained_model(ModelConfig(), seed=0)
     # the original has 12,762,753; the 64 * 64 * 9 + 64 = 36,928 of its unused residual_convs[0] are not created
     assert sum(p.numel() for p in model.parameters()) == 12_725_825
     assert [tuple(conv.weight.shape) for conv in model.residual_convs] == [
@@ -64,7 +71,7 @@ def test_number_of_parameters():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_parameter_gets_a_gradient(backbone):
-    model = build(ModelConfig(backbone), seed=0).train()
+    model = create_pretrained_model(ModelConfig(backbone), seed=0).train()
     model(image(2, 3, 64, 64)).square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -72,7 +79,7 @@ def test_every_parameter_gets_a_gradient(backbone):
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_without_batch_statistics_an_image_does_not_depend_on_its_batch(norm):
-    model = skeleton(ModelConfig(norm=norm)).train()
+    model = create_model(ModelConfig(norm=norm)).train()
     image = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     together, alone = model(image), torch.cat([model(part) for part in image.split(1)])
     assert torch.allclose(together, alone, rtol=1e-4, atol=1e-5)
@@ -85,7 +92,7 @@ def test_without_batch_statistics_an_image_does_not_depend_on_its_batch(norm):
 
 @pytest.mark.parametrize("size", [(45, 61), (240, 320), (32, 32), (33, 64), (64, 65)])
 def test_depth_has_the_size_of_the_image_and_is_positive(size):
-    model = build(ModelConfig(), seed=0).eval()
+    model = create_pretrained_model(ModelConfig(), seed=0).eval()
     with torch.inference_mode():
         depth = model(image(2, 3, *size))
     assert depth.shape == (2, *size)
@@ -96,13 +103,13 @@ def test_depth_has_the_size_of_the_image_and_is_positive(size):
 
 @pytest.mark.parametrize("backbone", BACKBONES[1:])
 def test_shapes_of_the_other_backbones(backbone):
-    model = build(ModelConfig(backbone), seed=0).eval()
+    model = create_pretrained_model(ModelConfig(backbone), seed=0).eval()
     with torch.inference_mode():
         assert model(image(1, 3, 45, 61)).shape == (1, 45, 61)
 
 
 def test_depth_is_positive_where_the_head_says_negative():
-    model = build(ModelConfig(), seed=0).eval()
+    model = create_pretrained_model(ModelConfig(), seed=0).eval()
     with torch.inference_mode():
         model.head.weight.zero_()
         model.head.bias.fill_(-3.0)
@@ -125,14 +132,14 @@ def reference(model, x):
 
 
 def test_forward_is_that_of_the_seed():
-    model = build(ModelConfig(), seed=3).eval()
+    model = create_pretrained_model(ModelConfig(), seed=3).eval()
     x = image(2, 3, 64, 96)
     with torch.inference_mode():
         assert torch.allclose(model(x), reference(model, x), atol=1e-5)
 
 
 def test_every_feature_matters():
-    model = build(ModelConfig(), seed=3).eval()
+    model = create_pretrained_model(ModelConfig(), seed=3).eval()
     x = image(1, 3, 64, 64)
     with torch.inference_mode():
         before = model(x)
@@ -147,7 +154,7 @@ def test_every_feature_matters():
 @pytest.mark.parametrize(("head", "output"), [("quarter", "softplus"), ("full", "log")])
 def test_the_last_convolution_and_all_after_it_are_float32_under_autocast(head, output):
     config = ModelConfig(head=head, output=output)
-    model = build(config, seed=0).eval()
+    model = create_pretrained_model(config, seed=0).eval()
     last = model.head if head == "quarter" else model.head.last
     seen = []
     last.register_forward_hook(lambda module, arguments, result: seen.append((arguments[0], result)))
@@ -156,7 +163,7 @@ def test_the_last_convolution_and_all_after_it_are_float32_under_autocast(head, 
         depth = model(image(1, 3, 96, 128))
     features, raw = seen[0]
     exact = torch.nn.functional.conv2d(features.double(), last.weight.double(), last.bias.double(), padding=1)
-    exact = bounded(exact, output, config.min_depth, config.max_depth)
+    exact = depth_activation(exact, output, config.min_depth, config.max_depth)
     expected = torch.nn.functional.interpolate(exact, (96, 128), mode="bilinear")[:, 0]
     assert depth.dtype == torch.float32
     assert torch.allclose(depth.double(), expected, rtol=1e-5, atol=0)
@@ -168,7 +175,7 @@ def test_the_last_convolution_and_all_after_it_are_float32_under_autocast(head, 
 
 
 def test_same_seed_same_weights():
-    one, two, other = (build(ModelConfig(), seed).state_dict() for seed in (7, 7, 8))
+    one, two, other = (create_pretrained_model(ModelConfig(), seed).state_dict() for seed in (7, 7, 8))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for name in ("encoder.conv1.weight", "residual_convs.0.weight", "head.weight"):
         assert not torch.equal(one[name], other[name])
@@ -177,10 +184,10 @@ def test_same_seed_same_weights():
 def test_global_random_state_neither_matters_nor_moves():
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    one = build(ModelConfig(), 7).state_dict()
+    one = create_pretrained_model(ModelConfig(), 7).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    two = build(ModelConfig(), 7).state_dict()
+    two = create_pretrained_model(ModelConfig(), 7).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -192,9 +199,9 @@ def test_file_with_torchvision_names(tmp_path, backbone):
     state = plain_resnet(backbone).state_dict()
     path = tmp_path / "resnet.safetensors"
     save_file(state, path)
-    model = build(ModelConfig(backbone, str(path)), seed=0)
+    model = create_pretrained_model(ModelConfig(backbone, str(path)), seed=0)
     assert encoder_is(model, state)
-    scratch = build(ModelConfig(backbone), seed=0)
+    scratch = create_pretrained_model(ModelConfig(backbone), seed=0)
     assert torch.equal(model.head.weight, scratch.head.weight)  # what is not in the file is as without it
     start = build_started(ModelConfig(backbone, str(path)), seed=0)[1]
     assert start.taken.keys() == {"encoder"}
@@ -204,14 +211,16 @@ def test_file_with_torchvision_names(tmp_path, backbone):
 def test_file_without_classifier(tmp_path):
     state = {name: value for name, value in plain_resnet().state_dict().items() if not name.startswith("fc.")}
     save_file(state, tmp_path / "encoder.safetensors")
-    assert encoder_is(build(ModelConfig(weights=str(tmp_path / "encoder.safetensors")), seed=0), state)
+    assert encoder_is(
+        create_pretrained_model(ModelConfig(weights=str(tmp_path / "encoder.safetensors")), seed=0), state
+    )
 
 
 def start_from(path, trained, config, **metadata):
     """A model of `config` that starts from the file of a trained one -> itself and what was taken."""
     about = {f"model.{name}": value for name, value in vars(trained).items()} | metadata
-    model = build(trained, seed=9)
-    path.write_bytes(model_bytes(model.state_dict(), {"config": about, "size": (32, 32)}))
+    model = create_pretrained_model(trained, seed=9)
+    path.write_bytes(serialize_model(model.state_dict(), {"config": about, "size": (32, 32)}))
     return model.state_dict(), *build_started(replace(config, weights=str(path)), seed=0)
 
 
@@ -228,7 +237,7 @@ def test_a_trained_model_is_taken_whole(tmp_path, config):
     assert sum(size for _, size in start.taken.values()) == sum(p.numel() for p in model.parameters())
     assert (dict(start.random), start.unused) == ({}, 0)
     assert "random" not in start.in_words()
-    from_folder = build(replace(config, weights=str(tmp_path)), seed=0)
+    from_folder = create_pretrained_model(replace(config, weights=str(tmp_path)), seed=0)
     assert all(value.equal(trained[name]) for name, value in from_folder.state_dict().items())
 
 
@@ -245,7 +254,7 @@ def test_a_trained_model_is_taken_whole(tmp_path, config):
 )
 def test_of_a_trained_model_of_other_parts_the_rest_is_taken_and_said(tmp_path, trained, config, random, unused):
     before, model, start = start_from(tmp_path / "model.safetensors", trained, config)
-    scratch = build(config, seed=0).state_dict()
+    scratch = create_pretrained_model(config, seed=0).state_dict()
     taken = {name for name, value in model.state_dict().items() if name in before and value.equal(before[name])}
     assert sum(count for count, _ in start.taken.values()) + sum(random.values()) == len(scratch)
     for name, value in model.state_dict().items():
@@ -257,11 +266,11 @@ def test_of_a_trained_model_of_other_parts_the_rest_is_taken_and_said(tmp_path, 
 
 
 def test_a_layer_of_another_shape_is_left_random_as_a_whole(tmp_path):
-    state = build(ModelConfig("tiny"), seed=9).state_dict()
+    state = create_pretrained_model(ModelConfig("tiny"), seed=9).state_dict()
     save_file(state | {"residual_convs.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     config = ModelConfig("tiny", str(tmp_path / "model.safetensors"))
     model, start = build_started(config, seed=0)
-    scratch = build(ModelConfig("tiny"), seed=0)
+    scratch = create_pretrained_model(ModelConfig("tiny"), seed=0)
     assert model.residual_convs[0].bias.equal(scratch.residual_convs[0].bias)
     assert model.residual_convs[1].bias.equal(state["residual_convs.1.bias"])
     assert dict(start.random) == {("decoder", "another shape in the file"): 2}
@@ -272,7 +281,7 @@ def test_file_of_another_backbone_is_refused(tmp_path):
         path = tmp_path / f"{other}.safetensors"
         save_file(plain_resnet(other).state_dict(), path)
         with pytest.raises(UserError) as error:
-            build(ModelConfig(backbone, str(path)), seed=0)
+            create_pretrained_model(ModelConfig(backbone, str(path)), seed=0)
         assert_one_line(error, path, "do not fit")
 
 
@@ -280,7 +289,7 @@ def test_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights=str(path)), seed=0)
+        create_pretrained_model(ModelConfig(weights=str(path)), seed=0)
     assert_one_line(error, path, "do not fit")
 
 
@@ -307,7 +316,7 @@ def test_file_that_is_no_safetensors_is_refused(tmp_path, content):
     elif content != "missing":
         path.write_bytes(b"" if content == "empty" else b"garbage" * 100)
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights=str(path)), seed=0)
+        create_pretrained_model(ModelConfig(weights=str(path)), seed=0)
     assert_one_line(error, path, "safetensors")
     assert not marker.exists()
 
@@ -332,14 +341,14 @@ def imagenet_file(tmp_path, monkeypatch):
 def test_imagenet_weights_are_loaded_from_torchs_cache(imagenet_file):
     state = plain_resnet(seed=11).state_dict()
     torch.save(state, imagenet_file)
-    model = build(ModelConfig(weights="imagenet"), seed=0)
+    model = create_pretrained_model(ModelConfig(weights="imagenet"), seed=0)
     assert encoder_is(model, state)
-    assert torch.equal(model.head.weight, build(ModelConfig(), seed=0).head.weight)
+    assert torch.equal(model.head.weight, create_pretrained_model(ModelConfig(), seed=0).head.weight)
 
 
 def test_imagenet_weights_that_cannot_be_had(imagenet_file):
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights="imagenet"), seed=0)
+        create_pretrained_model(ModelConfig(weights="imagenet"), seed=0)
     assert_one_line(error, imagenet_file, URL, "--model.weights none")
     assert list(imagenet_file.parent.iterdir()) == []
 
@@ -356,7 +365,7 @@ def test_a_pickled_object_in_the_cache_is_not_run(imagenet_file, form):
     else:
         torch.save(state, imagenet_file, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights="imagenet"), seed=0)
+        create_pretrained_model(ModelConfig(weights="imagenet"), seed=0)
     assert not marker.exists()
     assert_one_line(error, imagenet_file)
 
@@ -383,7 +392,7 @@ def test_the_pickled_object_would_have_run(imagenet_file):
 def test_cached_file_with_something_else_is_refused(imagenet_file, content):
     torch.save(content, imagenet_file)
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights="imagenet"), seed=0)
+        create_pretrained_model(ModelConfig(weights="imagenet"), seed=0)
     assert_one_line(error, "model.weights")
 
 
@@ -392,7 +401,7 @@ def test_cached_file_with_something_else_is_refused(imagenet_file, content):
 def test_damaged_cached_file_is_refused(imagenet_file, content):
     imagenet_file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        build(ModelConfig(weights="imagenet"), seed=0)
+        create_pretrained_model(ModelConfig(weights="imagenet"), seed=0)
     assert_one_line(error, imagenet_file)
 
 
@@ -401,11 +410,11 @@ def test_damaged_cached_file_is_refused(imagenet_file, content):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_restore_gives_the_model_back(backbone):
-    model = build(ModelConfig(backbone), seed=4).train()
+    model = create_pretrained_model(ModelConfig(backbone), seed=4).train()
     model(image(2, 3, 64, 64))  # moves the batch statistics
     model.to(memory_format=torch.channels_last)  # as what is restored
     metadata = {"config": {"model.backbone": backbone}}
-    restored = restore(metadata, model.state_dict())
+    restored = load_model(metadata, model.state_dict())
     assert type(restored) is DepthModel
     x = image(1, 3, 45, 61, seed=1)
     with torch.inference_mode():
@@ -427,15 +436,15 @@ def test_restore_gives_the_model_back(backbone):
 )
 def test_restore_refuses_metadata_that_do_not_fit(metadata):
     with pytest.raises(UserError) as error:
-        restore(metadata, build(ModelConfig(), seed=0).state_dict())
+        load_model(metadata, create_pretrained_model(ModelConfig(), seed=0).state_dict())
     assert_one_line(error, "do not fit")
 
 
 def test_restore_refuses_missing_extra_and_wrong_tensors():
-    state = build(ModelConfig(), seed=0).state_dict()
+    state = create_pretrained_model(ModelConfig(), seed=0).state_dict()
     metadata = {"config": {"model.backbone": "resnet18"}}
     without = {name: value for name, value in state.items() if name != "head.bias"}
     for wrong in (without, state | {"extra": torch.zeros(1)}, state | {"head.bias": torch.zeros(2)}, {}):
         with pytest.raises(UserError) as error:
-            restore(metadata, wrong)
+            load_model(metadata, wrong)
         assert_one_line(error, "do not fit")

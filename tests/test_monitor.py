@@ -2,9 +2,9 @@
 
 import json
 
-from mde_dist.training.monitor import Monitor, progress_text
+from mde_dist.training.monitor import ProgressMonitor, progress_text
 from mde_dist.training.scores import show_scores
-from mde_dist.utils.jsonl import keep_until, read_records
+from mde_dist.utils.jsonl import read_records, truncate_after
 
 SPEED = {"lr": 1e-4, "images_per_second": 1.0, "data_wait": 0.0, "memory_gb": 0.5, "seconds_left": 3661}
 
@@ -20,7 +20,7 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [{"samples": n} for n in (10, 20, 30)] + [{"samples": 20, "evaluation": "eigen", **SCORE}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    keep_until(path, samples_seen=20, evaluated=20)
+    truncate_after(path, samples_seen=20, evaluated=20)
     assert lines(path) == [(10, False), (20, False), (20, True)]
 
 
@@ -28,14 +28,14 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     evaluations = [{"samples": n, "evaluation": "eigen", **SCORE} for n in (10, 20)]
     path.write_text("".join(json.dumps(record) + "\n" for record in [{"samples": 20}, *evaluations]))
-    keep_until(path, samples_seen=20, evaluated=10)
+    truncate_after(path, samples_seen=20, evaluated=10)
     assert lines(path) == [(20, False), (10, True)]
 
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"samples": 10}\n{"sampl')
-    keep_until(path, 100, 100)
+    truncate_after(path, 100, 100)
     assert path.read_text() == '{"samples": 10}\n'
 
 
@@ -74,7 +74,7 @@ def test_lines_that_are_no_records_stop_nothing_and_are_said_once(tmp_path, caps
         path.write_bytes(b"\n".join([good[0], bad, b"", *good]))
         assert read_records(path) == [whole[0], *whole], bad
     path.write_bytes(b"\n".join([*NO_RECORDS, *good, b'{"samples": 3']))
-    with Monitor(path, 20, 20, 100):  # a run that goes on
+    with ProgressMonitor(path, 20, 20, 100):  # a run that goes on
         pass
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 and str(path) in said[0] and "lines 1, 2, 3 and 19 more" in said[0]
@@ -85,7 +85,7 @@ def test_lines_that_are_no_records_stop_nothing_and_are_said_once(tmp_path, caps
 
 def test_ranks_other_than_0_write_nothing_but_their_log(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with Monitor(None, 0, 0, 100) as monitor:
+    with ProgressMonitor(None, 0, 0, 100) as monitor:
         monitor.say("hello")
         monitor.record(samples=0)
         monitor.step(10, loss=1.0, **SPEED)
@@ -94,7 +94,7 @@ def test_ranks_other_than_0_write_nothing_but_their_log(tmp_path, monkeypatch, c
 
 
 def test_without_a_terminal_lines_are_plain_and_few(tmp_path, capsys):
-    with Monitor(tmp_path / "metrics.jsonl", 0, 0, 100) as monitor:
+    with ProgressMonitor(tmp_path / "metrics.jsonl", 0, 0, 100) as monitor:
         for step in range(50):
             monitor.step(step, loss=1.0, **SPEED)
     line = "samples 0/100 loss 1.0000, lr 1.00e-04, 1.0 images/s, 0% waiting for data, 0.5 GB, 1:01:01 left"
@@ -115,15 +115,15 @@ def test_starts_are_kept_with_what_they_began(tmp_path):
     path = tmp_path / "metrics.jsonl"
     starts = [{"samples": samples, "start": {"ranks": 1}} for samples in (0, 20, 20, 40)]
     path.write_text("".join(json.dumps(record) + "\n" for record in [*starts[:2], {"samples": 30}, *starts[2:]]))
-    assert keep_until(path, samples_seen=20, evaluated=0) == starts[:3]
+    assert truncate_after(path, samples_seen=20, evaluated=0) == starts[:3]
     assert read_records(path) == starts[:3]
-    assert keep_until(path, samples_seen=0, evaluated=0) == []
+    assert truncate_after(path, samples_seen=0, evaluated=0) == []
     assert path.read_text() == ""
 
 
 def test_plain_lines_have_their_least_distance_in_time_whatever_is_done(tmp_path, capsys):
     now = [0.0]
-    with Monitor(tmp_path / "metrics.jsonl", 0, 0, 1000, clock=lambda: now[0]) as monitor:
+    with ProgressMonitor(tmp_path / "metrics.jsonl", 0, 0, 1000, clock=lambda: now[0]) as monitor:
         for step in range(60):
             now[0] += 1
             monitor.moved(step)
@@ -146,11 +146,11 @@ def test_plain_lines_have_their_least_distance_in_time_whatever_is_done(tmp_path
 def test_a_run_that_goes_on_knows_its_scores(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     scores = {"evaluation": "eigen", "images": 8, "delta1": 0.5}
-    with Monitor(path, 0, 0, 100) as monitor:
+    with ProgressMonitor(path, 0, 0, 100) as monitor:
         monitor.record(samples=0, baseline="training mean everywhere", abs_rel=0.5, **scores)
         for samples, abs_rel in ((10, 0.3), (20, 0.4), (30, 0.2)):
             monitor.record(samples=samples, abs_rel=abs_rel, **scores)
-    with Monitor(path, 25, 20, 100):
+    with ProgressMonitor(path, 25, 20, 100):
         pass
     show_scores(tmp_path, read_records(path))
     said = capsys.readouterr().out

@@ -16,7 +16,7 @@ from PIL import Image
 from trees import contents, packed
 
 from mde_dist.data.shards import open_split
-from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.pack import PackConfig
 from mde_dist.packing.sources import open_source
 from mde_dist.shard import main
 
@@ -121,7 +121,7 @@ def test_pairs_that_are_in_both_layouts_agree_to_a_quantisation_step(dense: Path
 
 def test_identical_bytes_for_two_numbers_of_workers(tmp_path: Path) -> None:
     for workers in (1, 2):
-        options = PackOptions(limit=24, samples_per_shard=10, size=(240, 320))
+        options = PackConfig(limit=24, samples_per_shard=10, size=(240, 320))
         packed(NYUV2 / "densedepth", tmp_path / f"{workers}", options, workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert splits_of(tmp_path / "1")["train"]["reencoded_images"] == 24

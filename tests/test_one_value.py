@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mde_dist.models.depth_model import ModelConfig, skeleton
+from mde_dist.models.depth_model import ModelConfig, create_model
 from mde_dist.models.flops import has_spread
 from mde_dist.training.config import read_config
 from mde_dist.training.step import check_statistics
@@ -17,7 +17,7 @@ from mde_dist.utils.errors import UserError
 @pytest.mark.parametrize("refine", [False, True])
 def test_it_is_foretold_where_torch_refuses(norm, refine):
     config = ModelConfig(backbone="tiny", norm=norm, head="full" if refine else "quarter", refine=refine)
-    model, refused = skeleton(config), set()
+    model, refused = create_model(config), set()
     for size in ((8, 8), (16, 32), (32, 32), (32, 33)):
         try:
             model(torch.rand(1, 3, *size))

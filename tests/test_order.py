@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mde_dist.data.sampler import Order, mix, permute, share, uniform
+from mde_dist.data.sampler import GlobalSampler, hash64, hash_uniform, keyed_permutation, rank_indices
 
 orders = st.builds(
-    Order,
+    GlobalSampler,
     samples=st.integers(1, 400),
     block=st.integers(1, 80),
     window=st.integers(1, 9),
@@ -33,40 +33,40 @@ def epoch_of(order, epoch):
 
 def test_mix_is_splitmix64():
     # the first outputs of the published generator for the seeds 0 and 1
-    assert int(mix(0)) == 0xE220A8397B1DCDAF
-    assert int(mix(1)) == 0x910A2DEC89025CC1
+    assert int(hash64(0)) == 0xE220A8397B1DCDAF
+    assert int(hash64(1)) == 0x910A2DEC89025CC1
 
 
 def test_mix_golden_values():
     # checkpoints of earlier runs rely on these: a change of the hash is a change of every run's order
-    assert int(mix(0, 0)) == 12035550249420947055
-    assert int(mix(1, 2, 3)) == 15020427595393229491
-    assert int(mix(-1)) == int(mix(2**64 - 1)) == 16490336266968443936
-    assert int(mix(2**63, 5)) == 1083902114974056470
+    assert int(hash64(0, 0)) == 12035550249420947055
+    assert int(hash64(1, 2, 3)) == 15020427595393229491
+    assert int(hash64(-1)) == int(hash64(2**64 - 1)) == 16490336266968443936
+    assert int(hash64(2**63, 5)) == 1083902114974056470
     expected = [0.7215081806049702, 0.23928447285727472, 0.27598243332716743, 0.42056992093657886]
-    assert uniform(7, np.arange(4)).tolist() == expected
+    assert hash_uniform(7, np.arange(4)).tolist() == expected
 
 
 def test_mix_of_arrays_is_mix_of_their_elements():
     rows, columns = np.arange(3)[:, None], np.arange(4)
-    table = mix(5, rows, columns)
+    table = hash64(5, rows, columns)
     assert table.shape == (3, 4)
     assert table.dtype == np.uint64
-    assert [[int(mix(5, r, c)) for c in range(4)] for r in range(3)] == table.tolist()
+    assert [[int(hash64(5, r, c)) for c in range(4)] for r in range(3)] == table.tolist()
 
 
 def test_words_and_their_places_matter():
-    values = {int(mix(*words)) for words in [(), (0,), (0, 0), (1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (3,)]}
+    values = {int(hash64(*words)) for words in [(), (0,), (0, 0), (1, 2), (2, 1), (1, 2, 0), (0, 1, 2), (3,)]}
     assert len(values) == 8
 
 
 def test_mix_does_not_warn_of_its_overflow():
     with np.errstate(all="raise"):
-        mix(2**64 - 1, 2**63, np.array([2**62]), -5)
+        hash64(2**64 - 1, 2**63, np.array([2**62]), -5)
 
 
 def test_uniform_numbers_are_uniform():
-    drawn = uniform(11, np.arange(200_000))
+    drawn = hash_uniform(11, np.arange(200_000))
     assert drawn.dtype == np.float64
     assert drawn.min() >= 0
     assert drawn.max() < 1
@@ -74,7 +74,7 @@ def test_uniform_numbers_are_uniform():
     # chi square of 19 degrees of freedom: 45 is passed once in a thousand times, and the seed is fixed
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 45
     assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.01
-    assert abs(np.corrcoef(drawn, uniform(12, np.arange(200_000)))[0, 1]) < 0.01
+    assert abs(np.corrcoef(drawn, hash_uniform(12, np.arange(200_000)))[0, 1]) < 0.01
 
 
 # --- permutations ---
@@ -88,11 +88,11 @@ def test_uniform_numbers_are_uniform():
 @example(257, 7)
 def test_permute_is_a_bijection_and_inverse_undoes_it(n, key):
     index = np.arange(n)
-    image = permute(index, n, key)
+    image = keyed_permutation(index, n, key)
     assert image.dtype == np.int64
     assert sorted(image.tolist()) == list(range(n))
-    assert (permute(image, n, key, inverse=True) == index).all()
-    assert (permute(permute(index, n, key, inverse=True), n, key) == index).all()
+    assert (keyed_permutation(image, n, key, inverse=True) == index).all()
+    assert (keyed_permutation(keyed_permutation(index, n, key, inverse=True), n, key) == index).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -102,21 +102,21 @@ def test_permute_is_a_bijection_and_inverse_undoes_it(n, key):
 def test_permute_of_huge_ranges(n, key, data):
     places = [0, n // 2, n - 1] if data is None else data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=9))
     index = np.array(places)
-    image = permute(index, n, key)
+    image = keyed_permutation(index, n, key)
     assert ((image >= 0) & (image < n)).all()
     assert len(set(image.tolist())) == len(set(places))
-    assert (permute(image, n, key, inverse=True) == index).all()
-    assert [int(permute(np.array([place]), n, key)[0]) for place in places] == image.tolist()
+    assert (keyed_permutation(image, n, key, inverse=True) == index).all()
+    assert [int(keyed_permutation(np.array([place]), n, key)[0]) for place in places] == image.tolist()
 
 
 def test_permute_golden_values():
-    assert permute(np.arange(13), 13, 99).tolist() == [7, 8, 10, 0, 3, 9, 6, 12, 11, 4, 1, 5, 2]
+    assert keyed_permutation(np.arange(13), 13, 99).tolist() == [7, 8, 10, 0, 3, 9, 6, 12, 11, 4, 1, 5, 2]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_every_permutation_comes_up(n):
     keys, outcomes = 15 * math.factorial(n), math.factorial(n)
-    images = np.array([permute(np.arange(n), n, int(mix(key))) for key in range(keys)])
+    images = np.array([keyed_permutation(np.arange(n), n, int(hash64(key))) for key in range(keys)])
     counts = np.unique(images @ n ** np.arange(n), return_counts=True)[1]
     # a network of so few bits is not quite even: of 5 elements some orders come more often than they should
     assert len(counts) == outcomes
@@ -126,7 +126,7 @@ def test_every_permutation_comes_up(n):
 @pytest.mark.parametrize("n", [4, 5, 6, 8])
 def test_places_of_a_handful_over_keys_are_even(n):
     keys = 2400
-    images = np.array([permute(np.arange(n), n, int(mix(key)))[:2] for key in range(keys)])
+    images = np.array([keyed_permutation(np.arange(n), n, int(hash64(key)))[:2] for key in range(keys)])
     counts = np.bincount(images @ (n, 1), minlength=n * n).reshape(n, n)
     assert (np.diag(counts) == 0).all()
     pairs, expected = counts[~np.eye(n, dtype=bool)], keys / (n * (n - 1))
@@ -136,7 +136,7 @@ def test_places_of_a_handful_over_keys_are_even(n):
 
 def test_places_over_keys_are_even():
     keys, n = 1500, 40
-    images = np.array([permute(np.arange(n), n, int(mix(key))) for key in range(keys)])
+    images = np.array([keyed_permutation(np.arange(n), n, int(hash64(key))) for key in range(keys)])
     expected = keys / n
     for place in (0, 1, 17, 38, 39):
         counts = np.bincount(images[:, place], minlength=n)
@@ -151,10 +151,10 @@ def test_places_over_keys_are_even():
 
 @settings(deadline=None, max_examples=80)
 @given(orders, st.sampled_from([0, 1, 5, 10**9]))
-@example(Order(1, 1, 1, 0), 0)
-@example(Order(23, 5, 2, 42), 0)
-@example(Order(25, 5, 2, 42), 0)
-@example(Order(7, 10, 3, 1), 1)
+@example(GlobalSampler(1, 1, 1, 0), 0)
+@example(GlobalSampler(23, 5, 2, 42), 0)
+@example(GlobalSampler(25, 5, 2, 42), 0)
+@example(GlobalSampler(7, 10, 3, 1), 1)
 def test_every_sample_comes_once_per_epoch(order, epoch):
     assert sorted(epoch_of(order, epoch).tolist()) == list(range(order.samples))
 
@@ -173,7 +173,7 @@ def test_any_position_is_reached_without_those_before(order, data):
 
 
 def test_shape_and_type_are_those_of_the_positions():
-    order = Order(50, 8, 2, 3)
+    order = GlobalSampler(50, 8, 2, 3)
     epochs, samples = order.at(np.arange(60).reshape(3, 4, 5))
     assert epochs.shape == samples.shape == (3, 4, 5)
     assert epochs.dtype == samples.dtype == np.int64
@@ -183,7 +183,7 @@ def test_shape_and_type_are_those_of_the_positions():
 
 def test_golden_order():
     # a change here changes the data that every earlier run has seen, and breaks resuming it
-    epochs, samples = Order(samples=23, block=5, window=2, seed=42).at(np.arange(46))
+    epochs, samples = GlobalSampler(samples=23, block=5, window=2, seed=42).at(np.arange(46))
     assert epochs.tolist() == [0] * 23 + [1] * 23
     assert samples[:23].tolist() == [
         *[7, 8, 9, 4, 5, 3, 1, 2, 0, 6],
@@ -195,7 +195,7 @@ def test_golden_order():
         *[0, 2, 1, 4, 3, 21, 20, 22],
         *[15, 16, 18, 17, 19],
     ]
-    billion = Order(samples=10**9, block=1000, window=8, seed=1).at(np.arange(10**12, 10**12 + 5))
+    billion = GlobalSampler(samples=10**9, block=1000, window=8, seed=1).at(np.arange(10**12, 10**12 + 5))
     assert billion[0].tolist() == [1000] * 5
     assert billion[1].tolist() == [61961064, 61961303, 140063580, 140063260, 140063494]
 
@@ -216,7 +216,7 @@ def test_reading_is_near_sequential(order, epoch):
 
 
 def test_windows_are_of_the_permuted_blocks():
-    order = Order(samples=1000, block=10, window=4, seed=0)
+    order = GlobalSampler(samples=1000, block=10, window=4, seed=0)
     blocks = epoch_of(order, 0).reshape(25, 40) // 10
     sets = [set(row.tolist()) for row in blocks]
     assert all(len(found) == 4 for found in sets)
@@ -226,7 +226,7 @@ def test_windows_are_of_the_permuted_blocks():
 
 
 def test_neighbours_are_as_far_apart_as_in_a_full_shuffle():
-    order = Order(samples=20_000, block=100, window=16, seed=4)
+    order = GlobalSampler(samples=20_000, block=100, window=16, seed=4)
     rng = np.random.default_rng(0)
 
     def distances(sequence):
@@ -245,7 +245,7 @@ def test_neighbours_are_as_far_apart_as_in_a_full_shuffle():
 
 
 def test_one_window_over_all_is_a_full_shuffle():
-    order = Order(samples=5000, block=64, window=100, seed=2)
+    order = GlobalSampler(samples=5000, block=64, window=100, seed=2)
     samples = epoch_of(order, 0)
     assert np.abs(np.diff(samples)).mean() == pytest.approx(5000 / 3, rel=0.04)
     assert abs(np.corrcoef(samples, np.arange(5000))[0, 1]) < 0.05
@@ -256,13 +256,13 @@ def test_first_sample_over_seeds_is_even():
     counts = np.zeros(23)
     runs = 1500
     for seed in range(runs):
-        counts[Order(23, 5, 5, seed).at(np.array([0]))[1]] += 1
+        counts[GlobalSampler(23, 5, 5, seed).at(np.array([0]))[1]] += 1
     expected = runs / 23
     assert ((counts - expected) ** 2 / expected).sum() < 22 + 5 * np.sqrt(44)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda k: epoch_of(Order(500, 20, 5, 7), k), lambda k: epoch_of(Order(500, 20, 5, k), 3)]
+    "make", [lambda k: epoch_of(GlobalSampler(500, 20, 5, 7), k), lambda k: epoch_of(GlobalSampler(500, 20, 5, k), 3)]
 )
 def test_epochs_and_seeds_differ(make):
     sequences = [make(k) for k in range(12)]
@@ -276,14 +276,14 @@ def test_epochs_and_seeds_differ(make):
 
 
 def test_two_windows_of_one_epoch_are_shuffled_differently():
-    order = Order(samples=4000, block=1000, window=1, seed=1)
+    order = GlobalSampler(samples=4000, block=1000, window=1, seed=1)
     inside = epoch_of(order, 0).reshape(4, 1000) % 1000
     for one, other in pairwise(inside):
         assert (one == other).sum() < 10
 
 
 def test_a_position_costs_no_memory_at_a_billion_samples():
-    order = Order(samples=10**9, block=1024, window=16, seed=1)
+    order = GlobalSampler(samples=10**9, block=1024, window=16, seed=1)
     positions = 10**12 + np.arange(64)
     tracemalloc.start()
     epochs, samples = order.at(positions)
@@ -297,7 +297,7 @@ def test_a_position_costs_no_memory_at_a_billion_samples():
 
 
 def test_positions_across_the_ends_of_epochs_and_windows():
-    order = Order(samples=10**9 + 7, block=1000, window=8, seed=3)
+    order = GlobalSampler(samples=10**9 + 7, block=1000, window=8, seed=3)
     epochs, samples = order.at(np.array([10**9 + 6, 10**9 + 7, 2 * (10**9 + 7) - 1]))
     assert epochs.tolist() == [0, 1, 1]
     assert ((samples >= 0) & (samples < order.samples)).all()
@@ -312,7 +312,7 @@ def test_positions_across_the_ends_of_epochs_and_windows():
 @pytest.mark.parametrize("wrong", [(0, 5, 2), (5, 0, 2), (5, 5, 0), (-1, 5, 2)])
 def test_impossible_orders_are_refused(wrong):
     with pytest.raises(ValueError, match="positive"):
-        Order(*wrong, seed=0)
+        GlobalSampler(*wrong, seed=0)
 
 
 # --- sharing out ---
@@ -329,33 +329,35 @@ def test_impossible_orders_are_refused(wrong):
 )
 def test_share_parts_the_batch_for_every_topology(first, size, accumulate, world, samples, seed):
     batch = size * accumulate * world
-    parts = [share(first, batch, accumulate, world, step, rank) for step in range(accumulate) for rank in range(world)]
+    parts = [
+        rank_indices(first, batch, accumulate, world, step, rank) for step in range(accumulate) for rank in range(world)
+    ]
     assert {len(part) for part in parts} == {size}
     assert sorted(np.concatenate(parts).tolist()) == list(range(first, first + batch))
     # a step of accumulation is the same samples in sum, whatever the number of ranks
     for step in range(accumulate):
-        places = np.concatenate([share(first, batch, accumulate, world, step, rank) for rank in range(world)])
-        alone = share(first, batch, accumulate, 1, step, 0)
+        places = np.concatenate([rank_indices(first, batch, accumulate, world, step, rank) for rank in range(world)])
+        alone = rank_indices(first, batch, accumulate, 1, step, 0)
         assert sorted(places.tolist()) == alone.tolist()
     # and through the order, the batch is the samples that one rank alone would see
-    order = Order(samples, 16, 3, seed)
-    alone = order.at(share(first, batch, 1, 1, 0, 0))
+    order = GlobalSampler(samples, 16, 3, seed)
+    alone = order.at(rank_indices(first, batch, 1, 1, 0, 0))
     shared = [order.at(part) for part in parts]
     for which in (0, 1):
         assert sorted(np.concatenate([part[which] for part in shared]).tolist()) == sorted(alone[which].tolist())
 
 
 def test_share_golden_values():
-    assert share(100, 12, 2, 3, 0, 0).tolist() == [100, 101]
-    assert share(100, 12, 2, 3, 0, 2).tolist() == [104, 105]
-    assert share(100, 12, 2, 3, 1, 1).tolist() == [108, 109]
-    assert share(0, 4, 1, 1, 0, 0).dtype == np.int64
+    assert rank_indices(100, 12, 2, 3, 0, 0).tolist() == [100, 101]
+    assert rank_indices(100, 12, 2, 3, 0, 2).tolist() == [104, 105]
+    assert rank_indices(100, 12, 2, 3, 1, 1).tolist() == [108, 109]
+    assert rank_indices(0, 4, 1, 1, 0, 0).dtype == np.int64
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "world"), [(8, 1, 3), (8, 3, 1), (8, 2, 3), (2, 2, 2), (0, 1, 1)])
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(batch, accumulate, world):
     with pytest.raises(ValueError, match="does not divide"):
-        share(0, batch, accumulate, world, 0, 0)
+        rank_indices(0, batch, accumulate, world, 0, 0)
 
 
 # --- elastic: any topology, any resume, any change of the batch size ---
@@ -374,7 +376,7 @@ def test_a_run_cut_into_pieces_of_any_topology_and_batch_size_is_the_one_stream(
         batch = world * accumulate * size
         for _ in range(steps):
             parts = [
-                order.at(share(seen, batch, accumulate, world, step, rank))
+                order.at(rank_indices(seen, batch, accumulate, world, step, rank))
                 for step in range(accumulate)
                 for rank in range(world)
             ]
@@ -392,7 +394,7 @@ def test_three_epochs_bring_every_sample_three_times_whatever_the_topology(order
         batch = world * accumulate * size
         for step in range(accumulate):
             for rank in range(world):
-                positions = share(seen, batch, accumulate, world, step, rank)
+                positions = rank_indices(seen, batch, accumulate, world, step, rank)
                 np.add.at(counts, order.at(positions[positions < total])[1], 1)
         seen += batch
         if seen >= total:
@@ -418,7 +420,7 @@ def test_windows_name_the_samples_of_every_stretch_to_come(order, position):
 
 
 def test_windows_cost_the_same_at_any_position():
-    order = Order(samples=10**9 + 7, block=1000, window=8, seed=3)
+    order = GlobalSampler(samples=10**9 + 7, block=1000, window=8, seed=3)
     tracemalloc.start()
     for position in (0, 10**7, 10**15):
         end, ranges = next(order.windows(position))

@@ -38,7 +38,7 @@ from mde_dist.data.depth import DepthScale
 from mde_dist.data.manifest import INDEX
 from mde_dist.data.shards import open_split
 from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.probe import check_units, probe
 from mde_dist.packing.sources import open_source
 from mde_dist.packing.writer import ShardWriter
@@ -102,7 +102,7 @@ def sync(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bytes_do_not_depend_on_workers_or_on_the_run(tmp_path: Path) -> None:
     root = densedepth(tmp_path / "tree", 11, 5)
     for name, workers in (("one", 1), ("two", 2), ("three", 3), ("again", 2)):
-        packed(root, tmp_path / name, PackOptions(samples_per_shard=2), workers)
+        packed(root, tmp_path / name, PackConfig(samples_per_shard=2), workers)
     expected = contents(tmp_path / "one")
     assert len(expected) == 6 + 3 + 5  # shards; and index and mean map of two splits, and the manifest
     for name in ("two", "three", "again"):
@@ -114,7 +114,7 @@ def test_bytes_do_not_depend_on_workers_where_pairs_are_left_out(tmp_path: Path)
     for path in sorted(root.glob("data/nyu2_train/*/*.png"))[::2]:
         write(path, np.zeros(SIZE, np.uint8))
     for workers in (1, 2, 3):
-        packed(root, tmp_path / f"{workers}", PackOptions(samples_per_shard=2, skip_bad=True), workers)
+        packed(root, tmp_path / f"{workers}", PackConfig(samples_per_shard=2, skip_bad=True), workers)
     expected = manifest_of(tmp_path / "1")["splits"]["train"]
     assert expected["samples"] == len(expected["skipped"]) == 12
     for workers in (2, 3):
@@ -230,7 +230,7 @@ def test_plain_webdataset_reads_the_same_pixels_and_millimetres(sync: Path) -> N
 
 
 def test_png_codec_stores_the_same_millimetres_as_16_bit_png(tmp_path: Path) -> None:
-    packed(bts(tmp_path / "tree"), tmp_path / "shards", PackOptions(codec="png"))
+    packed(bts(tmp_path / "tree"), tmp_path / "shards", PackConfig(codec="png"))
     depths = [data for tar in tars(tmp_path / "shards", "test") for name, data in members(tar) if "depth.png" in name]
     for i, data in enumerate(depths):
         with Image.open(io.BytesIO(data)) as stored:
@@ -253,7 +253,7 @@ def test_images_that_are_no_baseline_jpeg_are_encoded_without_subsampling(dense:
 def test_jpeg_quality_is_used_for_what_is_encoded_anew_only(tmp_path: Path) -> None:
     root = densedepth(tmp_path / "tree")
     for quality in (20, 95):
-        packed(root, tmp_path / f"q{quality}", PackOptions(jpeg_quality=quality))
+        packed(root, tmp_path / f"q{quality}", PackConfig(jpeg_quality=quality))
     sizes = {
         (quality, split): sum(len(jpeg) for _, jpeg, _, _ in samples(tmp_path / f"q{quality}", split))
         for quality in (20, 95)
@@ -267,7 +267,7 @@ def test_jpeg_quality_is_used_for_what_is_encoded_anew_only(tmp_path: Path) -> N
 
 
 def test_test_split_keeps_the_order_of_its_list_and_training_is_spread(tmp_path: Path) -> None:
-    packed(bts(tmp_path / "tree", 30, 8), tmp_path / "shards", PackOptions(samples_per_shard=5))
+    packed(bts(tmp_path / "tree", 30, 8), tmp_path / "shards", PackConfig(samples_per_shard=5))
     order = {}
     for split in ("train", "test"):
         records = [record["source"] for _, _, _, record in samples(tmp_path / "shards", split)]
@@ -290,7 +290,7 @@ def test_size_resizes_image_and_depth_alike(tmp_path: Path) -> None:
     big_depth[0, 0] = big_depth[11, 12] = big_depth[15, 17] = 0  # a hole in a block that holds a measurement
     write(tmp_path / "tree/images/a.png", image.repeat(2, 0).repeat(2, 1))
     write(tmp_path / "tree/depth/a.png", big_depth)
-    packed(tmp_path / "tree", tmp_path / "shards", PackOptions(size=SIZE))
+    packed(tmp_path / "tree", tmp_path / "shards", PackConfig(size=SIZE))
     assert manifest_of(tmp_path / "shards")["image_size"] == list(SIZE)
     _, jpeg, stored, _ = next(samples(tmp_path / "shards", "train"))
     assert np.array_equal(stored, depth)
@@ -310,7 +310,7 @@ def test_size_makes_pairs_of_several_sizes_one_size(tmp_path: Path) -> None:
     assert "0004.jpg is 48x32, but the others are 24x32" in said
     assert "--size" in said
     assert not packed_yet(tmp_path / "shards")
-    packed(tmp_path / "tree", tmp_path / "shards", PackOptions(size=(12, 48), samples_per_shard=3))
+    packed(tmp_path / "tree", tmp_path / "shards", PackConfig(size=(12, 48), samples_per_shard=3))
     assert {depth.shape for _, _, depth, _ in samples(tmp_path / "shards", "train")} == {(12, 48)}
     with open_split(tmp_path / "shards", "train") as shards:
         image, depth = np.empty((12, 48, 3), np.uint8), np.empty((12, 48), np.uint16)
@@ -322,12 +322,12 @@ def test_size_makes_pairs_of_several_sizes_one_size(tmp_path: Path) -> None:
 def test_same_size_given_keeps_the_bytes_of_the_images(tmp_path: Path) -> None:
     root = bts(tmp_path / "tree")
     packed(root, tmp_path / "plain")
-    packed(root, tmp_path / "sized", PackOptions(size=SIZE, samples_per_shard=3))
+    packed(root, tmp_path / "sized", PackConfig(size=SIZE, samples_per_shard=3))
     assert contents(tmp_path / "sized") == contents(tmp_path / "plain")
 
 
 def test_limit_packs_the_first_pairs_of_each_split(tmp_path: Path) -> None:
-    packed(bts(tmp_path / "tree", 6, 5), tmp_path / "shards", PackOptions(limit=2))
+    packed(bts(tmp_path / "tree", 6, 5), tmp_path / "shards", PackConfig(limit=2))
     for split, first in (("train", 0), ("test", 0)):
         found = {record["source"][-9:-4] for _, _, _, record in samples(tmp_path / "shards", split)}
         assert found == {f"{first:05d}", f"{first + 1:05d}"}
@@ -373,7 +373,7 @@ def test_a_pair_without_a_valid_pixel_is_a_bad_pair(tmp_path: Path) -> None:
         packed(root, tmp_path / "shards")
     assert f"{empty} has no valid pixel" in str(error.value)
     assert "--skip-bad" in str(error.value)
-    packed(root, tmp_path / "shards", PackOptions(samples_per_shard=3, skip_bad=True))
+    packed(root, tmp_path / "shards", PackConfig(samples_per_shard=3, skip_bad=True))
     assert manifest_of(tmp_path / "shards")["splits"]["train"]["samples"] == 3
 
 
@@ -384,7 +384,7 @@ def test_reasons_for_leaving_out_are_the_same_words_in_every_run(tmp_path: Path)
     (root / pairs[1].image).write_bytes(b"not a picture")
     (root / pairs[2].depth).write_bytes((root / pairs[2].depth).read_bytes()[:200])
     for name in ("first", "second"):
-        packed(root, tmp_path / name, PackOptions(skip_bad=True))
+        packed(root, tmp_path / name, PackConfig(skip_bad=True))
     said = [manifest_of(tmp_path / name)["splits"]["train"]["skipped"] for name in ("first", "second")]
     assert len(said[0]) == 3
     assert said[0] == said[1]
@@ -393,7 +393,7 @@ def test_reasons_for_leaving_out_are_the_same_words_in_every_run(tmp_path: Path)
 
 def test_skip_bad_leaves_out_counts_and_names(tmp_path: Path) -> None:
     root, bad = damaged_tree(tmp_path / "tree")
-    packed(root, tmp_path / "shards", PackOptions(samples_per_shard=3, skip_bad=True), workers=2)
+    packed(root, tmp_path / "shards", PackConfig(samples_per_shard=3, skip_bad=True), workers=2)
     split = manifest_of(tmp_path / "shards")["splits"]["train"]
     assert split["samples"] == sum(shard["samples"] for shard in split["shards"]) == 6
     assert len(split["skipped"]) == 3
@@ -410,7 +410,7 @@ def test_a_shard_of_bad_pairs_only_is_not_published(tmp_path: Path) -> None:
     root = bts(tmp_path / "tree", 2, 6)
     for pair in open_source(root).splits["test"].pairs[2:4]:  # the second of three shards
         (root / pair.image).write_bytes(b"\xff\xd8\xff")
-    packed(root, tmp_path / "shards", PackOptions(samples_per_shard=2, skip_bad=True))
+    packed(root, tmp_path / "shards", PackConfig(samples_per_shard=2, skip_bad=True))
     split = manifest_of(tmp_path / "shards")["splits"]["test"]
     assert split["samples"] == 4
     assert {path.name for path in (tmp_path / "shards").glob("test*.tar")} == {s["name"] for s in split["shards"]}
@@ -426,13 +426,13 @@ def test_a_split_of_bad_pairs_only_is_refused(tmp_path: Path) -> None:
     for path in root.glob("sync/*/*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="split train: none of the pairs") as error:
-        packed(root, tmp_path / "shards", PackOptions(skip_bad=True))
+        packed(root, tmp_path / "shards", PackConfig(skip_bad=True))
     assert "sync_depth_0000" in str(error.value)
     assert not packed_yet(tmp_path / "shards")
     for path in root.glob("sync/*/*.png"):
         path.unlink()
     with pytest.raises(UserError, match="split train"):
-        packed(root, tmp_path / "shards", PackOptions(skip_bad=True))
+        packed(root, tmp_path / "shards", PackConfig(skip_bad=True))
     assert not packed_yet(tmp_path / "shards")
 
 
@@ -474,7 +474,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_undisturbed_one(tmp_
     assert before.items() <= identity(tmp_path / "shards").items()  # not done anew
     assert not partial.exists()
 
-    packed(root, tmp_path / "undisturbed", PackOptions(samples_per_shard=16, size=(240, 320)), workers=2)
+    packed(root, tmp_path / "undisturbed", PackConfig(samples_per_shard=16, size=(240, 320)), workers=2)
     assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
 
 
@@ -504,9 +504,9 @@ def test_a_shard_that_a_bad_pair_ended_does_not_stand_under_its_name(tmp_path: P
 
 def test_finished_shards_are_kept_when_the_bad_pair_is_left_out(tmp_path: Path) -> None:
     root, bad, kept = interrupted(tmp_path)
-    packed(root, tmp_path / "shards", PackOptions(samples_per_shard=3, skip_bad=True))
+    packed(root, tmp_path / "shards", PackConfig(samples_per_shard=3, skip_bad=True))
     assert kept.items() <= identity(tmp_path / "shards").items()
-    packed(root, tmp_path / "fresh", PackOptions(samples_per_shard=3, skip_bad=True))
+    packed(root, tmp_path / "fresh", PackConfig(samples_per_shard=3, skip_bad=True))
     assert contents(tmp_path / "shards") == contents(tmp_path / "fresh")
     assert str(bad) in manifest_of(tmp_path / "shards")["splits"]["test"]["skipped"][0]
 
@@ -534,9 +534,9 @@ def test_a_source_file_that_changed_between_two_runs_is_packed_anew(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "other",
-    [PackOptions(samples_per_shard=3, codec="png"), PackOptions(samples_per_shard=2), PackOptions(size=(12, 16))],
+    [PackConfig(samples_per_shard=3, codec="png"), PackConfig(samples_per_shard=2), PackConfig(size=(12, 16))],
 )
-def test_other_options_do_not_go_on_with_shards_of_the_first(tmp_path: Path, other: PackOptions) -> None:
+def test_other_options_do_not_go_on_with_shards_of_the_first(tmp_path: Path, other: PackConfig) -> None:
     root, bad, _ = interrupted(tmp_path)
     bad.write_bytes(bad.with_suffix(".whole").read_bytes())
     packed(root, tmp_path / "shards", other)
@@ -549,7 +549,7 @@ def test_another_scale_does_not_go_on_with_shards_of_the_first(tmp_path: Path) -
     bad.write_bytes(bad.with_suffix(".whole").read_bytes())
     for name in ("shards", "fresh"):
         source = open_source(root, scales={"": DepthScale(0.0005)})
-        pack(source, tmp_path / name, PackOptions(samples_per_shard=3), 1, silent)
+        pack(source, tmp_path / name, PackConfig(samples_per_shard=3), 1, silent)
     assert contents(tmp_path / "shards") == contents(tmp_path / "fresh")
     depths = [depth for _, _, depth, _ in samples(tmp_path / "shards", "test")]
     assert np.abs(depths[0] - millimetres(100) / 2).max() <= 0.5
@@ -710,7 +710,7 @@ def test_manifest_counts_bytes_and_hashes_what_lies_there(sync: Path) -> None:
 
 
 def test_packing_returns_the_manifest_that_opening_reads(tmp_path: Path) -> None:
-    made = pack(open_source(bts(tmp_path / "tree")), tmp_path / "shards", PackOptions(samples_per_shard=3), 1, silent)
+    made = pack(open_source(bts(tmp_path / "tree")), tmp_path / "shards", PackConfig(samples_per_shard=3), 1, silent)
     read = open_store(tmp_path / "shards", CacheOptions())[0]
     assert (made.sha256, made.raw, made.splits) == (read.sha256, read.raw, read.splits)
     assert (made.codec, made.size, made.layout) == (read.codec, read.size, read.layout)
@@ -719,7 +719,7 @@ def test_packing_returns_the_manifest_that_opening_reads(tmp_path: Path) -> None
 def test_progress_counts_pairs_up_to_the_total(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     source = open_source(bts(tmp_path / "tree", 5, 4))
-    pack(source, tmp_path / "shards", PackOptions(samples_per_shard=2), 1, lambda *counts: told.append(counts))
+    pack(source, tmp_path / "shards", PackConfig(samples_per_shard=2), 1, lambda *counts: told.append(counts))
     assert {total for _, total in told} == {9}
     done = [count for count, _ in told]
     assert done == sorted(done)

@@ -4,11 +4,11 @@ import pytest
 from trees import bts, contents, packed, packed_yet, silent
 
 from mde_dist import shard
-from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import open_source
 from mde_dist.utils.errors import UserError
 
-OPTIONS = PackOptions(samples_per_shard=2)
+OPTIONS = PackConfig(samples_per_shard=2)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 9])

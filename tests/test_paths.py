@@ -18,8 +18,8 @@ from mde_dist import shard
 from mde_dist.ablate import AblateCommand
 from mde_dist.evaluate import EvaluateCommand
 from mde_dist.export import ExportCommand
-from mde_dist.models.depth_model import build
-from mde_dist.models.weights import model_bytes
+from mde_dist.models.depth_model import create_pretrained_model
+from mde_dist.models.weights import serialize_model
 from mde_dist.packing.inspect import given_lists
 from mde_dist.predict import PredictCommand
 from mde_dist.report import ReportCommand
@@ -27,7 +27,7 @@ from mde_dist.shard import ShardConfig
 from mde_dist.tools.ablation.table import read_table
 from mde_dist.tools.benchmarking import loader, peers, step
 from mde_dist.training.checkpoint import open_model
-from mde_dist.training.config import Config, as_json, as_toml, flat, read_config, show_config, with_whole_paths
+from mde_dist.training.config import Config, as_json, flat, read_config, show_config, to_toml, with_whole_paths
 from mde_dist.training.run_dir import differences
 from mde_dist.utils.cli import LatePath, Place, parse
 from mde_dist.utils.errors import UserError
@@ -141,7 +141,7 @@ def test_a_path_reads_back_from_a_command_and_from_a_config(text: str) -> None:
 def test_a_resolved_config_holds_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["--run", as_typed(ODD), "--data.shards", as_typed(f"s/{ODD}"), "--model.weights", as_typed(f"../{ODD}")]
     config = read_config(given)
-    (tmp_path / "config.toml").write_text(as_toml(with_whole_paths(config)), "utf-8")
+    (tmp_path / "config.toml").write_text(to_toml(with_whole_paths(config)), "utf-8")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = read_config(["--config", str(tmp_path / "config.toml")])
@@ -213,8 +213,8 @@ def test_a_run_finds_its_shards_from_another_folder(tmp_path: Path, monkeypatch:
     weights.parent.mkdir(parents=True)
     (tmp_path / ODD).mkdir()
     about = {"config": as_json(config), "size": [32, 32]}
-    weights.write_bytes(model_bytes(build(config.model, 0).state_dict(), about))
-    (tmp_path / "run/config.toml").write_text(as_toml(with_whole_paths(config)), "utf-8")
+    weights.write_bytes(serialize_model(create_pretrained_model(config.model, 0).state_dict(), about))
+    (tmp_path / "run/config.toml").write_text(to_toml(with_whole_paths(config)), "utf-8")
     monkeypatch.chdir("/")
     for toml, shards in ((True, f"{tmp_path}/{ODD}"), (False, ODD)):
         if not toml:

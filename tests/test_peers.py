@@ -7,14 +7,14 @@ import time
 import pytest
 
 from mde_dist.distributed import heartbeat as peers
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 
 
 @pytest.fixture
 def hub(tmp_path):
     """Rank 0 of three, and the other ends of its lines to ranks 1 and 2."""
     pairs = {rank: socket.socketpair() for rank in (1, 2)}
-    rank = peers._Peers(0, {number: ours for number, (ours, _) in pairs.items()}, StopFlag(), 30, tmp_path)
+    rank = peers._Heartbeat(0, {number: ours for number, (ours, _) in pairs.items()}, PreemptionHandler(), 30, tmp_path)
     yield rank, {number: theirs for number, (_, theirs) in pairs.items()}
     rank.close()
     for _, theirs in pairs.values():

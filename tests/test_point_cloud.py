@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mde_dist.inference.point_cloud import Intrinsics, ply_bytes, usual_camera
+from mde_dist.inference.point_cloud import Intrinsics, default_intrinsics, ply_bytes
 
 TYPES = {"float": "<f4", "uchar": "u1"}
 
@@ -43,7 +43,7 @@ def test_pixels_without_depth_have_no_point():
 @pytest.mark.parametrize("scale", [1, 0.5, 2, 0.1])
 def test_an_image_of_4_to_3_is_taken_by_the_kinect(scale):
     """Where a point lies in space does not depend on the size at which the image was stored."""
-    camera, words = usual_camera(round(480 * scale), round(640 * scale))
+    camera, words = default_intrinsics(round(480 * scale), round(640 * scale))
     assert "Kinect" in words
     corner = [(-0.5 - c) / f for c, f in ((camera.cx, camera.fx), (camera.cy, camera.fy))]  # the image's edge
     assert corner == pytest.approx([-326.08 / 518.86, -254.24 / 519.47], rel=1e-6)
@@ -53,7 +53,7 @@ def test_an_image_of_4_to_3_is_taken_by_the_kinect(scale):
 
 @pytest.mark.parametrize("size", [(1080, 1920), (1920, 1080), (640, 480)])
 def test_other_images_have_a_camera_that_sees_as_much_with_its_centre_in_the_middle(size):
-    camera, words = usual_camera(*size)
+    camera, words = default_intrinsics(*size)
     height, width = size
     assert "typical" in words
     assert camera.fx == camera.fy == pytest.approx(518.86 / 640 * max(size))

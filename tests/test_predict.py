@@ -20,9 +20,9 @@ from mde_dist import evaluate, predict
 from mde_dist.inference.inputs import Frame
 from mde_dist.inference.predictor import open_predictor
 from mde_dist.inference.prefetch import threads
-from mde_dist.inference.preview import preview, round_numbers
-from mde_dist.models.depth_model import DepthModel, ModelConfig, build
-from mde_dist.models.weights import model_bytes
+from mde_dist.inference.preview import round_numbers, side_by_side
+from mde_dist.models.depth_model import DepthModel, ModelConfig, create_pretrained_model
+from mde_dist.models.weights import serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 
@@ -31,10 +31,10 @@ LATIN = os.fsdecode(b"caf\xe9")  # on the disk it is no UTF-8
 
 def save_model(folder, size):
     """An untrained model that says depths of one to some metres, alone in a folder: predict needs nothing else."""
-    tensors = build(ModelConfig(), seed=3).state_dict()
+    tensors = create_pretrained_model(ModelConfig(), seed=3).state_dict()
     tensors["head.bias"] += 2.5
     path = folder / "model.safetensors"
-    path.write_bytes(model_bytes(tensors, {"config": {"model.backbone": "resnet18"}, "size": list(size)}))
+    path.write_bytes(serialize_model(tensors, {"config": {"model.backbone": "resnet18"}, "size": list(size)}))
     return path
 
 
@@ -111,15 +111,15 @@ def test_the_picture_shows_image_and_depth_on_one_scale_for_all(checkpoint, imag
     np.testing.assert_array_equal(own[:, :320], image)
     np.testing.assert_array_equal(same[:, :320], image)
     depth = np.asarray(Image.open(tmp_path / "same/inner/a_depth.png")) / np.float32(1000)
-    assert own.shape == same.shape == preview(image, depth).shape
-    expected = preview(image, depth, (1, 4)).astype(int)
+    assert own.shape == same.shape == side_by_side(image, depth).shape
+    expected = side_by_side(image, depth, (1, 4)).astype(int)
     assert (np.abs(same - expected) <= 3).mean() > 0.99  # of float32 there, of millimetres here
     assert (np.abs(own[:, 328:648] - expected[:, 328:648]) > 10).mean() > 0.5
 
 
 def test_a_picture_has_a_bar_from_near_to_far():
     depth = np.linspace(1, 5, 320, dtype=np.float32)[None].repeat(240, axis=0)
-    picture = preview(np.zeros((240, 320, 3), np.uint8), depth, (1, 5)).astype(int)
+    picture = side_by_side(np.zeros((240, 320, 3), np.uint8), depth, (1, 5)).astype(int)
     bar = picture[:, 320 + 8 + 320 + 8 + 4]
     inside = bar[bar.sum(1) < 3 * 255]
     across = picture[120, 328:648]
@@ -147,7 +147,7 @@ def test_the_bar_has_round_numbers(low, high, most, expected):
 def test_an_image_of_training_size_is_seen_as_it_is(checkpoint):
     image = render_room(5, (48, 64))[0]
     predictor = open_predictor(checkpoint, torch.device("cpu"))
-    model = build(ModelConfig(), seed=3).eval()
+    model = create_pretrained_model(ModelConfig(), seed=3).eval()
     model.head.bias.data += 2.5
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

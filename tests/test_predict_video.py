@@ -9,8 +9,8 @@ from PIL import Image
 
 from mde_dist import predict
 from mde_dist.inference.video import VideoFrame, count_frames, import_av, read_video
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import model_bytes
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 
@@ -38,7 +38,7 @@ def rooms():
 def checkpoint(tmp_path):
     path = tmp_path / "model.safetensors"
     metadata = {"config": {"model.backbone": "resnet18"}, "size": [48, 64]}
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), metadata))
+    path.write_bytes(serialize_model(create_pretrained_model(ModelConfig(), seed=3).state_dict(), metadata))
     return path
 
 

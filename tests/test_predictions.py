@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from trees import SIZE, write
 
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.evaluation.predictions import _another_view, open_predictions
 from mde_dist.packing.sources import open_source
 from mde_dist.utils.errors import UserError
@@ -20,7 +20,7 @@ from mde_dist.utils.io import natural_order
 NAMES = ("bathroom/rgb_00045.jpg", "bathroom/rgb_00046.jpg", "home_office/rgb_00670.jpg", "kitchen_0004/rgb_00011.jpg")
 
 
-class Listed(Samples):
+class Listed(DepthDataset):
     """Images that have names only."""
 
     place, advice = "here", ""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mde_dist.inference.predictor import Predictor, pick_device
-from mde_dist.models.depth_model import ModelConfig, build
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model():
-    return build(ModelConfig(), seed=3)
+    return create_pretrained_model(ModelConfig(), seed=3)
 
 
 class Crowded(nn.Module):
@@ -53,7 +53,7 @@ def test_images_are_seen_at_the_area_of_training_with_their_aspect(model, size, 
 def test_several_at_once_are_as_one_by_one_whatever_their_sizes(model):
     predictor = Predictor(model, METADATA, CPU)
     images = [render_room(seed, size)[0] for seed, size in enumerate(((48, 64), (96, 128), (30, 40), (48, 64)))]
-    together, alone = predictor.several(images), [predictor(image) for image in images]
+    together, alone = predictor.predict_batch(images), [predictor(image) for image in images]
     for one, other, image in zip(together, alone, images, strict=True):
         assert one.shape == other.shape == image.shape[:2]
         assert one.dtype == np.float32
@@ -82,7 +82,7 @@ def test_where_memory_runs_out_batches_are_halved(model):
     predictor = Predictor(crowded, METADATA, CPU)
     predictor.batch_size = 7
     images = [render_room(seed, (48, 64))[0] for seed in range(7)]
-    depths = predictor.several(images)
+    depths = predictor.predict_batch(images)
     assert predictor.batch_size == 2
     assert crowded.tried == [7, 3, 1, 2, 4, 2, 2]
     plain = Predictor(model, METADATA, CPU)
@@ -93,7 +93,7 @@ def test_where_memory_runs_out_batches_are_halved(model):
 def test_an_image_that_never_fits_is_one_line(model):
     predictor = Predictor(Crowded(model, 0), METADATA, CPU)
     with pytest.raises(UserError, match="cpu: an image of 48x64 does not fit into its memory"):
-        predictor.several([render_room(seed, (48, 64))[0] for seed in range(3)])
+        predictor.predict_batch([render_room(seed, (48, 64))[0] for seed in range(3)])
 
 
 def test_the_device_is_chosen_by_itself():

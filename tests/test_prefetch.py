@@ -11,12 +11,12 @@ import pytest
 import torch
 from servers import Fault, FileServer
 
-from mde_dist.data.loader import Loader
+from mde_dist.data.loader import DataLoader
 from mde_dist.data.prefetch import AHEAD, Prefetch
-from mde_dist.data.sampler import Order
+from mde_dist.data.sampler import GlobalSampler
 from mde_dist.data.shards import open_split
 from mde_dist.data.store import CacheOptions
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import rooms
 
 SAMPLES, PER_SHARD, WINDOW = 48, 2, 2
@@ -26,7 +26,7 @@ SAMPLES, PER_SHARD, WINDOW = 48, 2, 2
 def served(tmp_path_factory) -> Path:
     """24 shards of two rooms."""
     output = tmp_path_factory.mktemp("server") / "rooms"
-    options = PackOptions(size=(24, 32), samples_per_shard=PER_SHARD)
+    options = PackConfig(size=(24, 32), samples_per_shard=PER_SHARD)
     pack(rooms({"train": SAMPLES, "test": 1}), output, options, workers=2, progress=lambda done, total: None)
     return output
 
@@ -57,7 +57,7 @@ def whole(options: CacheOptions) -> set[str]:
 
 
 def test_coming_windows_are_fetched_without_the_loop_and_nothing_beyond(server, tmp_path):
-    order, options = Order(SAMPLES, PER_SHARD, WINDOW, seed=1), cache(tmp_path)
+    order, options = GlobalSampler(SAMPLES, PER_SHARD, WINDOW, seed=1), cache(tmp_path)
     with open_split(server.url, "train", options) as shards:
         stages = [(end, shards.shards_of(ranges)) for end, ranges in itertools.islice(order.windows(0), 8)]
         with Prefetch(shards, iter(stages)) as prefetch:
@@ -73,7 +73,7 @@ def test_coming_windows_are_fetched_without_the_loop_and_nothing_beyond(server, 
 
 def test_a_loop_does_not_need_the_server_for_what_it_could_foresee(server, tmp_path):
     """Once the coming windows are here the server may go: every sample of theirs still arrives."""
-    order, options = Order(SAMPLES, PER_SHARD, WINDOW, seed=2), cache(tmp_path)
+    order, options = GlobalSampler(SAMPLES, PER_SHARD, WINDOW, seed=2), cache(tmp_path)
     with open_split(server.url, "train", options) as shards:
         stages = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(0))
         coming = list(itertools.islice(order.windows(0), 1 + AHEAD))
@@ -85,7 +85,7 @@ def test_a_loop_does_not_need_the_server_for_what_it_could_foresee(server, tmp_p
                     prefetch.reached(first)
                     yield order.at(np.arange(first, first + 2))
 
-            with Loader(shards, draws(), 2, torch.device("cpu"), threads=1, ahead=1) as loader:
+            with DataLoader(shards, draws(), 2, torch.device("cpu"), threads=1, ahead=1) as loader:
                 next(loader)
                 until(lambda: needed <= whole(options))
                 server.fail(Fault(status=503))
@@ -94,7 +94,7 @@ def test_a_loop_does_not_need_the_server_for_what_it_could_foresee(server, tmp_p
 
 
 def test_a_resume_begins_with_the_window_of_its_position(server, tmp_path):
-    order, options = Order(SAMPLES, PER_SHARD, WINDOW, seed=3), cache(tmp_path)
+    order, options = GlobalSampler(SAMPLES, PER_SHARD, WINDOW, seed=3), cache(tmp_path)
     with open_split(server.url, "train", options) as shards:
         stages = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(10**9 + 17))
         wanted = [

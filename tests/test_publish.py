@@ -15,8 +15,8 @@ from trees import bts, contents, packed, packed_yet, silent
 
 from mde_dist import export, shard
 from mde_dist.data.shards import open_split
-from mde_dist.packing.index_tars import adopt
-from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.index_tars import index_tars
+from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import open_source
 from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils import publish
@@ -24,8 +24,8 @@ from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic
 from mde_dist.utils.publish import is_free
 
-OPTIONS = PackOptions(samples_per_shard=2)
-OTHERS = PackOptions(samples_per_shard=3, codec="png")
+OPTIONS = PackConfig(samples_per_shard=2)
+OTHERS = PackConfig(samples_per_shard=3, codec="png")
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_packing_killed_while_it_publishes_leaves_a_whole_set_or_goes_on(tree,
     with pytest.raises(UserError, match="their packing is at work, or was cut off"):
         open_split(output, "train")
     with pytest.raises(UserError, match="its packing is not finished"):
-        adopt(output, 1, silent, True, lambda split, median: None)
+        index_tars(output, 1, silent, True, lambda split, median: None)
     if step == 5:
         pack_part(source, output, options, 1, silent, (0, 2))
         assert not packed_yet(output)

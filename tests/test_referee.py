@@ -14,9 +14,9 @@ from warm import warm_run
 from mde_dist import evaluate
 from mde_dist.data.augmentation import normalise, resize_image
 from mde_dist.evaluation.metrics import PROTOCOLS
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import model_bytes
-from mde_dist.packing.pack import PackOptions
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import serialize_model
+from mde_dist.packing.pack import PackConfig
 from mde_dist.utils.errors import UserError
 
 SIZE, COUNT = (480, 640), 3
@@ -95,7 +95,7 @@ def test_the_table_of_images_is_that_of_numpy(data, result):
 
 def test_shards_and_source_are_one_ground_truth(data, result):
     """Read from the folder, or packed, or packed otherwise: the same digits and the same fingerprint."""
-    packed(data / "source", data / "others", PackOptions(samples_per_shard=1, codec="png"))
+    packed(data / "source", data / "others", PackConfig(samples_per_shard=1, codec="png"))
     for place in ("shards", "others"):
         other = scored(data, *ALL, "--shards", str(data / place), target="other.json", against="shards")
         assert other["fingerprints"] == result["fingerprints"]
@@ -250,7 +250,11 @@ def test_predictions_in_another_order_are_noticed(many, tmp_path):
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     config = {"model.backbone": "resnet18"}
-    path.write_bytes(model_bytes(build(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [96, 128]}))
+    path.write_bytes(
+        serialize_model(
+            create_pretrained_model(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [96, 128]}
+        )
+    )
     return path
 
 
@@ -268,7 +272,7 @@ def test_a_model_is_scored_against_a_source_that_was_never_packed(data, checkpoi
 
 def test_flip_averages_the_two_views(data, checkpoint):
     """Against the mean of the predictions for the images and for mirrored images, made one by one."""
-    model = build(ModelConfig(), seed=3).eval()
+    model = create_pretrained_model(ModelConfig(), seed=3).eval()
     target = data / "flipped"
     target.mkdir(exist_ok=True)
     for number in range(COUNT):

@@ -18,13 +18,13 @@ from servers import Fault, FileServer
 
 from mde_dist.data.storage import remote as remote_module
 from mde_dist.data.storage.remote import (
-    Away,
-    Closed,
+    Cancelled,
     NotThere,
-    PastEnd,
-    Patience,
+    RangeError,
     Remote,
-    Temporary,
+    RetryableError,
+    RetryPolicy,
+    ServerUnavailable,
     open_remote,
     read_whole,
     with_retries,
@@ -48,11 +48,11 @@ def shards(server: FileServer, timeout: float = 10.0) -> Remote:
 
 
 def all_of(remote: Remote, start: int = 0, name: str = "a.tar", patience: float = 5.0) -> bytes:
-    return b"".join(with_retries(remote, name, start, Patience(remote, name, patience, threading.Event())))
+    return b"".join(with_retries(remote, name, start, RetryPolicy(remote, name, patience, threading.Event())))
 
 
 def asking(remote: Remote, closing: threading.Event, patience: float = 40.0) -> Iterator[bytes]:
-    return with_retries(remote, "a.tar", 0, Patience(remote, "a.tar", patience, closing))
+    return with_retries(remote, "a.tar", 0, RetryPolicy(remote, "a.tar", patience, closing))
 
 
 def closed_port() -> int:
@@ -156,14 +156,14 @@ def test_a_body_of_no_announced_length_ends_with_the_connection(server: FileServ
 
 @pytest.mark.parametrize("start", [len(CONTENT), len(CONTENT) + 7])
 def test_going_on_past_the_end_is_told_from_other_failures(server: FileServer, start: int) -> None:
-    with pytest.raises(PastEnd):
+    with pytest.raises(RangeError):
         next(shards(server).read("a.tar", start))
 
 
 @pytest.mark.parametrize("claim", ["bytes 6-1048575/1048576", "bytes */1048576", "nonsense"])
 def test_a_part_that_begins_elsewhere_is_not_taken(server: FileServer, claim: str) -> None:
     server.fail(Fault(content_range=claim))
-    with pytest.raises(Temporary, match="asked for bytes from 5 on"):
+    with pytest.raises(RetryableError, match="asked for bytes from 5 on"):
         next(shards(server).read("a.tar", 5))
 
 
@@ -194,7 +194,7 @@ FAILURES = {
 @pytest.mark.parametrize("fault", FAILURES.values(), ids=FAILURES)
 def test_a_failure_that_may_pass_is_temporary_and_asked_again(server: FileServer, fault: Fault) -> None:
     server.fail(fault, times=2)
-    with pytest.raises(Temporary):
+    with pytest.raises(RetryableError):
         list(shards(server).read("a.tar"))
     assert all_of(shards(server)) == CONTENT
     assert server.requests["shards/a.tar"] == 3
@@ -202,7 +202,7 @@ def test_a_failure_that_may_pass_is_temporary_and_asked_again(server: FileServer
 
 def test_a_silent_server_is_a_temporary_failure_after_the_time_out(server: FileServer) -> None:
     server.fail(Fault(stall=True))
-    with pytest.raises(Temporary, match="timed out"):
+    with pytest.raises(RetryableError, match="timed out"):
         list(shards(server, timeout=0.3).read("a.tar"))
 
 
@@ -230,7 +230,7 @@ def test_a_server_that_always_brings_something_new_is_never_given_up(server: Fil
 def test_a_server_that_is_away_is_given_up_with_one_line(patience: float) -> None:
     url = f"http://127.0.0.1:{closed_port()}/shards"
     begun = time.monotonic()
-    with pytest.raises(Away) as error:
+    with pytest.raises(ServerUnavailable) as error:
         all_of(open_remote(url), patience=patience)
     assert patience <= time.monotonic() - begun < patience + 5
     assert str(error.value).startswith(f"{url}/a.tar: no new byte for")
@@ -240,14 +240,14 @@ def test_a_server_that_is_away_is_given_up_with_one_line(patience: float) -> Non
 
 def test_bytes_that_are_not_new_do_not_count_as_progress(server: FileServer) -> None:
     server.fail(Fault(cut=1000, ranges=False))
-    with pytest.raises(Away, match=r"no new byte for .*cut"):
+    with pytest.raises(ServerUnavailable, match=r"no new byte for .*cut"):
         all_of(shards(server), patience=0.8)
 
 
 def test_the_pauses_between_tries_grow(server: FileServer) -> None:
     """0.25 and 0.5 s, give or take a fifth, and a last try when the patience ends."""
     server.fail(Fault(status=503))
-    with pytest.raises(Away, match="503 Service Unavailable"):
+    with pytest.raises(ServerUnavailable, match="503 Service Unavailable"):
         all_of(shards(server), patience=0.9)
     assert 3 <= server.requests["shards/a.tar"] <= 5
 
@@ -257,10 +257,10 @@ def test_a_server_that_was_given_up_is_not_waited_for_again_for_the_next_file(se
     second for which a busy machine may hold this process between the two."""
     remote = shards(server)
     server.fail(Fault(status=503))
-    with pytest.raises(Away):
+    with pytest.raises(ServerUnavailable):
         all_of(remote, patience=2.5)
     asked = server.requests.total()
-    with pytest.raises(Away):
+    with pytest.raises(ServerUnavailable):
         all_of(remote, name="b.tar", patience=2.5)
     assert server.requests.total() == asked + 1
     server.behave()
@@ -279,14 +279,14 @@ def test_a_pause_in_which_the_process_is_held_is_no_time_in_which_nobody_asks(mo
             return False
 
     remote = open_remote("http://127.0.0.1/shards")
-    first = Patience(remote, "a.tar", 2.5, Held())
-    first.pause(Temporary("away"))
-    with pytest.raises(Away):
-        first.pause(Temporary("away"))
-    with pytest.raises(Away):
-        Patience(remote, "b.tar", 2.5, Held()).pause(Temporary("away"))
+    first = RetryPolicy(remote, "a.tar", 2.5, Held())
+    first.pause(RetryableError("away"))
+    with pytest.raises(ServerUnavailable):
+        first.pause(RetryableError("away"))
+    with pytest.raises(ServerUnavailable):
+        RetryPolicy(remote, "b.tar", 2.5, Held()).pause(RetryableError("away"))
     now += 3  # but here nobody does
-    Patience(remote, "c.tar", 2.5, Held()).pause(Temporary("away"))
+    RetryPolicy(remote, "c.tar", 2.5, Held()).pause(RetryableError("away"))
 
 
 def test_a_file_that_alone_fails_is_given_up_although_others_come(server: FileServer) -> None:
@@ -296,7 +296,7 @@ def test_a_file_that_alone_fails_is_given_up_although_others_come(server: FileSe
         bad = thread.submit(all_of, remote, 0, "bad.tar", 1.0)
         while not bad.done():
             assert all_of(remote) == CONTENT
-    with pytest.raises(Away, match=r"bad\.tar"):
+    with pytest.raises(ServerUnavailable, match=r"bad\.tar"):
         bad.result()
 
 
@@ -309,7 +309,7 @@ def test_closing_ends_the_wait_for_the_next_try_within_a_second(server: FileServ
             time.sleep(0.01)
         begun = time.monotonic()
         closing.set()
-        with pytest.raises(Closed):
+        with pytest.raises(Cancelled):
             reading.result(10)
         assert time.monotonic() - begun < 1
 
@@ -320,14 +320,14 @@ def test_closing_ends_a_slow_download(server: FileServer) -> None:
     chunks = asking(shards(server), closing)
     next(chunks)
     closing.set()
-    with pytest.raises(Closed):
+    with pytest.raises(Cancelled):
         next(chunks)
 
 
 def test_nothing_is_asked_of_the_server_after_closing(server: FileServer) -> None:
     closing = threading.Event()
     closing.set()
-    with pytest.raises(Closed):
+    with pytest.raises(Cancelled):
         list(asking(shards(server), closing))
     assert not server.requests
 
@@ -399,7 +399,7 @@ def test_a_small_file_that_is_replaced_between_two_tries_is_not_mixed(server: Fi
 
 
 def test_a_small_file_of_a_server_that_is_away_is_given_up() -> None:
-    with pytest.raises(Away):
+    with pytest.raises(ServerUnavailable):
         read_whole(open_remote(f"http://127.0.0.1:{closed_port()}"), "manifest.json", 1000, patience=0.3)
 
 
@@ -413,7 +413,7 @@ def test_a_server_that_trickles_is_given_up_and_spoken_of(
         lambda: all_of(shards(server), patience=0.6),
     ):
         begun = time.monotonic()
-        with pytest.raises(Away, match=rf"^{server.url}/shards/a.tar: \d+ bytes in 1 s; check the server"):
+        with pytest.raises(ServerUnavailable, match=rf"^{server.url}/shards/a.tar: \d+ bytes in 1 s; check the server"):
             read()
         assert 0.5 < time.monotonic() - begun < 5
     said = capsys.readouterr().out.splitlines()
@@ -428,7 +428,7 @@ def test_a_server_that_is_slow_but_of_use_is_waited_for(server: FileServer) -> N
 
 def test_what_every_try_brings_anew_is_no_news(server: FileServer) -> None:
     server.fail(Fault(cut=100_000))
-    with pytest.raises(Away):
+    with pytest.raises(ServerUnavailable):
         read_whole(shards(server), "a.tar", 10**7, patience=0.6)
 
 
@@ -480,7 +480,7 @@ def test_an_object_is_read_from_any_byte_on(bucket: str) -> None:
     assert all_of(remote, 1000, name="a.tar") == CONTENT[1000:]
     assert all_of(remote, len(CONTENT), name="a.tar") == b""
     assert all_of(remote, name="empty") == b""
-    with pytest.raises(PastEnd):
+    with pytest.raises(RangeError):
         all_of(remote, len(CONTENT) + 1, name="a.tar")
 
 
@@ -509,7 +509,7 @@ def test_missing_credentials_are_named(bucket: str, aws: pytest.MonkeyPatch) -> 
         all_of(open_remote(bucket))
 
 
-@pytest.mark.parametrize(("status", "kind"), [(403, NotThere), (400, NotThere), (503, Temporary)])
+@pytest.mark.parametrize(("status", "kind"), [(403, NotThere), (400, NotThere), (503, RetryableError)])
 def test_s3_answers_are_judged_as_those_of_http(
     server: FileServer, aws: pytest.MonkeyPatch, status: int, kind: type[Exception]
 ) -> None:
@@ -526,7 +526,7 @@ def test_an_s3_server_that_fails_to_answer_is_a_temporary_failure(
 ) -> None:
     aws.setenv("AWS_ENDPOINT_URL", server.url)
     server.fail(fault)
-    with pytest.raises(Temporary):
+    with pytest.raises(RetryableError):
         next(open_remote("s3://shards", timeout=0.5).read("a.tar"))
 
 
@@ -543,7 +543,7 @@ def test_an_object_that_is_cut_goes_on_with_its_last_piece(server: FileServer, a
 
 def test_an_s3_server_that_is_away_is_given_up(aws: pytest.MonkeyPatch) -> None:
     aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port()}")
-    with pytest.raises(Away, match=r"^s3://shards/a.tar: no new byte for"):
+    with pytest.raises(ServerUnavailable, match=r"^s3://shards/a.tar: no new byte for"):
         all_of(open_remote("s3://shards"), patience=0.5)
 
 

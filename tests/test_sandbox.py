@@ -9,7 +9,7 @@ from commands import SMALL
 from sandbox import bare_environment, sandboxed, skip_without
 from trees import contents, folder, packed
 
-from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.pack import PackConfig
 
 CHAIN = """
 import getpass, importlib, json, os, runpy, sys
@@ -63,7 +63,7 @@ def test_every_command_works_in_a_container_without_a_writable_root(tmp_path, la
     assert (
         len(done.stderr.splitlines()) == 4 and "--shm-size" in done.stderr
     )  # name; what a node of 8 GPUs has and lacks
-    packed(tree, tmp_path / "alone", PackOptions(samples_per_shard=2))
+    packed(tree, tmp_path / "alone", PackConfig(samples_per_shard=2))
     assert contents(work / "shards") == contents(tmp_path / "alone")
     (scratch,) = (line for line in out[1].splitlines() if line.startswith("│ scratch"))
     assert "warn" in scratch and "TMPDIR" in scratch and "/dev/shm" in scratch

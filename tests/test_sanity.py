@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
-from mde_dist.evaluation.sanity_checks import SIGNALS, diagnose, mean_depth, signals
+from mde_dist.evaluation.sanity_checks import N_STATISTICS, detect_failures, image_statistics, mean_depth
 
 IMAGES, SIZE = 40, (30, 40)
 
@@ -37,8 +37,8 @@ def learned(truth, seed=1, quality=0.8, noise=0.15):
 
 
 def said(prediction, truth, **options):
-    return diagnose(
-        torch.cat([signals(p, t) for p, t in zip(prediction.split(7), truth.split(7), strict=True)]), **options
+    return detect_failures(
+        torch.cat([image_statistics(p, t) for p, t in zip(prediction.split(7), truth.split(7), strict=True)]), **options
     )
 
 
@@ -153,7 +153,7 @@ def test_few_images_and_images_without_pixels_are_taken():
     assert said(learned(truth)[:3].flip(0), truth[:3]) == []  # too few to tell their order
     truth[5] = 0
     assert said(learned(rooms()), truth) == []
-    assert diagnose(signals(truth[5:6].double(), truth[5:6])) == []
+    assert detect_failures(image_statistics(truth[5:6].double(), truth[5:6])) == []
     prediction = learned(rooms())
     prediction[3] = torch.nan
     prediction[4, 0, 0] = 1e300
@@ -177,15 +177,15 @@ def test_the_truth_in_place_of_predictions_is_recognised(kept_as):
     """As counts, or as float32 metres; in all images or in some; where it has holes, anything may stand."""
     truth = (rooms() * 1000).round().double()
     copy = torch.where(truth > 0, kept_as(truth), 1234.0)
-    (line,) = diagnose(signals(copy, truth, 1000))
+    (line,) = detect_failures(image_statistics(copy, truth, 1000))
     assert "the ground truth itself in every image" in line
     mixed = learned(truth)
     mixed[:7] = copy[:7]
-    (line,) = diagnose(signals(mixed, truth, 1000))
+    (line,) = detect_failures(image_statistics(mixed, truth, 1000))
     assert "the ground truth itself in 7 of 40 images" in line
     almost = copy.clone()
     almost[:, ::5, ::5] += 5
-    assert diagnose(signals(almost, truth, 1000)) == []
+    assert detect_failures(image_statistics(almost, truth, 1000)) == []
 
 
 @pytest.mark.parametrize("quality", [0.2, 0.5, 1.0])
@@ -204,8 +204,10 @@ def test_a_dozen_images_of_a_weak_model_are_in_order_and_a_shuffle_of_them_is_no
 
 def test_signals_by_hand():
     # p / g = 2, 2, 4 (one hole, one prediction that is none): median 2; mean of the truth over 1, 2, 3 and 4
-    rows = signals(torch.tensor([[[2.0, 4.0, 12.0, 5.0, torch.nan]]]), torch.tensor([[[1.0, 2.0, 3.0, 0.0, 4.0]]]))
-    assert rows.shape == (1, SIGNALS)
+    rows = image_statistics(
+        torch.tensor([[[2.0, 4.0, 12.0, 5.0, torch.nan]]]), torch.tensor([[[1.0, 2.0, 3.0, 0.0, 4.0]]])
+    )
+    assert rows.shape == (1, N_STATISTICS)
     assert rows[0, 0] == 2
     p, g = np.array([2, 4, 12]), np.array([1, 2, 3])
     assert rows[0, 1].item() == pytest.approx(np.corrcoef(p, g)[0, 1])

@@ -19,9 +19,9 @@ from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, pictur
 
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.manifest import INDEX, Manifest
-from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.packing.pack import PackOptions
+from mde_dist.packing.pack import PackConfig
 from mde_dist.utils.errors import UserError
 
 
@@ -83,7 +83,7 @@ def refused(directory: Path, split: str = "train") -> str:
 
 @pytest.mark.parametrize("codec", ["blosc", "zst", "png"])
 def test_every_sample_is_what_was_packed(tmp_path: Path, codec: str) -> None:
-    packed(bts(tmp_path / "tree", 7, 4), tmp_path / "shards", PackOptions(samples_per_shard=3, codec=codec))
+    packed(bts(tmp_path / "tree", 7, 4), tmp_path / "shards", PackConfig(samples_per_shard=3, codec=codec))
     for split, first, holes in (("train", 0, 0.3), ("test", 100, 0.0)):
         seen = set()
         with open_split(tmp_path / "shards", split) as shards:
@@ -545,6 +545,6 @@ def test_the_manifest_hash_tells_any_change(copy: Path) -> None:
 
 def test_a_shard_set_of_a_manifest_that_was_read_before(whole: Path) -> None:
     manifest, store = open_store(whole, CacheOptions())
-    with ShardSet(manifest, store, "train") as train, ShardSet(manifest, store, "test") as test:
+    with ShardDataset(manifest, store, "train") as train, ShardDataset(manifest, store, "test") as test:
         assert train.file_of(6) == str(whole / "train-000002.tar")
         assert test.file_of(0) == str(whole / "test-000000.tar")

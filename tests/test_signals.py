@@ -6,10 +6,10 @@ import sys
 
 PROGRAM = """
 import os, signal
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 
 try:
-    with StopFlag().catching():
+    with PreemptionHandler().install():
         {inside}
 except RuntimeError:
     pass

@@ -13,7 +13,7 @@ from servers import Fault, FileServer
 from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.data.dataset import DamagedSample
-from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.store import CacheOptions
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sha256_of
@@ -40,7 +40,7 @@ def bucket(room_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     server.stop()
 
 
-def contents(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
+def contents(shards: ShardDataset) -> list[tuple[str, bytes, bytes]]:
     image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
     found = []
     for sample in range(len(shards)):

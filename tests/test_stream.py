@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from mde_dist.data.augmentation import prepare
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import open_split
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.training.config import Config, read_config
-from mde_dist.training.data_stream import poisoned, share_news, take_share, training_stream
-from mde_dist.training.throughput import Account
+from mde_dist.training.data_stream import check_bad_sample_quota, next_local_batch, reduce_batch_info, training_stream
+from mde_dist.training.throughput import ThroughputMeter
 from mde_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -33,9 +33,9 @@ def shares(shards, config, samples_seen, steps, world):
     size = config.train.batch_size // (world * accumulate)
     for rank in range(world):
         topology = SimpleNamespace(num_processes=world, process_index=rank, device=CPU)
-        with training_stream(config, shards, samples_seen, topology, StopFlag()) as loader:
+        with training_stream(config, shards, samples_seen, topology, PreemptionHandler()) as loader:
             for step in range(steps):
-                share = take_share(loader, config, SIZE, Account(CPU))
+                share = next_local_batch(loader, config, SIZE, ThroughputMeter(CPU))
                 assert share.error is None
                 for part, (image, depth) in enumerate(share.views):
                     first = samples_seen + step * config.train.batch_size + (part * world + rank) * size
@@ -72,8 +72,8 @@ def test_accumulated_views_are_those_of_their_samples(room_shards):
     config = config_of(20, 5, 3, "--data.ahead", 1)
     topology = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
     with open_split(room_shards, "train") as shards:
-        with training_stream(config, shards, 40, topology, StopFlag()) as loader:
-            share = take_share(loader, config, shards.size, Account(CPU))
+        with training_stream(config, shards, 40, topology, PreemptionHandler()) as loader:
+            share = next_local_batch(loader, config, shards.size, ThroughputMeter(CPU))
         image, depth = np.empty((1, *shards.size, 3), np.uint8), np.empty((1, *shards.size), np.uint16)
         for number, (epoch, sample) in enumerate(share.samples):
             shards.read_into(int(sample), image[0], depth[0])
@@ -92,9 +92,11 @@ def test_the_hash_of_a_batch_is_the_sum_over_any_topology(room_shards):
             total = np.zeros(3)
             for rank in range(world):
                 topology = SimpleNamespace(num_processes=world, process_index=rank, device=CPU)
-                with training_stream(config, shards, 7, topology, StopFlag()) as loader:
+                with training_stream(config, shards, 7, topology, PreemptionHandler()) as loader:
                     alone = SimpleNamespace(num_processes=1, device=CPU)  # the sum over the ranks is taken here
-                    news = share_news(alone, take_share(loader, config, SIZE, Account(CPU)), StopFlag())
+                    news = reduce_batch_info(
+                        alone, next_local_batch(loader, config, SIZE, ThroughputMeter(CPU)), PreemptionHandler()
+                    )
                     assert not (news.stopped or news.failed)
                     total += np.array([news.counted[0].item(), news.batch_hash, news.replaced])
             hashes.append(total.tolist())
@@ -115,7 +117,7 @@ class Thousand(SimpleNamespace):
 )
 def test_the_quota_is_of_the_samples_so_far_but_at_least_of_the_split(replaced, seen, ends):
     config = config_of(12, 1, 1, "--data.max-bad-fraction", "0.01")
-    error = poisoned(config, replaced, seen, Thousand(advice="look at it"))
+    error = check_bad_sample_quota(config, replaced, seen, Thousand(advice="look at it"))
     assert (error is not None) == ends
     if ends:
         assert isinstance(error, UserError)
@@ -125,14 +127,14 @@ def test_the_quota_is_of_the_samples_so_far_but_at_least_of_the_split(replaced, 
 
 def test_a_stopped_stream_leaves_the_share_incomplete_without_an_error(room_shards):
     config = config_of(12)
-    stop = StopFlag()
+    stop = PreemptionHandler()
     topology = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
     with (
         open_split(room_shards, "train") as shards,
         training_stream(config, shards, 0, topology, stop) as loader,
     ):
-        first = take_share(loader, config, SIZE, Account(CPU))
+        first = next_local_batch(loader, config, SIZE, ThroughputMeter(CPU))
         assert len(first.samples) == 12
-        news = share_news(SimpleNamespace(num_processes=1, device=CPU), first, stop)
+        news = reduce_batch_info(SimpleNamespace(num_processes=1, device=CPU), first, stop)
     assert not news.stopped
     assert news.counted[0] > 0

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from warm import warm_run, without_pictures
 
 from mde_dist.reporting.history import read_runs
-from mde_dist.training.config import as_toml, read_config
+from mde_dist.training.config import read_config, to_toml
 
 
 def events(run) -> EventAccumulator:
@@ -69,10 +69,10 @@ def broken_tensorboard() -> None:
 
 def test_trackers_stand_in_the_config_that_is_read_back(tmp_path):
     config = read_config(["--log-with", "tensorboard", "wandb"])
-    (tmp_path / "config.toml").write_text(as_toml(config))
+    (tmp_path / "config.toml").write_text(to_toml(config))
     assert read_config(["--config", str(tmp_path / "config.toml")]) == config
     none = read_config([])
-    (tmp_path / "config.toml").write_text(as_toml(none))
+    (tmp_path / "config.toml").write_text(to_toml(none))
     assert read_config(["--config", str(tmp_path / "config.toml")]) == none
     with pytest.raises(Exception, match="log-with"):
         read_config(["--log-with", "paper"])

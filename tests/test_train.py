@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from warm import warm_run, warm_start, without_pictures
 
 from mde_dist import train
-from mde_dist.data.sampler import Order, mix
+from mde_dist.data.sampler import GlobalSampler, hash64
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sha256_of
 
@@ -184,13 +184,13 @@ def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
     assert done.returncode == 0, done.stderr
     stopped = int(re.search(r"resumed at sample (\d+)", done.stdout)[1])
     assert f"note: train.batch_size was 12, is 8 from sample {stopped} on" in done.stdout
-    order = Order(samples=30, block=8, window=4, seed=0)
+    order = GlobalSampler(samples=30, block=8, window=4, seed=0)
     logged = [(r["samples"], r["batch"]) for r in records(directory) if "batch" in r]
     expected = []
     for end, size in [(end, 12) for end in range(12, stopped + 1, 12)] + [
         (end, 8) for end in range(stopped + 8, 68, 8)
     ]:
-        total = int((mix(*order.at(np.arange(end - size, end))) >> np.uint64(32)).sum())
+        total = int((hash64(*order.at(np.arange(end - size, end))) >> np.uint64(32)).sum())
         expected.append((end, f"{total:x}"))
     assert logged == expected
     assert expected[-1][0] >= 60

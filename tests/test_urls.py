@@ -14,9 +14,9 @@ from warm import warm_run, without_pictures
 from mde_dist import export
 from mde_dist.data.storage.remote import open_remote
 from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.models.weights import model_bytes, read_model
+from mde_dist.models.weights import read_model, serialize_model
 from mde_dist.reporting.history import read_run
-from mde_dist.training.config import Config, DataConfig, as_json, as_toml, read_config, toml_text
+from mde_dist.training.config import Config, DataConfig, as_json, dump_toml, read_config, to_toml
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.urls import SIGNED_URLS, hide_key, public_url, whole_url, without_keys
 
@@ -71,7 +71,7 @@ def test_a_config_holds_no_key_whichever_way_it_was_given(tmp_path):
     by_file = read_config(["--config", str(tmp_path / "a.toml"), "--train.seed", "3", "--data.eval-shards", url])
     for config in (by_file, Config(data=DataConfig(shards=url, eval_shards=url))):
         assert config.data.shards == config.data.eval_shards == "https://host/a"
-        assert PART.decode() not in repr(config) + as_toml(config) + str(as_json(config))
+        assert PART.decode() not in repr(config) + to_toml(config) + str(as_json(config))
     with pytest.raises(UserError) as error:
         read_config(["--data.shrads", url])
     assert PART.decode() not in str(error.value) and "https://host/a" in str(error.value)
@@ -79,9 +79,9 @@ def test_a_config_holds_no_key_whichever_way_it_was_given(tmp_path):
 
 def test_what_older_versions_wrote_down_is_not_handed_on(tmp_path):
     url, metadata = f"https://host/a?{FIRST}", {"size": [32, 32]}
-    (tmp_path / "old.safetensors").write_bytes(model_bytes({}, {"config": {"data.shards": url}, **metadata}))
+    (tmp_path / "old.safetensors").write_bytes(serialize_model({}, {"config": {"data.shards": url}, **metadata}))
     assert read_model(tmp_path / "old.safetensors")[0]["config"] == {"data.shards": "https://host/a"}
-    (tmp_path / "config.toml").write_text(toml_text([("data.shards", url)]))
+    (tmp_path / "config.toml").write_text(dump_toml([("data.shards", url)]))
     (tmp_path / "metrics.jsonl").touch()
     run = read_run(tmp_path, "run")
     assert run.config == {"data.shards": "https://host/a"} and PART.decode() not in run.toml

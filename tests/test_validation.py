@@ -40,8 +40,8 @@ from trees import (
 from warm import warm_run
 
 from mde_dist.data.depth import DepthScale
-from mde_dist.packing.holdout import choose, count_places, hold_out, place_of
-from mde_dist.packing.pack import PackOptions, pack, pack_part
+from mde_dist.packing.holdout import choose, count_places, make_val_split, place_of
+from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import Pair, Source, Split, open_source
 from mde_dist.shard import main
 from mde_dist.utils.cli import run_command
@@ -172,7 +172,7 @@ def test_places_stay_whole_and_pairs_keep_their_order(names: list[str], share: f
         "bts", Path("here"), {"train": Split(pairs, DepthScale(1.0)), "test": Split((), DepthScale(1.0))}, None
     )
     try:
-        held_out = hold_out(source, share)
+        held_out = make_val_split(source, share)
     except UserError:
         assert len(count_places(pairs)) == 1 or len(choose(count_places(pairs), share)) == len(count_places(pairs))
         return
@@ -184,7 +184,7 @@ def test_places_stay_whole_and_pairs_keep_their_order(names: list[str], share: f
     assert sorted(train + val, key=lambda pair: int(pair.key)) == list(pairs)
     assert all([pair for pair in pairs if pair in part] == list(part) for part in (train, val))
     mixed = draw.sample(pairs, len(pairs))
-    other = hold_out(replace(source, splits={"train": Split(tuple(mixed), DepthScale(1.0))}), share)
+    other = make_val_split(replace(source, splits={"train": Split(tuple(mixed), DepthScale(1.0))}), share)
     assert {pair.key for pair in other.source.splits["val"].pairs} == {pair.key for pair in val}
 
 
@@ -202,7 +202,7 @@ def test_thousands_of_places_are_no_matter() -> None:
 @pytest.mark.parametrize("make", [densedepth, bts, newcrfs, h5, h5_tars, marigold])
 def test_layouts(make: Callable[[Path], Path], tmp_path: Path) -> None:
     whole = open_source(make(tmp_path / "tree"))
-    held_out = hold_out(whole, 0.5).source
+    held_out = make_val_split(whole, 0.5).source
     assert {pair.scene for pair in held_out.splits["train"].pairs} == {"basement_0001a"}
     assert {pair.scene for pair in held_out.splits["val"].pairs} == {"kitchen_0028b"}
     assert held_out.splits.get("test") == whole.splits.get("test")
@@ -213,15 +213,15 @@ def test_the_labelled_file_and_the_rooms(tmp_path: Path) -> None:
         (open_source(labeled_mat(tmp_path / "nyu_depth_v2_labeled.mat")), 119),
         (open_source(tmp_path, "rooms"), 48),
     ):
-        splits = hold_out(source, 0.15).source.splits
+        splits = make_val_split(source, 0.15).source.splits
         assert len(splits["val"].pairs) == pairs  # 0.15 of 795 and of 320
         assert len(splits["train"].pairs) == len(source.splits["train"].pairs) - pairs
 
 
 def test_a_zip_is_split_as_its_folder(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree")
-    packed(root, tmp_path / "folder", PackOptions(validation=0.4))
-    packed(zipped(root, tmp_path / "tree.zip"), tmp_path / "zip", PackOptions(validation=0.4))
+    packed(root, tmp_path / "folder", PackConfig(validation=0.4))
+    packed(zipped(root, tmp_path / "tree.zip"), tmp_path / "zip", PackConfig(validation=0.4))
     assert contents(tmp_path / "folder") == contents(tmp_path / "zip")
 
 
@@ -230,7 +230,7 @@ def test_a_zip_is_split_as_its_folder(tmp_path: Path) -> None:
 
 def test_train_val_and_test_are_packed_apart_with_statistics_of_their_own(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree")
-    packed(root, tmp_path / "shards", PackOptions(validation=0.4, samples_per_shard=4))
+    packed(root, tmp_path / "shards", PackConfig(validation=0.4, samples_per_shard=4))
     train, val = (scenes_of(tmp_path / "shards", split) for split in ("train", "val"))
     assert train + val == Counter(SCENES)
     assert set(val) in (
@@ -259,8 +259,8 @@ def test_train_val_and_test_are_packed_apart_with_statistics_of_their_own(tmp_pa
 
 def test_without_the_option_nothing_is_held_out(tmp_path: Path) -> None:
     root = tree(tmp_path / "tree")
-    packed(root, tmp_path / "plain", PackOptions(samples_per_shard=4))
-    packed(root, tmp_path / "held", PackOptions(samples_per_shard=4, validation=0.4))
+    packed(root, tmp_path / "plain", PackConfig(samples_per_shard=4))
+    packed(root, tmp_path / "held", PackConfig(samples_per_shard=4, validation=0.4))
     plain, held = contents(tmp_path / "plain"), contents(tmp_path / "held")
     assert list(manifest_of(tmp_path / "plain")["splits"]) == ["train", "test"]
     assert "held_out" not in (tmp_path / "plain/manifest.json").read_text()
@@ -271,15 +271,15 @@ def test_without_the_option_nothing_is_held_out(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_of_each_split(tmp_path: Path) -> None:
-    packed(tree(tmp_path / "tree"), tmp_path / "shards", PackOptions(validation=0.4, limit=2))
+    packed(tree(tmp_path / "tree"), tmp_path / "shards", PackConfig(validation=0.4, limit=2))
     splits = manifest_of(tmp_path / "shards")["splits"]
     assert {name: split["samples"] for name, split in splits.items()} == {"train": 2, "val": 2, "test": 2}
-    packed(tmp_path / "tree", tmp_path / "whole", PackOptions(validation=0.4))
+    packed(tmp_path / "tree", tmp_path / "whole", PackConfig(validation=0.4))
     assert splits["val"]["held_out"] == manifest_of(tmp_path / "whole")["splits"]["val"]["held_out"]
 
 
 def test_parts_and_workers_and_a_run_that_was_cut_off_end_in_the_same_bytes(tmp_path: Path) -> None:
-    root, options = tree(tmp_path / "tree"), PackOptions(validation=0.4, samples_per_shard=2)
+    root, options = tree(tmp_path / "tree"), PackConfig(validation=0.4, samples_per_shard=2)
     packed(root, tmp_path / "alone", options)
     expected = contents(tmp_path / "alone")
     packed(root, tmp_path / "workers", options, workers=2)
@@ -352,7 +352,7 @@ def test_what_cannot_be_is_one_line(
 
 def test_a_training_is_evaluated_on_what_was_held_out(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
-    pack(open_source(tmp_path, "rooms"), shards, PackOptions(size=(48, 64), limit=12, validation=0.15), 2, silent)
+    pack(open_source(tmp_path, "rooms"), shards, PackConfig(size=(48, 64), limit=12, validation=0.15), 2, silent)
     done = warm_run("train", run=tmp_path / "run", **small(data_shards=shards, data_eval_split="val", train_samples=8))
     assert done.returncode == 0, done.stderr
     evaluated = json.loads((tmp_path / "run/evaluations/last.json").read_text())

@@ -40,12 +40,12 @@ from trees import (
 )
 from warm import warm_run
 
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.packing import examine as examine_module
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.packing import repair as repair_module
-from mde_dist.packing.examine import examine
-from mde_dist.packing.index_tars import adopt
-from mde_dist.packing.pack import PackOptions
+from mde_dist.packing import validate_shard as examine_module
+from mde_dist.packing.examine import validate_shard
+from mde_dist.packing.index_tars import index_tars
+from mde_dist.packing.pack import PackConfig
 from mde_dist.packing.repair import repair
 from mde_dist.packing.validate import verify
 from mde_dist.shard import main
@@ -69,7 +69,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def read(shards: ShardSet, sample: int) -> Pair:
+def read(shards: ShardDataset, sample: int) -> Pair:
     image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
     shards.read_into(sample, image, depth)
     return image.tobytes(), depth.tobytes()
@@ -217,7 +217,7 @@ def test_several_problems_are_all_named_the_same_for_any_workers(copy: Path) -> 
 
 
 def test_many_problems_are_listed_up_to_twenty_and_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    packed(bts(tmp_path / "tree", 30, 1), tmp_path / "shards", PackOptions(samples_per_shard=30))
+    packed(bts(tmp_path / "tree", 30, 1), tmp_path / "shards", PackConfig(samples_per_shard=30))
     for sample in range(25):
         damage(tmp_path / "shards", sample)
     code, said, error = command(capfd, "--verify", tmp_path / "shards", "--workers", 1)
@@ -260,7 +260,9 @@ def test_a_shard_that_is_no_file_is_a_problem_not_a_hang(copy: Path, kind: str) 
     path.unlink()
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     problems: list[str] = []
-    thread = threading.Thread(target=lambda: problems.extend(examine(path, "blosc", SIZE, None).problems), daemon=True)
+    thread = threading.Thread(
+        target=lambda: problems.extend(validate_shard(path, "blosc", SIZE, None).problems), daemon=True
+    )
     thread.start()
     thread.join(3)
     hangs = thread.is_alive()
@@ -470,7 +472,7 @@ def test_what_is_repaired_is_read_by_plain_webdataset(copy: Path) -> None:
 def test_an_index_made_of_the_packers_tars_is_the_packers_own(whole: Path, tmp_path: Path) -> None:
     directory = bare(Path(shutil.copytree(whole, tmp_path / "tars")))
     before = contents(directory)
-    made, problems = adopt(directory, 2, silent, False, accept)
+    made, problems = index_tars(directory, 2, silent, False, accept)
     assert problems == []
     after = contents(directory)
     assert {name: after[name] for name in before} == before
@@ -515,7 +517,7 @@ def test_the_index_command_says_what_it_made_and_what_to_do_next(copy: Path, cap
 def test_keys_as_other_tools_write_them(tmp_path: Path, key: str, form: int) -> None:
     content = [member for seed in range(4) for member in sample_members(key.format(seed), seed)]
     write_tar(tmp_path / "set-000000.tar", content, form)
-    made, problems = adopt(tmp_path, 1, silent, False, accept)
+    made, problems = index_tars(tmp_path, 1, silent, False, accept)
     assert (problems, made.splits["set"].samples) == ([], 4)
     assert verify(tmp_path, 1, silent).problems == []
     with open_split(tmp_path, "set") as shards:
@@ -543,7 +545,7 @@ def test_tars_of_webdatasets_own_writer_with_members_that_are_not_ours(tmp_path:
             sample |= {"depth.png": depth_bytes(millimetres(seed), "png"), "json": {"scene": f"s{seed}"}}
             sample |= {"pickle": pickle.dumps(Trap(tmp_path / "ran"))}
             writer.write(sample)
-    made, problems = adopt(tmp_path, 1, silent, False, accept)
+    made, problems = index_tars(tmp_path, 1, silent, False, accept)
     assert (problems, made.codec, list(made.splits)) == ([], "png", ["nyu"])
     with open_split(tmp_path, "nyu") as shards:
         assert len(shards) == 7
@@ -608,7 +610,7 @@ def test_an_archive_of_arrays_in_place_of_the_index_is_a_problem(copy: Path) -> 
 def test_tars_of_one_name_before_their_number_are_a_split(tmp_path: Path, names: list[str], splits: list[str]) -> None:
     for number, name in enumerate(names):
         write_tar(tmp_path / name, sample_members(f"{number}", number))
-    made, _ = adopt(tmp_path, 1, silent, False, accept)
+    made, _ = index_tars(tmp_path, 1, silent, False, accept)
     assert list(made.splits) == splits
     assert sum(split.samples for split in made.splits.values()) == len(names)
 
@@ -669,7 +671,7 @@ def test_index_refuses_pictures_of_another_size_than_most(tmp_path: Path, capfd:
     odd = sample_members("odd", 0, size=(32, 48))
     write_tar(tmp_path / "t-0.tar", odd + [m for i in range(3) for m in sample_members(f"{i}", i)])
     assert "key odd: " in refused_index(tmp_path, capfd)
-    made, problems = adopt(tmp_path, 1, silent, True, accept)
+    made, problems = index_tars(tmp_path, 1, silent, True, accept)
     assert (made.size, made.splits["t"].samples, len(problems)) == (SIZE, 3, 1)
 
 
@@ -729,14 +731,14 @@ def test_index_refuses_problems_unless_told_to_leave_them_out(
 
 def test_what_was_left_out_when_indexing_is_no_problem_later(tmp_path: Path) -> None:
     """The index leaves it out and the manifest says so: every sample that it names is whole."""
-    adopt(with_problems(tmp_path), 1, silent, True, accept)
+    index_tars(with_problems(tmp_path), 1, silent, True, accept)
     assert verify(tmp_path, 1, silent).problems == []
 
 
 def test_a_tar_without_samples_is_left_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "t-0.tar", [m for i in range(3) for m in sample_members(f"{i}", i)])
     write_tar(tmp_path / "t-1.tar", [])
-    made, _ = adopt(tmp_path, 1, silent, True, accept)
+    made, _ = index_tars(tmp_path, 1, silent, True, accept)
     assert [shard.name for shard in made.splits["t"].shards] == ["t-0.tar"]
 
 

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mde_dist.data import augmentation as augment
 from mde_dist.data.augmentation import AugmentConfig, prepare
 from mde_dist.data.loader import Batch
-from mde_dist.training import step as learner
+from mde_dist.training import step as train_module
 from mde_dist.training.config import Config, read_config
-from mde_dist.training.losses import counts
+from mde_dist.training.losses import valid_counts
 
 GPU = torch.device("cuda", 0)
 VIEWS = [AugmentConfig(), AugmentConfig(crop=(32, 48)), AugmentConfig(border=0.05, zoom=2, cut_depth=0.5)]
@@ -48,13 +48,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)
-    build = learner.build_started
+    build = train_module.build_started
 
     def built_there(*arguments: Any) -> Any:
         with GPU:
             return build(*arguments)
 
-    monkeypatch.setattr(learner, "build_started", built_there)
+    monkeypatch.setattr(train_module, "build_started", built_there)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda tensor, pin_memory=False, **rest: empty_like(tensor, **rest))
     # a copied tensor would bring a copy of its mode, whose weak references to storages are counted once and given back
@@ -88,7 +88,7 @@ def step_on(device: torch.device) -> None:
         backward=backward,
         prepare_model=lambda model: model,
     )
-    learning = learner.Learner(config(), accelerator, (32, 64))
+    learning = train_module.TrainModule(config(), accelerator, (32, 64))
     learning.wrap()
     for number in range(3):  # what the first ones set up may wait
         with Waits() as waits:
@@ -98,7 +98,7 @@ def step_on(device: torch.device) -> None:
                 depth = torch.ones((2, 48, 64), dtype=torch.uint16, device=device)
                 batch = Batch(image, depth, np.zeros(2, np.int64), np.arange(2))
                 views.append(prepare(batch, (32, 64), view, 0))
-            counted = sum(counts(depth) for _, depth in views)
+            counted = sum(valid_counts(depth) for _, depth in views)
             learning.set_rate(8 * number)
             learning.step(learning.backward(views, counted), 4, number + 1)
         assert number == 0 or waits.found == []

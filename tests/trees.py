@@ -21,7 +21,7 @@ from mde_dist.data.depth import encode
 from mde_dist.data.manifest import INDEX, Manifest, ShardInfo, file_info, write_manifest, write_split
 from mde_dist.data.shards import decode_pair
 from mde_dist.data.statistics import Statistics
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import Source, open_source
 
 SIZE = (24, 32)
@@ -227,10 +227,10 @@ def silent(done: int, total: int) -> None:
     """Progress that nobody looks at."""
 
 
-def packed(root: Path, output: Path, options: PackOptions | None = None, workers: int = 1) -> Source:
+def packed(root: Path, output: Path, options: PackConfig | None = None, workers: int = 1) -> Source:
     """Recognise `root` and pack it into `output`; returns the source."""
     source = open_source(root)
-    pack(source, output, options or PackOptions(samples_per_shard=3), workers, silent)
+    pack(source, output, options or PackConfig(samples_per_shard=3), workers, silent)
     return source
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mde_dist.data.crops import AugmentConfig, look, on_device, paste_depth, rectangles
+from mde_dist.data.crops import AugmentConfig, on_device, paste_depth, random_crop_zoom, rectangles
 from mde_dist.data.depth import COUNTS_PER_METRE, first_valid, footprints
 from mde_dist.data.loader import Batch
-from mde_dist.data.sampler import uniform
+from mde_dist.data.sampler import hash_uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -44,8 +44,8 @@ def prepare(
     image, depth = prepare_images(batch, size), prepare_depth(batch)
     if depth.shape[-2:] != size:
         depth = first_valid(depth, _footprints_on(depth.device, (depth.shape[-2], depth.shape[-1]), size))
-    draw = uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(15))
-    image, depth = look(image, depth, draw[:, 7:10], augment)
+    draw = hash_uniform(seed, batch.epoch[:, None], batch.sample[:, None], np.arange(15))
+    image, depth = random_crop_zoom(image, depth, draw[:, 7:10], augment)
     # chosen in float64: rounded to float32 a draw can reach 1, which is below no probability
     draw[:, :2] = draw[:, :2] < (augment.flip, augment.color)
     pasted = rectangles(draw[:, 10:], (depth.shape[-2], depth.shape[-1]), augment)

@@ -68,7 +68,7 @@ def _frame(side: int, border: float) -> int:
     return int(np.floor(border * side + 0.5))
 
 
-def look(
+def random_crop_zoom(
     image: torch.Tensor, depth: torch.Tensor, draw: np.ndarray, augment: AugmentConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A window of each image and its depth: border left out, magnified, cropped.

@@ -17,7 +17,7 @@ class DamagedSample(Exception):
     """A sample that cannot be read as it should be; the message names its file, its key and what is wrong."""
 
 
-class Samples(ABC):
+class DepthDataset(ABC):
     """The image and depth pairs of one split, readable at random and from several threads. Use it in a `with`."""
 
     size: tuple[int, int]
@@ -95,7 +95,7 @@ class Samples(ABC):
     def prefetch(self, file: int) -> None:
         """Have a file on this machine's disks before it is read. Raises UserError."""
 
-    def end_readers(self, threads: Sequence[threading.Thread], work: queue.SimpleQueue) -> None:
+    def join_workers(self, threads: Sequence[threading.Thread], work: queue.SimpleQueue) -> None:
         """End threads that read from here what a queue tells them; None in it is their end.
 
         What they are fetching from a server is given up. A read that hangs in the system cannot be ended: its thread is

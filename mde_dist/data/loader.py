@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mde_dist.data.dataset import DamagedSample, Samples
+from mde_dist.data.dataset import DamagedSample, DepthDataset
 from mde_dist.utils.errors import RankError
 
-Draw = tuple[np.ndarray, np.ndarray]
+BatchIndices = tuple[np.ndarray, np.ndarray]
 """What a batch consists of: (epochs, samples), int64 (batch,)."""
 
 _SUBSTITUTES = 8  # samples tried in place of a damaged one before giving up
@@ -52,12 +52,12 @@ class Batch:
 
 
 @dataclass
-class _Slot:
+class _Buffer:
     """A batch buffer and how far it is filled."""
 
     image: torch.Tensor
     depth: torch.Tensor
-    draw: Draw = field(default_factory=lambda: (np.empty(0, np.int64), np.empty(0, np.int64)))
+    draw: BatchIndices = field(default_factory=lambda: (np.empty(0, np.int64), np.empty(0, np.int64)))
     missing: int = 0
     replaced: int = 0
     ready: threading.Event = field(default_factory=threading.Event)
@@ -68,7 +68,7 @@ class _Slot:
         self.images, self.depths = self.image.numpy(), self.depth.numpy()  # the same memory, cheaper to index
 
 
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> torch.Tensor:
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> torch.Tensor:
     """Host memory to decode into: pinned for a GPU, else in huge pages where the system has them, 5 % of the stream."""
     if pin:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
@@ -79,7 +79,7 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> torch.Tens
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-class Loader:
+class DataLoader:
     """Iterates over the batches of `draws`. Use it in a `with`: leaving it ends its threads.
 
     With `replace`, a damaged sample (checksum, decode, shape, no valid pixel) is replaced by a whole one about a shard
@@ -90,8 +90,8 @@ class Loader:
 
     def __init__(
         self,
-        samples: Samples,
-        draws: Iterator[Draw],
+        samples: DepthDataset,
+        draws: Iterator[BatchIndices],
         batch: int,
         device: torch.device,
         threads: int = 1,
@@ -112,15 +112,15 @@ class Loader:
         self._stream = torch.cuda.Stream(device) if pin else None
         height, width = samples.size
         self._free = deque(
-            _Slot(
-                _buffer((batch, height, width, 3), torch.uint8, pin),
-                _buffer((batch, height, width), torch.uint16, pin),
+            _Buffer(
+                _allocate((batch, height, width, 3), torch.uint8, pin),
+                _allocate((batch, height, width), torch.uint16, pin),
             )
             for _ in range(ahead + 1)
         )
-        self._filling: deque[_Slot] = deque()
-        self._held: _Slot | None = None  # the slot that the loop is using
-        self._work: queue.SimpleQueue[tuple[_Slot, int] | None] = queue.SimpleQueue()
+        self._filling: deque[_Buffer] = deque()
+        self._held: _Buffer | None = None  # the slot that the loop is using
+        self._work: queue.SimpleQueue[tuple[_Buffer, int] | None] = queue.SimpleQueue()
         self._reading: dict[int, tuple[float, int]] = {}  # thread -> since when it reads which sample
         self._lock = threading.Lock()
         self._closed = False
@@ -128,14 +128,14 @@ class Loader:
         for thread in self._threads:
             thread.start()
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "DataLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._samples.end_readers(self._threads, self._work)
+        self._samples.join_workers(self._threads, self._work)
 
-    def __iter__(self) -> "Loader":
+    def __iter__(self) -> "DataLoader":
         return self
 
     def __next__(self) -> Batch:
@@ -172,7 +172,7 @@ class Loader:
                 for row in range(len(draw[1])):
                     self._work.put((slot, row))
 
-    def _wait(self, slot: _Slot) -> None:
+    def _wait(self, slot: _Buffer) -> None:
         """Until the slot is filled; says what takes long. Raises Stopped, or RankError past the time-out."""
         say_after = _SAY_AFTER
         while not slot.ready.wait(_POLL):
@@ -192,7 +192,7 @@ class Loader:
                 say_after *= 2
                 self._say(f"waiting for {self._samples.file_of(sample)} for {seconds:.0f} s now")
 
-    def _deliver(self, slot: _Slot) -> Batch:
+    def _deliver(self, slot: _Buffer) -> Batch:
         epoch, sample = slot.draw
         image, depth = slot.image, slot.depth
         if len(sample) < len(image):
@@ -222,7 +222,7 @@ class Loader:
             if not self._closed:
                 self._fill(*task)
 
-    def _fill(self, slot: _Slot, row: int) -> None:
+    def _fill(self, slot: _Buffer, row: int) -> None:
         replaced = False
         try:
             replaced = self._read(int(slot.draw[1][row]), slot.images[row], slot.depths[row])

@@ -5,8 +5,8 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from mde_dist.data.dataset import Samples
-from mde_dist.data.storage.remote import Closed
+from mde_dist.data.dataset import DepthDataset
+from mde_dist.data.storage.remote import Cancelled
 from mde_dist.utils.errors import UserError
 
 Stage = tuple[int, Iterable[int]]
@@ -20,7 +20,7 @@ _CONNECTIONS = 4
 class Prefetch:
     """Fetches the shards of the coming stages in threads of its own. Use it in a `with`, which leaves none behind."""
 
-    def __init__(self, samples: Samples, stages: Iterator[Stage]):
+    def __init__(self, samples: DepthDataset, stages: Iterator[Stage]):
         self._samples, self._stages, self._closed = samples, stages, False
         self._ends: deque[int] = deque()  # of the stages that are asked for
         self._work: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -34,7 +34,7 @@ class Prefetch:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._samples.end_readers(self._threads, self._work)
+        self._samples.join_workers(self._threads, self._work)
 
     def reached(self, position: int) -> None:
         """The loader draws samples from this stream position on."""
@@ -53,5 +53,5 @@ class Prefetch:
         while (shard := self._work.get()) is not None and not self._closed:
             try:
                 self._samples.prefetch(shard)
-            except (UserError, Closed):
+            except (UserError, Cancelled):
                 continue  # the reader of this shard meets the same and says so; until then the loop goes on

@@ -18,7 +18,7 @@ _U64 = np.uint64
 _ROUNDS = 8  # with fewer, places over keys are uneven for a handful of blocks
 
 
-def mix(*words: int | np.ndarray) -> np.ndarray:
+def hash64(*words: int | np.ndarray) -> np.ndarray:
     """Hash integers (or arrays of them, broadcast) into uint64: each word is stirred in by a splitmix64 step.
 
     Source of the constants: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
@@ -35,12 +35,12 @@ def mix(*words: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def uniform(*words: int | np.ndarray) -> np.ndarray:
+def hash_uniform(*words: int | np.ndarray) -> np.ndarray:
     """Hash integers into float64 numbers in [0, 1)."""
-    return (mix(*words) >> _U64(11)).astype(np.float64) * 2.0**-53
+    return (hash64(*words) >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def permute(index: np.ndarray, n: int, key: int, inverse: bool = False) -> np.ndarray:
+def keyed_permutation(index: np.ndarray, n: int, key: int, inverse: bool = False) -> np.ndarray:
     """The images of `index` (int64, each in 0..n-1) under the key's permutation of 0..n-1, or its inverse: O(1) memory.
 
     A Feistel network over the smallest even number of bits that holds n; what falls outside 0..n-1 walks on along its
@@ -56,16 +56,16 @@ def permute(index: np.ndarray, n: int, key: int, inverse: bool = False) -> np.nd
         left, right = value[outside] >> half, value[outside] & mask
         for round_ in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):
             if inverse:
-                left, right = right ^ (mix(key, round_, left) & mask), left
+                left, right = right ^ (hash64(key, round_, left) & mask), left
             else:
-                left, right = right, left ^ (mix(key, round_, right) & mask)
+                left, right = right, left ^ (hash64(key, round_, right) & mask)
         value[outside] = (left << half) | right
         outside[outside] = value[outside] >= _U64(n)
     return value.astype(np.int64)
 
 
 @dataclass(frozen=True)
-class Order:
+class GlobalSampler:
     """The endless stream of training samples: position -> (epoch, sample)."""
 
     samples: int
@@ -111,16 +111,16 @@ class Order:
 class _Epoch:
     """How the blocks lie in one epoch: slot s holds block `block_in(s)`; the last block may be short."""
 
-    def __init__(self, order: Order, epoch: int):
+    def __init__(self, order: GlobalSampler, epoch: int):
         self._size = order.block
         self.blocks = -(-order.samples // order.block)
         self._missing = self.blocks * order.block - order.samples
-        self.key = int(mix(order.seed, epoch))
+        self.key = int(hash64(order.seed, epoch))
         last = np.array([self.blocks - 1])
-        self._short = int(permute(last, self.blocks, self.key ^ 1)[0]) if self._missing else self.blocks
+        self._short = int(keyed_permutation(last, self.blocks, self.key ^ 1)[0]) if self._missing else self.blocks
 
     def block_in(self, slot: np.ndarray) -> np.ndarray:
-        return permute(slot, self.blocks, self.key ^ 1, inverse=True)
+        return keyed_permutation(slot, self.blocks, self.key ^ 1, inverse=True)
 
     def start_of(self, slot: np.ndarray) -> np.ndarray:
         """Place in the epoch of the first sample of a slot."""
@@ -132,7 +132,7 @@ class _Epoch:
 
 
 @lru_cache(maxsize=8)
-def _epoch(order: Order, epoch: int) -> _Epoch:
+def _epoch(order: GlobalSampler, epoch: int) -> _Epoch:
     return _Epoch(order, epoch)
 
 
@@ -147,17 +147,17 @@ class _Window:
 
 
 @lru_cache(maxsize=4)  # batches come from one window, and from the next where they straddle
-def _window(order: Order, epoch: int, number: int) -> _Window:
+def _window(order: GlobalSampler, epoch: int, number: int) -> _Window:
     plan = _epoch(order, epoch)
     slots = np.arange(number * order.window, min((number + 1) * order.window, plan.blocks))
     starts = plan.start_of(slots)
     first, end = int(starts[0]), int(plan.start_of(slots[-1:] + 1)[0])
-    shuffled = permute(np.arange(end - first), end - first, int(mix(plan.key, number, 2)))
+    shuffled = keyed_permutation(np.arange(end - first), end - first, int(hash64(plan.key, number, 2)))
     slot = np.searchsorted(starts - first, shuffled, side="right") - 1
     return _Window(first, plan.block_in(slots)[slot] * order.block + shuffled - (starts - first)[slot])
 
 
-def share(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:
+def rank_indices(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:
     """Stream positions that `rank` sees in accumulation `step` of the global batch that starts at position `first`.
 
     Over all ranks and steps these are first .. first+batch-1, each once; batch must divide by accumulate * world.

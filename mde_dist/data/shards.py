@@ -21,11 +21,11 @@ import simplejpeg
 
 from mde_dist.data import depth
 from mde_dist.data.checksum import crc32
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.images import decode_jpeg
 from mde_dist.data.index import Index
 from mde_dist.data.manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
-from mde_dist.data.storage.file_handles import Handles
+from mde_dist.data.storage.file_handles import FileDescriptorCache
 from mde_dist.data.store import CacheOptions, Store, open_store
 from mde_dist.utils.errors import UserError
 
@@ -91,7 +91,7 @@ def decode_pair(jpeg: Payload, encoded: Payload, codec: str, image: np.ndarray, 
     return decode_jpeg(jpeg, image)[1]
 
 
-class ShardSet(Samples):
+class ShardDataset(DepthDataset):
     """The samples of one split of a directory or URL of shards."""
 
     def __init__(self, manifest: Manifest, store: Store, split: str):
@@ -110,12 +110,12 @@ class ShardSet(Samples):
         # a file that is open keeps its room on the disk even when the cache has thrown it out
         self.most_open = min(len(self.info.shards), 16 if store.remote else 256)
         """Shards whose files are kept open at once."""
-        self._handles = Handles(self._open_shard, self.most_open)
+        self._handles = FileDescriptorCache(self._open_shard, self.most_open)
 
     def __len__(self) -> int:
         return self.info.samples
 
-    def __enter__(self) -> "ShardSet":
+    def __enter__(self) -> "ShardDataset":
         return self
 
     def close(self) -> None:
@@ -278,7 +278,7 @@ class ShardSet(Samples):
         raise UserError(f"{path} is taken out of the cache at once; give it more room with --data.cache-gb")
 
 
-def open_split(place: str | os.PathLike[str], split: str, cache: CacheOptions = CacheOptions()) -> ShardSet:  # noqa: B008
+def open_split(place: str | os.PathLike[str], split: str, cache: CacheOptions = CacheOptions()) -> ShardDataset:  # noqa: B008
     """Open one split of a directory of shards, or of a URL. Raises UserError."""
     manifest, store = open_store(place, cache)
-    return ShardSet(manifest, store, split)
+    return ShardDataset(manifest, store, split)

@@ -23,9 +23,9 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from mde_dist.distributed.process_group import together
-from mde_dist.distributed.rank_log import alarm, log_path, log_was_opened
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.process_group import run_on_all_ranks
+from mde_dist.distributed.rank_log import emergency_print, log_path, log_was_opened
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.utils.errors import OtherRankError, RankError, UserError
 
 _MESSAGE = struct.Struct("!Bi")  # event, number
@@ -37,8 +37,8 @@ _GRACE = 10.0  # seconds that a rank has to end by itself once another one is lo
 
 
 @contextmanager
-def watched_peers(
-    accelerator: Accelerator, stop: StopFlag, silence: float = 30.0, run: Path | None = None
+def monitor_ranks(
+    accelerator: Accelerator, stop: PreemptionHandler, silence: float = 30.0, run: Path | None = None
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Within the block a signal to one rank stops all, and a rank that is lost ends the others.
 
@@ -52,17 +52,17 @@ def watched_peers(
         return
     peers = _meet(accelerator, stop, silence, run)
     try:
-        with peers.naming_the_lost():
-            yield peers.naming_the_lost
-        peers.bye = True
+        with peers.explain_lost_ranks():
+            yield peers.explain_lost_ranks
+        peers.goodbye = True
     finally:
         peers.close()
 
 
-def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | None) -> "_Peers":
+def _meet(accelerator: Accelerator, stop: PreemptionHandler, silence: float, run: Path | None) -> "_Heartbeat":
     """Connect all ranks to rank 0. Raises UserError where one cannot be reached."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    hub = together(accelerator, lambda: _listen(world) if rank == 0 else None)
+    hub = run_on_all_ranks(accelerator, lambda: _listen(world) if rank == 0 else None)
     port = hub.getsockname()[1] if hub else 0
     # the token keeps strangers out, who may knock at any port of a cluster
     place = torch.tensor([port, secrets.randbits(62)], device=accelerator.device)
@@ -72,7 +72,7 @@ def _meet(accelerator: Accelerator, stop: StopFlag, silence: float, run: Path | 
     def connect() -> dict[int, socket.socket]:
         return _answer(hub, token, world) if hub else {0: _call(port, token, rank)}
 
-    return _Peers(rank, together(accelerator, connect), stop, silence, run)
+    return _Heartbeat(rank, run_on_all_ranks(accelerator, connect), stop, silence, run)
 
 
 def _listen(backlog: int) -> socket.socket:
@@ -113,7 +113,7 @@ def _answer(hub: socket.socket, token: int, world: int) -> dict[int, socket.sock
 
 
 @dataclass
-class _Line:
+class _Connection:
     """The connection to one other rank."""
 
     socket: socket.socket
@@ -125,26 +125,28 @@ class _Line:
     """False once the other rank has said goodbye or is lost."""
 
 
-class _Peers:
+class _Heartbeat:
     """This rank's lines: to all others on rank 0, to rank 0 elsewhere. One thread speaks and listens."""
 
-    def __init__(self, rank: int, sockets: dict[int, socket.socket], stop: StopFlag, silence: float, run: Path | None):
-        self.bye = False
+    def __init__(
+        self, rank: int, sockets: dict[int, socket.socket], stop: PreemptionHandler, silence: float, run: Path | None
+    ):
+        self.goodbye = False
         """Whether this rank leaves in good order."""
         self._leaving = False  # the main thread is on its way out, however long that takes, and hangs nowhere
         self._rank, self._stop, self._silence, self._run = rank, stop, silence, run
-        self._lines = {peer: _Line(line, time.monotonic()) for peer, line in sockets.items()}
+        self._lines = {peer: _Connection(line, time.monotonic()) for peer, line in sockets.items()}
         self._lost: dict[int, str] = {}  # rank -> how it was noticed, in the order in which they went
         self._found, self._closed, self._told_stop = threading.Event(), False, False
         self._selector = selectors.DefaultSelector()
         for peer, line in self._lines.items():
             line.socket.setblocking(False)
             self._selector.register(line.socket, selectors.EVENT_READ, peer)
-        self._thread = threading.Thread(target=self._talk, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name="peers", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def naming_the_lost(self) -> Iterator[None]:
+    def explain_lost_ranks(self) -> Iterator[None]:
         """Turn the failure of a collective into words about the rank that failed it."""
         try:
             yield
@@ -154,30 +156,30 @@ class _Peers:
             if not isinstance(error, RuntimeError) or not self._found.wait(_VERDICT):
                 raise
             time.sleep(_TICK)  # the ranks of a machine go together
-            self.bye = True  # this one is not the culprit
+            self.goodbye = True  # this one is not the culprit
             raise (RankError if self._speaks() else OtherRankError)(self._sentence()) from None
 
     def close(self) -> None:
         self._closed = True
         self._thread.join()
         self._selector.close()
-        if self.bye:
-            self._tell(_BYE, self._rank)
+        if self.goodbye:
+            self._send(_BYE, self._rank)
         for line in self._lines.values():
             line.socket.close()
 
-    def _talk(self) -> None:
+    def _loop(self) -> None:
         next_beat = lost_since = 0.0
         while not self._closed:
             now = time.monotonic()
             if now >= next_beat:  # not whenever something was heard, or signs of life would answer one another
                 next_beat = now + _TICK
-                self._tell(_BEAT, self._rank)
+                self._send(_BEAT, self._rank)
             if self._stop.signal is not None and not self._told_stop:
                 self._told_stop = True
-                self._tell(_STOP, self._stop.signal)
+                self._send(_STOP, self._stop.signal)
             for key, _ in self._selector.select(next_beat - now):
-                self._hear(key.data, self._lines[key.data])
+                self._receive(key.data, self._lines[key.data])
             now = time.monotonic()
             for peer, line in self._lines.items():
                 if line.open and now - line.heard > self._silence:
@@ -187,7 +189,7 @@ class _Peers:
             if lost_since and now - lost_since > _GRACE and not (self._leaving or self._closed):
                 self._end_here()
 
-    def _hear(self, peer: int, line: _Line) -> None:
+    def _receive(self, peer: int, line: _Connection) -> None:
         try:
             data = line.socket.recv(4096)
         except BlockingIOError:
@@ -214,10 +216,10 @@ class _Peers:
         if rank in self._lines:
             self._lines[rank].open = False
         self._lost.setdefault(rank, how)
-        self._tell(_LOST, rank)
+        self._send(_LOST, rank)
         self._found.set()
 
-    def _tell(self, event: int, number: int) -> None:
+    def _send(self, event: int, number: int) -> None:
         """To all who are there; who is not is noticed elsewhere."""
         for line in self._lines.values():
             if line.open:
@@ -239,6 +241,6 @@ class _Peers:
 
     def _end_here(self) -> None:
         """The main thread hangs in a collective, from which nothing else can call it back."""
-        alarm(f"error (rank {self._rank}): {self._sentence()}", terminal=self._speaks())
-        self._tell(_BYE, self._rank)  # this one is not the culprit: those who know of the loss do not name it as well
+        emergency_print(f"error (rank {self._rank}): {self._sentence()}", terminal=self._speaks())
+        self._send(_BYE, self._rank)  # this one is not the culprit: those who know of the loss do not name it as well
         os._exit(2)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mde_dist.distributed.rank_log import alarm
+from mde_dist.distributed.rank_log import emergency_print
 from mde_dist.utils.errors import UserError
 
 PARENT = "MDE_DIST_PARENT"
@@ -115,5 +115,7 @@ def _store_refuses() -> bool:
 
 
 def _terminate(why: str) -> None:
-    alarm(f"rank {os.environ.get('RANK', '0')}: {why}: stopping", terminal=os.environ.get("LOCAL_RANK", "0") == "0")
+    emergency_print(
+        f"rank {os.environ.get('RANK', '0')}: {why}: stopping", terminal=os.environ.get("LOCAL_RANK", "0") == "0"
+    )
     os.kill(os.getpid(), signal.SIGTERM)

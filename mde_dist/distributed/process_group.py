@@ -49,7 +49,7 @@ _SIBLINGS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LO
 
 
 @contextmanager
-def processes(
+def init_distributed(
     precision: Precision = "fp32",
     cpu_threads: int = 0,
     timeout: float = 600.0,
@@ -82,7 +82,7 @@ def processes(
     patience = timeout if error is None else min(timeout, _PATIENCE)
     options = [
         InitProcessGroupKwargs(timeout=timedelta(seconds=patience)),
-        # buffers are needed alike for evaluating and saving only: see `share_buffers`
+        # buffers are needed alike for evaluating and saving only: see `broadcast_buffers_of`
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
@@ -185,7 +185,7 @@ def check_world(joined: int, promised: int) -> None:
         )
 
 
-def all_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     """Sum over the ranks, in place; exact where all but one rank hold zeros."""
     if accelerator.num_processes > 1:
         distributed.all_reduce(tensor)
@@ -197,7 +197,7 @@ def hosts_group(timeout: float) -> distributed.ProcessGroup:
     return cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
 
-def sum_apart(
+def all_reduce_device_and_host(
     accelerator: Accelerator, on_device: torch.Tensor, on_host: Sequence[float]
 ) -> tuple[torch.Tensor, list[float]]:
     """Sum over the ranks of float64 (n,) on the device, and of numbers that the host must know now.
@@ -209,7 +209,7 @@ def sum_apart(
     if accelerator.num_processes == 1:
         return on_device, list(on_host)
     if _hosts is None:  # one sum for both: the device is the host
-        both = all_sum(accelerator, torch.cat([on_device, numbers]))
+        both = all_reduce_sum(accelerator, torch.cat([on_device, numbers]))
         return both[: len(on_device)], both[len(on_device) :].tolist()
     distributed.all_reduce(on_device)
     distributed.all_reduce(numbers, group=_hosts)
@@ -220,7 +220,7 @@ def gather_rows(accelerator: Accelerator, row: Sequence[float]) -> torch.Tensor:
     """The rows of all ranks -> float64 (world, len(row)), on the CPU."""
     table = torch.zeros((accelerator.num_processes, len(row)), dtype=torch.float64, device=accelerator.device)
     table[accelerator.process_index] = torch.tensor(row, dtype=torch.float64)
-    return all_sum(accelerator, table).cpu()
+    return all_reduce_sum(accelerator, table).cpu()
 
 
 def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
@@ -229,7 +229,7 @@ def gather_json(accelerator: Accelerator, value: Any) -> list[Any]:
     sizes = [int(size) for (size,) in gather_rows(accelerator, [len(data)]).tolist()]
     table = torch.zeros((len(sizes), max(sizes)), dtype=torch.uint8)
     table[accelerator.process_index, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    table = all_sum(accelerator, table.to(accelerator.device)).cpu()
+    table = all_reduce_sum(accelerator, table.to(accelerator.device)).cpu()
     return [json.loads(row[:size].numpy().tobytes()) for row, size in zip(table, sizes, strict=True)]
 
 
@@ -240,10 +240,10 @@ def time_all_reduce(accelerator: Accelerator, tensor: torch.Tensor, budget: floa
     """
 
     def measure(times: int) -> float:
-        all_sum(accelerator, torch.zeros(1, device=accelerator.device)).item()  # all begin together
+        all_reduce_sum(accelerator, torch.zeros(1, device=accelerator.device)).item()  # all begin together
         start = time.perf_counter()
         for _ in range(times):
-            all_sum(accelerator, tensor)
+            all_reduce_sum(accelerator, tensor)
         tensor.view(-1)[0].item()  # which waits for the device
         return gather_rows(accelerator, [time.perf_counter() - start]).max().item() / times
 
@@ -256,14 +256,16 @@ def clock_offsets(accelerator: Accelerator) -> list[float]:
     """Seconds by which the clock of each rank is ahead of that of rank 0, as far as the network can tell."""
     tables = []
     for _ in range(5):
-        all_sum(accelerator, torch.zeros(1, device=accelerator.device)).item()  # all leave it at about the same time
+        all_reduce_sum(
+            accelerator, torch.zeros(1, device=accelerator.device)
+        ).item()  # all leave it at about the same time
         table = gather_rows(accelerator, [time.time()])[:, 0]
         tables.append(table - table[0])
     # a rank that the scheduler let wait looks late: the median of a few does not
     return torch.stack(tables).median(dim=0).values.tolist()
 
 
-def agree(accelerator: Accelerator, error: Exception | None) -> None:
+def raise_on_all_ranks(accelerator: Accelerator, error: Exception | None) -> None:
     """Where one rank has an error, end all of them: the first such rank raises its own, the others OtherRankError.
 
     To be called by every rank. Without it the others would wait in their next collective for one that is gone.
@@ -280,18 +282,18 @@ def agree(accelerator: Accelerator, error: Exception | None) -> None:
         raise_first(error, rank, int(first))
 
 
-def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """The action's result; an error of it on one rank ends all ranks, see `agree`. No collective may be in it."""
+def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """The action's result; an error of it on one rank ends all ranks, see `raise_on_all_ranks`. No collective may be in it."""
     error, result = None, None
     try:
         result = action()
     except Exception as failure:
         error = failure
-    agree(accelerator, error)
+    raise_on_all_ranks(accelerator, error)
     return cast(T, result)
 
 
-def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
+def assert_equal_across_ranks(accelerator: Accelerator, what: str, value: str) -> None:
     """Refuse to go on where the ranks do not all have this text. Raises UserError."""
     found = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()  # it may hold a path that is no text
     mine = torch.tensor(int(found[:15], 16))
@@ -299,10 +301,10 @@ def same_everywhere(accelerator: Accelerator, what: str, value: str) -> None:
     if accelerator.num_processes > 1:
         distributed.broadcast(first, src=0, group=_hosts)
     error = None if first.equal(mine) else UserError(f"{what} differ from those of rank 0 ({value} here)")
-    agree(accelerator, error)
+    raise_on_all_ranks(accelerator, error)
 
 
-def share_buffers(accelerator: Accelerator, model: nn.Module) -> None:
+def broadcast_buffers_of(accelerator: Accelerator, model: nn.Module) -> None:
     """Give every rank the buffers of rank 0: the running statistics of batch norm differ over the ranks, and with them
     what each rank would score."""
     if accelerator.num_processes > 1:

@@ -17,7 +17,7 @@ from mde_dist.utils.errors import UserError
 
 LOGS = "logs"
 
-_log: TextIO | None = None  # of this process, while `rank_log` lasts
+_log: TextIO | None = None  # of this process, while `redirect_to_rank_log` lasts
 _terminal: TextIO | None = None  # where stderr went before
 _opened = False  # whether there has been one
 
@@ -32,7 +32,7 @@ def log_was_opened() -> bool:
 
 
 @contextmanager
-def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
+def redirect_to_rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
     """Within the block what is printed goes to the rank's log, on rank 0 to the terminal as well.
 
     Elsewhere also what libraries in C print, and the traceback that ends the process. A log that cannot be written (a
@@ -80,7 +80,7 @@ def rank_log(run: Path, rank: int, world: int) -> Iterator[None]:
             os.close(handle)
 
 
-def alarm(text: str, terminal: bool) -> None:
+def emergency_print(text: str, terminal: bool) -> None:
     """Say something from any thread just before the process ends: in the log, and where wanted on the terminal."""
     for stream in (_log, (_terminal or sys.stderr) if terminal else None):
         if stream is not None:

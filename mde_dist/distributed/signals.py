@@ -17,7 +17,7 @@ T = TypeVar("T")
 _POLL = 0.1  # seconds between two looks at the flag
 
 
-class StopFlag:
+class PreemptionHandler:
     """Raised by a signal to this process or (see peers.py) to another rank."""
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class StopFlag:
         return self.signal is not None
 
     @contextmanager
-    def catching(self) -> Iterator[None]:
+    def install(self) -> Iterator[None]:
         """Within the block the signals of schedulers and terminals raise the flag; after one did, or an error,
         they do no more harm."""
         ignored = {number for number in _LEFT_IGNORED if signal.getsignal(number) == signal.SIG_IGN}
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS if number not in ignored}
         ending = True
         try:
-            with self._hearing():
+            with self._wakeup_thread():
                 yield
             ending = self.signal is not None
         finally:
@@ -46,15 +46,15 @@ class StopFlag:
                 signal.signal(number, signal.SIG_IGN if ending and number != signal.SIGINT else handler)
 
     @contextmanager
-    def _hearing(self) -> Iterator[None]:
+    def _wakeup_thread(self) -> Iterator[None]:
         """Note signals at once. Python runs a handler in the main thread only when that comes back from native code,
         and a collective that waits for another rank comes back when the other rank does; that one waits for us."""
-        ear, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
         def listen() -> None:
-            while number := ear.recv(1)[0]:
+            while number := reader.recv(1)[0]:
                 if number in STOP_SIGNALS:
                     self._note(number)
 
@@ -64,10 +64,10 @@ class StopFlag:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            mouth.send(b"\0")
+            writer.send(b"\0")
             thread.join()
-            ear.close()
-            mouth.close()
+            reader.close()
+            writer.close()
 
     def _note(self, number: int) -> None:
         if self.signal is None:
@@ -80,7 +80,7 @@ class StopFlag:
         self._note(number)
 
 
-def unless_stopped(stop: StopFlag, action: Callable[[], T]) -> T | None:
+def unless_stopped(stop: PreemptionHandler, action: Callable[[], T]) -> T | None:
     """The result of an action that may wait for a server or a disk; None as soon as the flag is raised before.
 
     The action has a thread of its own: nobody asks the flag while a read hangs. One that is left behind dies with the

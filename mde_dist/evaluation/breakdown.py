@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 
-from mde_dist.evaluation.metrics import SCORE_COLUMNS, Protocol, compared, score_row
+from mde_dist.evaluation.metrics import N_COLUMNS, Protocol, image_terms, valid_pairs
 
 EDGES = tuple(range(11))
 """Of the bins of distance, metres; the last one takes what is beyond as well."""
 GRID = (12, 16)
 """Cells of the image, rows by columns."""
 _BINS, _CELLS = len(EDGES) - 1, GRID[0] * GRID[1]
-COLUMNS = SCORE_COLUMNS + 3 * _BINS + 2 * _CELLS
+COLUMNS = N_COLUMNS + 3 * _BINS + 2 * _CELLS
 
 
 def score_with_breakdown(
@@ -22,13 +22,15 @@ def score_with_breakdown(
     Per bin of true distance the number of pixels, their |p-g|/g and their p-g in metres; per cell of the image the
     number of pixels and their |p-g|/g. Arguments as of `learning.metrics.score`.
     """
-    images = compared(prediction, depth, protocol, per_metre)
-    return torch.stack([torch.cat([score_row(p, g, per_metre), _sums(p, g, mask, per_metre)]) for p, g, mask in images])
+    images = valid_pairs(prediction, depth, protocol, per_metre)
+    return torch.stack(
+        [torch.cat([image_terms(p, g, per_metre), _sums(p, g, mask, per_metre)]) for p, g, mask in images]
+    )
 
 
 def split_breakdown(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> rows of `score`, and rows that `summarise_breakdown` takes."""
-    return rows[:, :SCORE_COLUMNS], rows[:, SCORE_COLUMNS:]
+    return rows[:, :N_COLUMNS], rows[:, N_COLUMNS:]
 
 
 def _sums(p: torch.Tensor, g: torch.Tensor, mask: torch.Tensor, per_metre: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mde_dist.evaluation.bootstrap import LEVEL, NOTE, RESAMPLES, interval, means, resamples
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER, PROTOCOLS, Protocol
-from mde_dist.evaluation.results import check_same_images, read_record, rows_of, short
+from mde_dist.evaluation.results import check_same_images, load_rows, read_record, short_hash
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 
@@ -43,9 +43,9 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
         if other != mark:
             reasons.setdefault(why_not(mark, other), []).append(name)
             continue
-        check_same_images(rows_of(a, name), rows_of(b, name), (str(first), str(second)))
+        check_same_images(load_rows(a, name), load_rows(b, name), (str(first), str(second)))
         found[name] = differences(a, b, PROTOCOLS[name], seed)
-        show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short(mark)}")
+        show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short_hash(mark)}")
     say(f"A: {_who(a)} ({first})")
     say(f"B: {_who(b)} ({second})")
     refused = [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
@@ -87,7 +87,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, 
 
     Both records must have the same fingerprint, hence the same images, in whatever order.
     """
-    (keys, first), (others, second) = rows_of(a, protocol.name), rows_of(b, protocol.name)
+    (keys, first), (others, second) = load_rows(a, protocol.name), load_rows(b, protocol.name)
     place = {key: row for row, key in enumerate(others)}
     second = second[[place[key] for key in keys]]
     scored = first[:, 0] > 0

@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.augmentation import depth_counts, prepare_images
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.depth import COUNTS_PER_METRE
-from mde_dist.data.loader import Batch, Draw, Loader, Stopped
+from mde_dist.data.loader import Batch, BatchIndices, DataLoader, Stopped
 from mde_dist.data.prefetch import Prefetch
-from mde_dist.data.shards import ShardSet
-from mde_dist.distributed.process_group import agree, all_sum
+from mde_dist.data.shards import ShardDataset
+from mde_dist.distributed.process_group import all_reduce_sum, raise_on_all_ranks
 from mde_dist.evaluation.breakdown import COLUMNS, score_with_breakdown
-from mde_dist.evaluation.metrics import SCORE_COLUMNS, Protocol, score
+from mde_dist.evaluation.metrics import N_COLUMNS, Protocol, score
 from mde_dist.models.depth_model import estimate
 from mde_dist.utils.errors import UserError
 
@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 
 @dataclass(frozen=True)
-class Measure:
+class ImageMetric:
     """Numbers to be taken of each image."""
 
     columns: int
@@ -52,14 +52,14 @@ class Measure:
     Both float64, COUNTS_PER_METRE a metre."""
 
 
-def protocol_measure(protocol: Protocol) -> Measure:
+def protocol_metric(protocol: Protocol) -> ImageMetric:
     """The rows that `learning.metrics.summarise` takes."""
-    return Measure(SCORE_COLUMNS, partial(score, protocol=protocol, per_metre=COUNTS_PER_METRE))
+    return ImageMetric(N_COLUMNS, partial(score, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 
-def breakdown_measure(protocol: Protocol) -> Measure:
+def breakdown_metric(protocol: Protocol) -> ImageMetric:
     """The same, and where the errors are: the rows that `learning.breakdown.split_breakdown` takes."""
-    return Measure(COLUMNS, partial(score_with_breakdown, protocol=protocol, per_metre=COUNTS_PER_METRE))
+    return ImageMetric(COLUMNS, partial(score_with_breakdown, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 
 def model_predict(
@@ -75,11 +75,11 @@ def model_predict(
     return predict
 
 
-def score_split(
+def evaluate_split(
     accelerator: Accelerator,
     predict: Predict,
-    samples: Samples,
-    measures: Sequence[Measure],
+    samples: DepthDataset,
+    metrics: Sequence[ImageMetric],
     batch_size: int,
     threads: int,
     limit: int | None = None,
@@ -91,15 +91,15 @@ def score_split(
     Batches are the same images for every number of ranks (batch b goes to rank b % world), so that each image meets the
     same arithmetic; each rank fills its rows of one table of zeros, and one sum over the ranks puts them together.
     `stop` is asked once a round of batches; where it is true on any rank, all raise Interrupted. A UserError on one
-    rank ends all, see `agree`. `progress(done, images)` is called after each batch.
+    rank ends all, see `raise_on_all_ranks`. `progress(done, images)` is called after each batch.
     """
     images = min(len(samples), limit or len(samples))
     world, rank = accelerator.num_processes, accelerator.process_index
     starts = range(rank * batch_size, images, world * batch_size)
-    widths = [measure.columns for measure in measures]
+    widths = [measure.columns for measure in metrics]
     table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
 
-    def draws(prefetch: Prefetch) -> Iterator[Draw]:
+    def draws(prefetch: Prefetch) -> Iterator[BatchIndices]:
         for start in starts:
             prefetch.reached(start)
             drawn = np.arange(start, min(start + batch_size, images))
@@ -109,13 +109,13 @@ def score_split(
         truth, prediction = depth_counts(batch), predict(batch)
         with one_thread():
             for sample, p, g in zip(batch.sample, prediction.split(1), truth.split(1), strict=True):
-                row = torch.cat([measure.of(p, g)[0] for measure in measures])
+                row = torch.cat([measure.of(p, g)[0] for measure in metrics])
                 table[int(sample), :-1], table[int(sample), -1] = row, 1
         progress(int(batch.sample[-1]) + 1, images)
 
     with (
         Prefetch(samples, samples.in_order()) as prefetch,
-        Loader(samples, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+        DataLoader(samples, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
         torch.inference_mode(),
     ):
         for _ in range(-(-images // (world * batch_size))):
@@ -129,12 +129,12 @@ def score_split(
             except UserError as failure:
                 error = failure
             told = torch.tensor([float(stop()), float(error is not None)], device=accelerator.device)
-            stops, failures = all_sum(accelerator, told).tolist()
+            stops, failures = all_reduce_sum(accelerator, told).tolist()
             if failures:
-                agree(accelerator, error)
+                raise_on_all_ranks(accelerator, error)
             if stops:
                 raise Interrupted
-    table = all_sum(accelerator, table).cpu()
+    table = all_reduce_sum(accelerator, table).cpu()
     if not (table[:, -1] == 1).all():
         raise RuntimeError("an image was not scored exactly once")
     return list(table[:, :-1].split(widths, dim=1))
@@ -142,8 +142,8 @@ def score_split(
 
 def score_baselines(
     accelerator: Accelerator,
-    samples: Samples,
-    train: ShardSet,
+    samples: DepthDataset,
+    train: ShardDataset,
     protocols: Sequence[Protocol],
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -163,7 +163,7 @@ def score_baselines(
 
 def score_mean(
     accelerator: Accelerator,
-    samples: Samples,
+    samples: DepthDataset,
     metres: float,
     protocols: Sequence[Protocol],
     progress: Callable[[int, int], None] = lambda done, images: None,
@@ -175,7 +175,7 @@ def score_mean(
 
 def _score_blind(
     accelerator: Accelerator,
-    samples: Samples,
+    samples: DepthDataset,
     maps: Mapping[str, torch.Tensor],
     protocols: Sequence[Protocol],
     limit: int | None = None,
@@ -183,15 +183,15 @@ def _score_blind(
     progress: Callable[[int, int], None] = lambda done, images: None,
 ) -> dict[str, list[torch.Tensor]]:
     """Per name and protocol the rows of predicting one map, (height, width) in counts, for every image."""
-    measures = [protocol_measure(protocol) for protocol in protocols]
+    metrics = [protocol_metric(protocol) for protocol in protocols]
     tables: dict[str, list[torch.Tensor]] = {}
     for name, blind in maps.items():
 
         def count(done: int, images: int, before: int = len(tables)) -> None:
             progress(before * images + done, len(maps) * images)
 
-        options = (partial(_blind, blind), samples, measures)
-        tables[name] = score_split(accelerator, *options, 4, 1, limit, stop, progress=count)
+        options = (partial(_blind, blind), samples, metrics)
+        tables[name] = evaluate_split(accelerator, *options, 4, 1, limit, stop, progress=count)
     return tables
 
 

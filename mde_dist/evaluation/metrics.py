@@ -5,7 +5,7 @@ abs_rel = mean |p-g|/g; sq_rel = mean (p-g)^2/g; rmse = sqrt(mean (p-g)^2); rmse
 log10 = mean |log10 p - log10 g|; silog = 100 sqrt(mean d^2 - (mean d)^2); delta_k = mean [max(p/g, g/p) < 1.25^k].
 The score of a split is the mean over its images, or over all its pixels where the protocol pools them.
 
-Every metric is a function of a few means over pixels (`TERMS`): these are kept per image, and all else follows.
+Every metric is a function of a few means over pixels (`SUFFICIENT_STATISTICS`): these are kept per image, and all else follows.
 
 Depth comes in any unit, of which a metre has `per_metre`. It is scored in the unit of the stored counts: 1.1 m has no
 exact float, so that a ratio of exactly 5/4 would fall to either side of 1.25; 1100 mm has one.
@@ -25,9 +25,9 @@ DEFINITIONS = 2
 """Version of what the metrics mean, in the fingerprint of a result; raised when a number changes for the same input.
 1, of mde_dist 0.1: the truth rounded to float32 metres, so that half of the ratios of exactly 5/4 were below 1.25.
 2: the truth as it is stored."""
-TERMS = ("abs_rel", "sq_rel", "square", "log", "log_square", "log10", "delta1", "delta2", "delta3")
+SUFFICIENT_STATISTICS = ("abs_rel", "sq_rel", "square", "log", "log_square", "log10", "delta1", "delta2", "delta3")
 """Means over the valid pixels of an image: |p-g|/g, (p-g)^2/g, (p-g)^2, d, d^2, |log10 p - log10 g|, the deltas."""
-SCORE_COLUMNS = 1 + len(TERMS)
+N_COLUMNS = 1 + len(SUFFICIENT_STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ PROTOCOLS = {
 
 
 def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1) -> torch.Tensor:
-    """-> float64 (batch, SCORE_COLUMNS): number of valid pixels, then the terms of each image, in metres.
+    """-> float64 (batch, N_COLUMNS): number of valid pixels, then the terms of each image, in metres.
 
     prediction: (batch, h, w), brought bilinearly to the ground truth's size; depth: (batch, height, width), 0 = hole;
     both in a unit of which a metre has `per_metre`, so that counts come as they are stored (a protocol that aligns the
     prediction takes it in any unit). An image without a valid pixel is a row of 0, never nan.
     """
-    images = compared(prediction, depth, protocol, per_metre)
-    return torch.stack([score_row(p, g, per_metre) for p, g, _ in images])
+    images = valid_pairs(prediction, depth, protocol, per_metre)
+    return torch.stack([image_terms(p, g, per_metre) for p, g, _ in images])
 
 
-def compared(
+def valid_pairs(
     prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """What a protocol compares in each image: predictions, as it holds them, and truths of the scored pixels, float64
@@ -93,12 +93,12 @@ def compared(
         inside = torch.zeros_like(scored[0])
         inside[rows, columns] = True
         scored &= inside
-    for p, g, mask in zip(to_size(prediction, depth), depth, scored, strict=True):
+    for p, g, mask in zip(resize_to(prediction, depth), depth, scored, strict=True):
         truth = g[mask].double()
-        yield (_held(p[mask], truth, protocol, per_metre) if len(truth) else truth), truth, mask
+        yield (clamp_prediction(p[mask], truth, protocol, per_metre) if len(truth) else truth), truth, mask
 
 
-def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol, per_metre: float) -> torch.Tensor:
+def clamp_prediction(p: torch.Tensor, g: torch.Tensor, protocol: Protocol, per_metre: float) -> torch.Tensor:
     """Predictions (pixels,) as a protocol takes them."""
     if protocol.align == "scale and shift":
         p = align(p, g)
@@ -106,18 +106,18 @@ def _held(p: torch.Tensor, g: torch.Tensor, protocol: Protocol, per_metre: float
         low, high = (metres * per_metre for metres in protocol.clamp)
         return torch.nan_to_num(p, nan=low, posinf=high, neginf=low).clamp(low, high)
     # a value that is not finite is no prediction: as wrong as predicting nothing at all
-    return torch.where(is_number(p), p, 0.0)
+    return torch.where(is_finite32(p), p, 0.0)
 
 
-def score_row(p: torch.Tensor, g: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
-    """The row of `score` of one image from what is `compared` in it."""
+def image_terms(p: torch.Tensor, g: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
+    """The row of `score` of one image from what is `valid_pairs` in it."""
     if not len(g):
-        return torch.zeros(SCORE_COLUMNS, dtype=torch.float64, device=g.device)
+        return torch.zeros(N_COLUMNS, dtype=torch.float64, device=g.device)
     terms = _pixel_terms(p, g, per_metre)
-    return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in TERMS)])
+    return torch.stack([torch.full_like(g[0], len(g)), *(terms[name].mean() for name in SUFFICIENT_STATISTICS)])
 
 
-def to_size(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+def resize_to(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
     """A prediction (batch, h, w), in float64 and at the size of `depth` (batch, height, width)."""
     prediction = prediction.double()
     if prediction.shape[-2:] == depth.shape[-2:]:
@@ -125,7 +125,7 @@ def to_size(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
     return F.interpolate(prediction[:, None], depth.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def is_number(prediction: torch.Tensor) -> torch.Tensor:
+def is_finite32(prediction: torch.Tensor) -> torch.Tensor:
     """Finite as float32: what is beyond that has no square either."""
     return torch.isfinite(prediction.float())
 
@@ -136,7 +136,7 @@ def align(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     Pixels without a finite prediction take no part in the fit and stay what they are. A prediction that is the same
     everywhere becomes the mean of the truth.
     """
-    finite = is_number(p)
+    finite = is_finite32(p)
     if not finite.any():
         return p
     p_mean, g_mean = p[finite].mean(), g[finite].mean()
@@ -159,7 +159,7 @@ def _pixel_terms(p: torch.Tensor, g: torch.Tensor, per_metre: float) -> dict[str
 
 def image_metrics(rows: torch.Tensor, protocol: Protocol) -> torch.Tensor:
     """`score` rows (images, 1 + terms) -> (images, len(protocol.metrics)): the metrics of each image."""
-    terms = dict(zip(TERMS, rows[:, 1:].T, strict=True))
+    terms = dict(zip(SUFFICIENT_STATISTICS, rows[:, 1:].T, strict=True))
     terms["rmse"] = terms["square"].sqrt()
     terms["rmse_log"] = terms["log_square"].sqrt()
     # rounding can leave a variance of a constant error a hair below 0

@@ -15,7 +15,7 @@ from unicodedata import normalize
 import numpy as np
 from PIL import Image
 
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.images import IMAGE_FORMATS, hxw
 from mde_dist.data.manifest import MAX_SIDE
@@ -100,7 +100,7 @@ class Predictions:
 
 
 def open_predictions(
-    place: Path, samples: Samples, match: Match = "name", scale: float | None = None
+    place: Path, samples: DepthDataset, match: Match = "name", scale: float | None = None
 ) -> tuple[Predictions, list[str]]:
     """The predictions in `place` for every image of a split, and what is to be said of how they were found.
 
@@ -138,12 +138,12 @@ def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
     return "" if off <= stride * (rows + columns) else "a part of the view, as no one scale gives both sides"
 
 
-def _check_count(place: Path, count: int, samples: Samples) -> None:
+def _check_count(place: Path, count: int, samples: DepthDataset) -> None:
     if count != len(samples):
         raise UserError(f"{place} holds {count} predictions, the split has {len(samples)} images")
 
 
-def _choose(place: Path, samples: Samples, match: Match) -> tuple[list[Path], list[str]]:
+def _choose(place: Path, samples: DepthDataset, match: Match) -> tuple[list[Path], list[str]]:
     """The file of each image, all arrays or else all pictures, and what is to be said of the others. Raises UserError.
 
     Arrays say more than pictures, but what lies beside predictions (`intrinsics.npy`) does not stand for them.
@@ -170,12 +170,12 @@ def _choose(place: Path, samples: Samples, match: Match) -> tuple[list[Path], li
     return chosen, notes
 
 
-def _by_order(place: Path, files: list[Path], samples: Samples) -> list[Path]:
+def _by_order(place: Path, files: list[Path], samples: DepthDataset) -> list[Path]:
     _check_count(place, len(files), samples)
     return files
 
 
-def _named_otherwise(place: Path, files: list[Path], samples: Samples) -> str:
+def _named_otherwise(place: Path, files: list[Path], samples: DepthDataset) -> str:
     """A warning where the names of files that were matched by their order say that they are of other images."""
     try:
         named = _by_name(place, files, samples)
@@ -222,7 +222,7 @@ def _parts(name: str) -> tuple[str, ...]:
     return tuple(word for word in words if word not in _KINDS | _UNITS)
 
 
-def _by_name(place: Path, files: Sequence[Path], samples: Samples) -> list[Path]:
+def _by_name(place: Path, files: Sequence[Path], samples: DepthDataset) -> list[Path]:
     """The file of each image: the one whose name ends in most of the same words and numbers. Raises UserError."""
     endings: dict[tuple[str, ...], set[int]] = {}
     for sample in range(len(samples)):

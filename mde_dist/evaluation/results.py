@@ -15,10 +15,18 @@ import torch
 from rich.table import Table
 
 from mde_dist import __version__
-from mde_dist.data.dataset import Samples
-from mde_dist.data.shards import ShardSet
+from mde_dist.data.dataset import DepthDataset
+from mde_dist.data.shards import ShardDataset
 from mde_dist.evaluation.breakdown import summarise_breakdown
-from mde_dist.evaluation.metrics import DEFINITIONS, PROTOCOLS, SCORE_COLUMNS, TERMS, Protocol, image_metrics, summarise
+from mde_dist.evaluation.metrics import (
+    DEFINITIONS,
+    N_COLUMNS,
+    PROTOCOLS,
+    SUFFICIENT_STATISTICS,
+    Protocol,
+    image_metrics,
+    summarise,
+)
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic, writing
@@ -27,12 +35,12 @@ FORMAT, VERSION = "mde_dist.evaluation", 1
 EVALUATIONS = "evaluations"
 """In a run directory: last.json and best.json, the records of its last and of its best evaluation."""
 _LARGEST = 1 << 30  # bytes of a record that is read
-DIGEST = 4
+N_HASH_COLUMNS = 4
 """Columns of `digest_measure`."""
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """What was predicted: the ground truth of a split."""
 
     place: str
@@ -48,28 +56,28 @@ class Truth:
     """Of all keys and depth maps, whichever way they are stored: equal where the same truth was scored."""
 
 
-def digests(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+def target_hashes(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
     """float64 (batch, DIGEST): 192 bits of the sha256 of each truth, uint16 counts, in parts held exactly."""
     found = [hashlib.sha256(counts.tobytes()).digest() for counts in depth.cpu().numpy().astype("<u2")]
-    parts = [[int.from_bytes(digest[6 * k : 6 * k + 6], "big") for k in range(DIGEST)] for digest in found]
+    parts = [[int.from_bytes(digest[6 * k : 6 * k + 6], "big") for k in range(N_HASH_COLUMNS)] for digest in found]
     return torch.tensor(parts, dtype=torch.float64, device=depth.device)
 
 
-def sha256_of_truth(keys: Sequence[str], size: tuple[int, int], rows: torch.Tensor) -> str:
-    """One hash for all images, in whatever order they come, from their `digests`."""
+def hash_ground_truth(keys: Sequence[str], size: tuple[int, int], rows: torch.Tensor) -> str:
+    """One hash for all images, in whatever order they come, from their `target_hashes`."""
     lines = sorted(f"{key} {[int(part) for part in row]}" for key, row in zip(keys, rows.tolist(), strict=True))
     return hashlib.sha256("\n".join([f"{size[0]}x{size[1]}", *lines]).encode()).hexdigest()
 
 
-def truth_of(samples: Samples, split: str, rows: torch.Tensor) -> Truth:
-    """The truth that was scored, the first images of `samples` or all, from their `digests`."""
+def ground_truth_of(samples: DepthDataset, split: str, rows: torch.Tensor) -> GroundTruth:
+    """The truth that was scored, the first images of `samples` or all, from their `target_hashes`."""
     keys = [samples.key(sample) for sample in range(len(rows))]
-    manifest = samples.manifest.sha256 if isinstance(samples, ShardSet) else None
-    sha256 = sha256_of_truth(keys, samples.size, rows)
-    return Truth(samples.place, split, samples.size, manifest, keys, samples.scenes[: len(keys)], sha256)
+    manifest = samples.manifest.sha256 if isinstance(samples, ShardDataset) else None
+    sha256 = hash_ground_truth(keys, samples.size, rows)
+    return GroundTruth(samples.place, split, samples.size, manifest, keys, samples.scenes[: len(keys)], sha256)
 
 
-def fingerprint(protocol: Protocol, images: int, truth: Truth) -> dict[str, Any]:
+def fingerprint(protocol: Protocol, images: int, truth: GroundTruth) -> dict[str, Any]:
     """Everything that two results must have in common to be compared.
 
     The version is that of the definitions of the metrics: records of other releases can be compared. mde_dist 0.1 had
@@ -79,15 +87,15 @@ def fingerprint(protocol: Protocol, images: int, truth: Truth) -> dict[str, Any]
     return {"protocol": numbers, "images": images, "ground_truth": truth.sha256, "definitions": DEFINITIONS}
 
 
-def short(mark: Mapping[str, Any]) -> str:
+def short_hash(fingerprint: Mapping[str, Any]) -> str:
     """A fingerprint in twelve letters."""
-    return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def as_record(
+def to_json(
     tables: Mapping[str, Sequence[torch.Tensor]],
     protocols: Sequence[Protocol],
-    truth: Truth,
+    truth: GroundTruth,
     predictor: Mapping[str, Any],
     findings: Sequence[str],
     where: torch.Tensor | None = None,
@@ -132,7 +140,10 @@ def as_record(
 
 def _terms(rows: torch.Tensor) -> dict[str, list[float]]:
     columns = rows.T.tolist()
-    return {"pixels": [int(count) for count in columns[0]], **dict(zip(TERMS, columns[1:], strict=True))}
+    return {
+        "pixels": [int(count) for count in columns[0]],
+        **dict(zip(SUFFICIENT_STATISTICS, columns[1:], strict=True)),
+    }
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
@@ -142,7 +153,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         write_atomic(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], truth: Truth) -> None:
+def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], truth: GroundTruth) -> None:
     """One row per image: key, scene, and per protocol scored pixels and metrics; empty where no pixel was scored."""
     columns = [f"{p.name}_{name}" for p in protocols for name in ("pixels", *p.metrics)]
     values = [
@@ -170,7 +181,7 @@ def read_record(path: Path) -> dict[str, Any]:
         for name in record["fingerprints"]:
             if name not in PROTOCOLS:
                 raise ValueError(f"it names the protocol {name!r}, which this version does not know")
-            _, rows = rows_of(record, name)
+            _, rows = load_rows(record, name)
             stated, scored = record["fingerprints"][name]["images"], int((rows[:, 0] > 0).sum())
             if stated != scored:
                 raise ValueError(f"protocol {name}: it states {stated} scored images and has {scored}")
@@ -183,11 +194,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def rows_of(record: Mapping[str, Any], protocol: str) -> tuple[list[str], np.ndarray]:
+def load_rows(record: Mapping[str, Any], protocol: str) -> tuple[list[str], np.ndarray]:
     """(keys, `score` rows float64 (images, 1 + terms)) of a record. Raises ValueError, KeyError or TypeError."""
     keys, terms = record["images"]["keys"], record["images"]["terms"][protocol]
-    rows = np.array([terms[name] for name in ("pixels", *TERMS)], dtype=np.float64).T
-    if rows.shape != (len(keys), SCORE_COLUMNS) or not np.isfinite(rows).all() or len(set(keys)) != len(keys):
+    rows = np.array([terms[name] for name in ("pixels", *SUFFICIENT_STATISTICS)], dtype=np.float64).T
+    if rows.shape != (len(keys), N_COLUMNS) or not np.isfinite(rows).all() or len(set(keys)) != len(keys):
         raise ValueError(f"protocol {protocol}: its images are not whole")
     return [str(key) for key in keys], rows
 
@@ -197,7 +208,7 @@ def check_same_images(
 ) -> None:
     """Two records of one fingerprint have the same images and scored the same pixels of them, in whatever order.
 
-    `a`, `b`: as `rows_of` gives them; `names`: of both. Raises UserError where they were changed by hand.
+    `a`, `b`: as `load_rows` gives them; `names`: of both. Raises UserError where they were changed by hand.
     """
     pixels = [dict(zip(keys, rows[:, 0].tolist(), strict=True)) for keys, rows in (a, b)]
     if other := [key for key in {**pixels[0], **pixels[1]} if pixels[0].get(key) != pixels[1].get(key)]:
@@ -209,17 +220,17 @@ def check_same_images(
 
 def show(record: Mapping[str, Any], title: str) -> None:
     """One table per protocol: what was scored beside predicting without looking."""
-    for name, mark in record["fingerprints"].items():
+    for name, fingerprint in record["fingerprints"].items():
         protocol = PROTOCOLS[name]
         columns = {who: results[name] for who, results in record["results"].items()}
-        say(f"{title}: protocol {name}, {mark['images']} images")  # a path stays whole, for copying
+        say(f"{title}: protocol {name}, {fingerprint['images']} images")  # a path stays whole, for copying
         table = Table()
         for who in ("", *columns):
             table.add_column(who, justify="right" if who else "left")
         for metric in protocol.metrics:
             table.add_row(metric, *(f"{column[metric]:.4f}" for column in columns.values()))
         open_console().print(table)
-        say(f"{_in_words(protocol)}; fingerprint {short(mark)}")
+        say(f"{_description(protocol)}; fingerprint {short_hash(fingerprint)}")
     for name, keys in record["unscored"].items():
         if keys:
             say(f"{name}: {len(keys)} images without a valid pixel were not scored: {', '.join(keys[:10])}")
@@ -227,7 +238,7 @@ def show(record: Mapping[str, Any], title: str) -> None:
         say(f"warning: {finding}")
 
 
-def _in_words(protocol: Protocol) -> str:
+def _description(protocol: Protocol) -> str:
     low, high = protocol.valid
     words = [f"truth {low:g}..{high:g} m" if math.isfinite(high) else f"truth above {low:g} m"]
     if protocol.crop:

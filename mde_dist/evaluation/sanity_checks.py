@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mde_dist.evaluation.metrics import is_number, to_size
+from mde_dist.evaluation.metrics import is_finite32, resize_to
 
 GRID = (6, 8)
 """Cells, rows by columns, in which a map is summed up to tell images apart."""
 _CELLS = GRID[0] * GRID[1]
-SIGNALS = 4 + 2 * _CELLS + 2
+N_STATISTICS = 4 + 2 * _CELLS + 2
 
 _COLUMNS = 160  # of the pixels that are looked at, evenly spaced: enough to tell
 _SCALE_OFF = 1.35  # a median ratio beyond this (or below its inverse) is no bias of a model that learned metres
@@ -47,8 +47,8 @@ for _factor in (256, 5000, 6000):  # of 16-bit PNGs in the wild
 _KNOWN_WITHIN = 1.15  # factor, which leaves room for the bias of a model
 
 
-def signals(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
-    """-> float64 (batch, SIGNALS): what `diagnose` takes of each image; nan where there is nothing to take.
+def image_statistics(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1) -> torch.Tensor:
+    """-> float64 (batch, SIGNALS): what `detect_failures` takes of each image; nan where there is nothing to take.
 
     prediction (batch, h, w) as the model gave it, depth (batch, height, width), 0 = hole, both in a unit of which a
     metre has `per_metre`. Columns: median of prediction / truth; correlation of prediction and truth over the pixels;
@@ -56,16 +56,16 @@ def signals(prediction: torch.Tensor, depth: torch.Tensor, per_metre: float = 1)
     metres, in the cells of GRID; of the pixels with a truth, how many predictions are not finite, and how many are not
     the truth itself.
     """
-    prediction, depth = to_size(prediction, depth) / per_metre, depth.double() / per_metre
+    prediction, depth = resize_to(prediction, depth) / per_metre, depth.double() / per_metre
     measured = depth > 0
     mean = _masked_mean(depth, measured)
     counts = [
-        (measured & ~is_number(prediction)).sum((-2, -1)),
+        (measured & ~is_finite32(prediction)).sum((-2, -1)),
         (measured & ~((prediction - depth).abs() <= _EQUAL * depth)).sum((-2, -1)),
     ]
     step = max(1, depth.shape[-1] // _COLUMNS)
     prediction, depth = (x[:, ::step, ::step] for x in (prediction, depth))
-    valid = (depth > 0) & torch.isfinite(depth) & is_number(prediction)
+    valid = (depth > 0) & torch.isfinite(depth) & is_finite32(prediction)
     truth, p = torch.where(valid, depth, 1.0), torch.where(valid, prediction, 1.0)
     ratio = torch.where(valid, p / truth, math.nan).flatten(1).nanmedian(dim=1).values
     positive = valid & (p > 0)
@@ -98,13 +98,13 @@ def _cells(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def mean_depth(rows: torch.Tensor) -> float:
-    """Mean of the truth, metres, every image with the same weight, from the `signals` of all images."""
+    """Mean of the truth, metres, every image with the same weight, from the `image_statistics` of all images."""
     means = rows[:, 3]
     return float(means[means > 0].mean())
 
 
-def diagnose(rows: torch.Tensor, scale_matters: bool = True) -> list[str]:
-    """What is wrong with predictions, in words, from the `signals` of all images; empty where nothing is recognised.
+def detect_failures(rows: torch.Tensor, scale_matters: bool = True) -> list[str]:
+    """What is wrong with predictions, in words, from the `image_statistics` of all images; empty where nothing is recognised.
 
     `scale_matters`: off for predictions that are scored up to scale and shift only.
     """
@@ -133,7 +133,7 @@ def _misread(rows: torch.Tensor, scale_matters: bool) -> list[str]:
         return [inverted]
     if scale_matters and float(rows[:, 0].median()) <= 0:
         return ["predictions are not positive: the median of prediction / truth is 0 or less"]
-    return [_scale_off(rows) if scale_matters else "", _disordered(rows)]
+    return [_scale_off(rows) if scale_matters else "", _shuffled(rows)]
 
 
 def _scale_off(rows: torch.Tensor) -> str:
@@ -187,7 +187,7 @@ class _Order:
     words: str
 
 
-def _disordered(rows: torch.Tensor) -> str:
+def _shuffled(rows: torch.Tensor) -> str:
     """Whether each prediction is nearer to its own image's truth than chance would have it, or to those of an order."""
     rows = rows[:_MOST]
     count = len(rows)

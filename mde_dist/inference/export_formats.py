@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mde_dist.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
-from mde_dist.models.depth_model import restore
+from mde_dist.models.depth_model import load_model
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic
 
@@ -46,7 +46,7 @@ def trace(
     metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], size: tuple[int, int]
 ) -> torch.export.ExportedProgram:
     """The model of a model.safetensors as a graph for images of `size`, any batch. Raises UserError."""
-    program = DepthProgram(restore(metadata, tensors)).eval()  # channels last, as the model itself runs
+    program = DepthProgram(load_model(metadata, tensors)).eval()  # channels last, as the model itself runs
     shapes = {"image": {0: torch.export.Dim("batch", min=1)}}
     with torch.no_grad():
         exported = torch.export.export(program, (torch.zeros(2, 3, *size),), dynamic_shapes=shapes)

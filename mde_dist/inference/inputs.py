@@ -31,7 +31,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Damage:
+class ReadError:
     """An image, a frame or a video that could not be read."""
 
     what: str
@@ -57,7 +57,7 @@ class Inputs:
         videos = self.videos
         return len(self.entries) - len(videos) + sum(count_frames(video, every) for video in videos)
 
-    def frames(self, every: int, pool: Executor, ahead: int) -> Generator[Frame | Damage, None, None]:
+    def frames(self, every: int, pool: Executor, ahead: int) -> Generator[Frame | ReadError, None, None]:
         """All of them, in order, read by `pool` up to `ahead` in advance. Close it when it is left early.
 
         `every`: of videos one of so many frames.
@@ -144,16 +144,16 @@ def _check_videos(inputs: Inputs, found: dict[Path, Path]) -> None:
                 raise UserError(f"{found[inside]} would be written among the frames of {file}; predict them one by one")
 
 
-def _read(file: Path, name: Path) -> Frame | Damage:
+def _read(file: Path, name: Path) -> Frame | ReadError:
     try:
         return Frame(name, *open_image(file))
     except Unreadable as error:
-        return Damage(str(error))
+        return ReadError(str(error))
 
 
-def _read_frames(file: Path, name: Path, every: int) -> Iterator[Frame | Damage]:
+def _read_frames(file: Path, name: Path, every: int) -> Iterator[Frame | ReadError]:
     for found in read_video(file, every):
         if isinstance(found, VideoFrame):
             yield Frame(name / f"{found.number:06d}", found.image)
         else:
-            yield Damage(found)
+            yield ReadError(found)

@@ -16,12 +16,12 @@ from mde_dist import __version__
 from mde_dist.data.manifest import Manifest
 from mde_dist.inference.export_formats import Format
 from mde_dist.inference.origin import Origin, Scores, find_origin, manifest_at
-from mde_dist.models.depth_model import restore
+from mde_dist.models.depth_model import load_model
 from mde_dist.models.weights import MODEL, read_model
 from mde_dist.packing.sources.official import count_in_words
 from mde_dist.utils.io import write_atomic, writing
 from mde_dist.utils.markdown import block, code, plain, row
-from mde_dist.utils.toml import toml_text
+from mde_dist.utils.toml import dump_toml
 
 NAME = "README.md"
 NYU_LAYOUTS = ("densedepth", "bts", "h5", "labeled", "marigold")
@@ -79,7 +79,7 @@ def write_card(
     """
     weights = folder / MODEL
     metadata, tensors = read_model(weights)
-    parameters = sum(parameter.numel() for parameter in restore(metadata, tensors).parameters())
+    parameters = sum(parameter.numel() for parameter in load_model(metadata, tensors).parameters())
     origin = find_origin(weights, run or folder)
     scores = next(iter(origin.scores), None)
     card = Card(
@@ -228,7 +228,7 @@ def _limits(card: Card) -> Iterator[str]:
 
 def _config(card: Card) -> Iterator[str]:
     values = [(name, value) for name, value in card.config.items() if re.fullmatch(r"[\w.]+", name)]
-    yield f"<details>\n<summary>Config of the training</summary>\n\n{block(toml_text(values), 'toml')}\n</details>\n"
+    yield f"<details>\n<summary>Config of the training</summary>\n\n{block(dump_toml(values), 'toml')}\n</details>\n"
     yield f"Written by mde_dist {__version__}.\n"
 
 

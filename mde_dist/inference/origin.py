@@ -10,7 +10,7 @@ from typing import Any
 from mde_dist.data.manifest import Manifest
 from mde_dist.data.store import CacheOptions, open_store
 from mde_dist.evaluation.metrics import PROTOCOLS
-from mde_dist.evaluation.results import EVALUATIONS, read_record, short
+from mde_dist.evaluation.results import EVALUATIONS, read_record, short_hash
 from mde_dist.models.weights import EMA, MODEL, read_state_file
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.jsonl import read_records
@@ -113,7 +113,7 @@ def _score(record: Mapping[str, Any], protocol: str, baselines: list[dict[str, A
     if not all(math.isfinite(value) for column in columns.values() for value in column.values()):
         raise ValueError("a score is no number")
     place, split, manifest = str(truth["place"]), str(truth["split"]), truth["manifest"]
-    return Scores(protocol, int(mark["images"]), short(mark), place, split, manifest and str(manifest), columns)
+    return Scores(protocol, int(mark["images"]), short_hash(mark), place, split, manifest and str(manifest), columns)
 
 
 def _baselines(run: Path) -> list[dict[str, Any]]:

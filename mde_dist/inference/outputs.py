@@ -9,8 +9,8 @@ from PIL import Image
 
 from mde_dist.data.depth import metres_to_millimetres, png_bytes
 from mde_dist.inference.inputs import Frame
-from mde_dist.inference.point_cloud import Intrinsics, ply_bytes, usual_camera
-from mde_dist.inference.preview import preview
+from mde_dist.inference.point_cloud import Intrinsics, default_intrinsics, ply_bytes
+from mde_dist.inference.preview import side_by_side
 from mde_dist.utils.io import atomic_file, write_atomic, writing
 
 _FARTHEST = 65.535  # metres that 16 bits of millimetres hold
@@ -62,10 +62,12 @@ class Results:
                     with atomic_file(path) as file:
                         np.save(file, depth, allow_pickle=False)
                 elif path.suffix == ".ply":
-                    write_atomic(path, ply_bytes(frame.image, depth, self.camera or usual_camera(height, width)[0]))
+                    write_atomic(
+                        path, ply_bytes(frame.image, depth, self.camera or default_intrinsics(height, width)[0])
+                    )
                 elif path.name.endswith("_color.png"):
                     with atomic_file(path) as file:
-                        picture = Image.fromarray(preview(frame.image, depth, self.metres))
+                        picture = Image.fromarray(side_by_side(frame.image, depth, self.metres))
                         picture.save(file, format="PNG", compress_level=_LEVEL)
                 else:
                     write_atomic(path, png_bytes(metres_to_millimetres(np.minimum(depth, _FARTHEST)), _LEVEL))
@@ -74,7 +76,7 @@ class Results:
     def cameras(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
         """In words which cameras point clouds of images of these sizes were made with."""
         if self.camera is None:
-            return sorted({f"the camera taken is {usual_camera(*size)[1]}" for size in sizes})
+            return sorted({f"the camera taken is {default_intrinsics(*size)[1]}" for size in sizes})
         shown = [f"{height}x{width}" for height, width in sorted(sizes)]
         words = f"the camera is the given one ({self.camera})"
         return [f"{words}, for images of {' and '.join(shown)}: it can hold for one size only" if shown[1:] else words]

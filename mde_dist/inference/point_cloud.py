@@ -29,7 +29,7 @@ KINECT = Intrinsics(518.86, 519.47, 325.58, 253.74)
 """The colour camera of NYU Depth v2 at 480x640, from the toolbox of the data set."""
 
 
-def usual_camera(height: int, width: int) -> tuple[Intrinsics, str]:
+def default_intrinsics(height: int, width: int) -> tuple[Intrinsics, str]:
     """A camera for an image that nothing is known of, and what it is in words.
 
     At 4:3 that of NYU Depth v2, scaled. Else one of square pixels that sees as much along the longer side, with its

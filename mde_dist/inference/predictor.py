@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mde_dist.data.augmentation import resize_image
 from mde_dist.distributed.process_group import Precision, mixed_precision
-from mde_dist.models.depth_model import DepthModel, estimate, restore
+from mde_dist.models.depth_model import DepthModel, estimate, load_model
 from mde_dist.models.weights import MODEL, read_model
 from mde_dist.utils.errors import UserError
 
@@ -53,9 +53,9 @@ class Predictor:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """RGB uint8 (height, width, 3) -> depth float32 (height, width), metres."""
-        return self.several([image])[0]
+        return self.predict_batch([image])[0]
 
-    def several(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def predict_batch(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As for one image, for some that are `seen` at one size, whatever their own.
 
         Where the device's memory runs out, `batch_size` becomes half of their number, and they are done in halves.
@@ -71,7 +71,7 @@ class Predictor:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_size = half = len(images) // 2
-        return [*self.several(images[:half]), *self.several(images[half:])]
+        return [*self.predict_batch(images[:half]), *self.predict_batch(images[half:])]
 
     @torch.inference_mode()
     def _at_once(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -103,7 +103,7 @@ def open_predictor(
     """
     path = Path(path)
     metadata, tensors = read_model(path / MODEL if path.is_dir() else path)
-    return Predictor(restore(metadata, tensors), metadata, device or pick_device("auto"), flip, precision)
+    return Predictor(load_model(metadata, tensors), metadata, device or pick_device("auto"), flip, precision)
 
 
 def pick_device(name: str) -> torch.device:

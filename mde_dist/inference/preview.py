@@ -19,7 +19,7 @@ _GAP, _BAR, _NUMBERS, _TEXT = (
 _LINE = 34  # pixels between two numbers, at least
 
 
-def preview(image: np.ndarray, depth: np.ndarray, metres: tuple[float, float] | None = None) -> np.ndarray:
+def side_by_side(image: np.ndarray, depth: np.ndarray, metres: tuple[float, float] | None = None) -> np.ndarray:
     """RGB uint8 (height, width, 3), depth float32 metres (height, width) -> RGB uint8 of a size to look at.
 
     `metres`: nearest and farthest of the colours; by default those that 98 % of this map lie within.

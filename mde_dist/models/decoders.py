@@ -82,7 +82,7 @@ class FullHead(nn.Module):
             return self.last(x.float())
 
 
-def bounded(raw: torch.Tensor, output: str, low: float, high: float) -> torch.Tensor:
+def depth_activation(raw: torch.Tensor, output: str, low: float, high: float) -> torch.Tensor:
     """Any number -> metres: softplus = above 0, sigmoid = low..high, log = low..high in logarithms."""
     if output == "softplus":
         return F.softplus(raw)

@@ -11,7 +11,16 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mde_dist.data.augmentation import normalise
-from mde_dist.models.decoders import ENCODER_NORMS, FullHead, Norm, QuarterHead, Upsample, bounded, refinement, resize
+from mde_dist.models.decoders import (
+    ENCODER_NORMS,
+    FullHead,
+    Norm,
+    QuarterHead,
+    Upsample,
+    depth_activation,
+    refinement,
+    resize,
+)
 from mde_dist.models.initial_weights import Start, initialise
 from mde_dist.utils.cli import Weights
 from mde_dist.utils.errors import UserError
@@ -86,7 +95,7 @@ class DepthModel(nn.Module):
         for conv, refine, skip in reversed(list(steps)):
             x = refine(resize(conv(x), skip, self._upsample) + skip)
         # from the head's last convolution on all is float32, which autocast leaves as it is
-        depth = bounded(self.head(self.to_stem(x) + feature, half, image), self._output, *self._range)
+        depth = depth_activation(self.head(self.to_stem(x) + feature, half, image), self._output, *self._range)
         return resize(depth, image, "bilinear")[:, 0]
 
 
@@ -119,28 +128,28 @@ def _out_channels(stage: nn.Module) -> int:
     return [module for module in stage.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
 
 
-def skeleton(config: ModelConfig) -> DepthModel:
+def create_model(config: ModelConfig) -> DepthModel:
     """The model that a config names, with random weights."""
     return DepthModel(config)
 
 
-def build(config: ModelConfig, seed: int) -> DepthModel:
+def create_pretrained_model(config: ModelConfig, seed: int) -> DepthModel:
     """A model that starts as `config.weights` says. Raises UserError where they cannot be had."""
     return build_started(config, seed)[0]
 
 
 def build_started(config: ModelConfig, seed: int) -> tuple[DepthModel, Start | None]:
-    """As `build`, and what was taken of the weights; the rest is random, drawn from `seed`."""
+    """As `create_pretrained_model`, and what was taken of the weights; the rest is random, drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = skeleton(config)
+        model = create_model(config)
     return model, initialise(model, config.weights, config.backbone, config.output)
 
 
-def restore(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
+def load_model(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
     """The model that the metadata and tensors of a model.safetensors describe, channels last. Raises UserError."""
     try:
-        model = skeleton(_architecture(metadata["config"]))
+        model = create_model(_architecture(metadata["config"]))
         model.load_state_dict(tensors)
         model.to(memory_format=torch.channels_last)
     except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:

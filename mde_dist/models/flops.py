@@ -3,13 +3,13 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mde_dist.models.depth_model import ModelConfig, skeleton
+from mde_dist.models.depth_model import ModelConfig, create_model
 
 
 def training_flops(config: ModelConfig, size: tuple[int, int]) -> int:
     """Floating-point operations (2 per multiply-add) of one forward and backward pass over one image."""
     with torch.device("meta"):
-        model = skeleton(config)
+        model = create_model(config)
         image = torch.empty(2, 3, *size)
     # shapes have no values for --debug to look at
     with FlopCounterMode(display=False) as counter, torch.autograd.set_detect_anomaly(False):
@@ -20,7 +20,7 @@ def training_flops(config: ModelConfig, size: tuple[int, int]) -> int:
 def has_spread(config: ModelConfig, size: tuple[int, int]) -> bool:
     """False where one image of `size` leaves some normalisation a single value of a channel, which torch refuses."""
     with torch.device("meta"):
-        model, image = skeleton(config), torch.empty(1, 3, *size)
+        model, image = create_model(config), torch.empty(1, 3, *size)
     try:
         model(image)
     except ValueError:

@@ -26,7 +26,7 @@ _LARGEST_STATE = 2**24  # bytes of a state.json
 Tensors = Mapping[str, torch.Tensor]
 
 
-def model_bytes(tensors: Tensors, metadata: Mapping[str, Any]) -> bytes:
+def serialize_model(tensors: Tensors, metadata: Mapping[str, Any]) -> bytes:
     """A model's weights and buffers as safetensors; `metadata` (JSON) is what rebuilds it."""
     # one entry of metadata only: safetensors writes several in random order, and equal models should be equal files
     about = {"sha256": UNSEALED, "version": __version__, **metadata}

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mde_dist.data.depth import to_metres
-from mde_dist.packing.holdout import hold_out
-from mde_dist.packing.inspect import Layout, doubts, given_lists, given_scales, say_warnings, sizes_in_words
-from mde_dist.packing.pack import PackOptions, plan
-from mde_dist.packing.probe import Probe, evenly, probe, unit_problems
+from mde_dist.packing.holdout import make_val_split
+from mde_dist.packing.inspect import Layout, given_lists, given_scales, say_warnings, sizes_in_words, warnings
+from mde_dist.packing.pack import PackConfig, plan
+from mde_dist.packing.probe import Probe, linspace_indices, probe, unit_problems
 from mde_dist.packing.sources import BadPair, DepthMap, Source, open_source
 from mde_dist.packing.sources.official import count_in_words
 from mde_dist.utils.console import say
@@ -25,7 +25,7 @@ def dry_run(
     depth_scale: tuple[str, ...],
     lists: tuple[str, ...],
     depth_map: DepthMap | None,
-    options: PackOptions,
+    options: PackConfig,
     preview: Path,
     then: str,
 ) -> None:
@@ -43,10 +43,10 @@ def dry_run(
             draw_thumbnails(preview, shown, f"{source.root}: {source.layout}")
         say(f"  preview: {preview}")
     refused, warned = unit_problems(source, probes, list(scales))
-    say_warnings([*warned, *doubts(source, probes)])
+    say_warnings([*warned, *warnings(source, probes)])
     if options.validation:
         try:
-            held_out = hold_out(source, options.validation)
+            held_out = make_val_split(source, options.validation)
         except UserError as error:
             refused.append(str(error))
         else:
@@ -81,7 +81,7 @@ def thumbnails(source: Source) -> Iterator[Thumbnail]:
         counts[name] = min(len(source.splits[name].pairs), max(1, left // (len(source.splits) - done)))
         left -= counts[name]
     for name, split in source.splits.items():
-        for place in evenly(len(split.pairs), counts[name]):
+        for place in linspace_indices(len(split.pairs), counts[name]):
             pair = split.pairs[place]
             try:
                 raw = source.read(pair, split.scale)
@@ -91,7 +91,7 @@ def thumbnails(source: Source) -> Iterator[Thumbnail]:
                 yield Thumbnail(f"{name}\n{pair.key[-26:]}", raw.image, to_metres(raw.depth))
 
 
-def packing_problems(source: Source, probes: Mapping[str, Probe], options: PackOptions) -> list[str]:
+def packing_problems(source: Source, probes: Mapping[str, Probe], options: PackConfig) -> list[str]:
     """What would stop the packing: missing files of all pairs, bad pairs and sizes of those that were tried."""
     problems = []
     try:

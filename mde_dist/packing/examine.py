@@ -38,7 +38,7 @@ class Report:
         return ShardInfo(self.path.name, self.bytes, self.sha256, len(self.rows))
 
 
-def examine(path: Path, codec: str, size: tuple[int, int], expected: np.ndarray | None) -> Report:
+def validate_shard(path: Path, codec: str, size: tuple[int, int], expected: np.ndarray | None) -> Report:
     """Look at a shard in full; `expected`: the INDEX rows that it should have, None where there is no index."""
     report = Report(path)
     try:
@@ -99,15 +99,15 @@ def _unreadable(file: int, sample: TarSample, codec: str, size: tuple[int, int],
     return None
 
 
-def examine_all(jobs: Sequence[tuple], workers: int, progress: Progress, total: int) -> dict[Path, Report]:
-    """`examine` with the arguments of each job, in parallel; by path. `total`: samples. Raises UserError."""
+def validate_shards(jobs: Sequence[tuple], workers: int, progress: Progress, total: int) -> dict[Path, Report]:
+    """`validate_shard` with the arguments of each job, in parallel; by path. `total`: samples. Raises UserError."""
     try:
-        return {report.path: report for report in run_jobs(examine, jobs, workers, progress, total)}
+        return {report.path: report for report in run_jobs(validate_shard, jobs, workers, progress, total)}
     except WorkerLost:
         raise UserError("a process was killed (out of memory?); nothing was changed") from None
 
 
-def unique(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list[Report]:
+def drop_duplicate_keys(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list[Report]:
     """The reports of a split, less the samples whose key is in an earlier shard, which become problems."""
     seen: set[str] = set()
     result = []
@@ -115,7 +115,7 @@ def unique(reports: Sequence[Report], codec: str, size: tuple[int, int]) -> list
         twice = [key in seen for key in report.keys]
         seen.update(report.keys)
         if any(twice):
-            again = examine(report.path, codec, size, report.rows[~np.array(twice)])
+            again = validate_shard(report.path, codec, size, report.rows[~np.array(twice)])
             said = (key for key, double in zip(report.keys, twice, strict=True) if double)
             again.problems = report.problems + [f"{report.path}, key {key}: in an earlier shard, too" for key in said]
             report = again
@@ -139,6 +139,6 @@ def statistics_of(reports: Sequence[Report]) -> Statistics:
     return total
 
 
-def within(directory: Path, problem: str) -> str:
+def relative(directory: Path, problem: str) -> str:
     """A problem without the place of the directory, which may move."""
     return problem.removeprefix(f"{directory}/")

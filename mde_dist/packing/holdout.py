@@ -16,7 +16,7 @@ TRAIN, VAL = "train", "val"
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValSplit:
     """What was held out of `train`, and of how much."""
 
     source: Source
@@ -46,7 +46,7 @@ def place_of(scene: str) -> str:
     return re.sub(r"(?<=\d)[a-zA-Z]$", "", scene.removesuffix("_out"))
 
 
-def hold_out(source: Source, share: float) -> HeldOut:
+def make_val_split(source: Source, share: float) -> ValSplit:
     """Whole places with a `share` of the pairs of `train` -> the split `val`. Raises UserError where that cannot be.
 
     What goes where is a function of the names of the scenes, each as often as it has pairs, and of `share`; not of the
@@ -75,7 +75,7 @@ def hold_out(source: Source, share: float) -> HeldOut:
             splits |= {part: replace(train, pairs=tuple(pairs)) for part, pairs in parts.items()}
         else:
             splits[name] = split
-    return HeldOut(replace(source, splits=splits), share, tuple(sorted(chosen)), len(counts))
+    return ValSplit(replace(source, splits=splits), share, tuple(sorted(chosen)), len(counts))
 
 
 def count_places(pairs: Iterable[Pair]) -> Counter[str]:

@@ -10,7 +10,7 @@ from mde_dist.data.manifest import MAX_SIDE, NAME, Manifest, check_name, command
 from mde_dist.data.store import tars_in
 from mde_dist.data.tar import DEPTH_CODECS, scan
 from mde_dist.packing.claim import WORK
-from mde_dist.packing.examine import Report, examine_all, record, statistics_of, unique, within
+from mde_dist.packing.examine import Report, drop_duplicate_keys, record, relative, statistics_of, validate_shards
 from mde_dist.packing.pool import Progress
 from mde_dist.packing.repair import LOCK, REVISION
 from mde_dist.utils.errors import UserError
@@ -19,7 +19,7 @@ from mde_dist.utils.locks import locked
 _LOOKED_AT = 64  # images, to tell the size that all should have
 
 
-def adopt(
+def index_tars(
     directory: Path, workers: int, progress: Progress, skip_bad: bool, check: Callable[[str, float], None]
 ) -> tuple[Manifest, list[str]]:
     """Make index, mean maps and manifest for the tars in a directory -> the manifest, and what was left out.
@@ -35,14 +35,14 @@ def adopt(
         except ValueError:
             raise UserError(f"{tar}: rename it: letters, digits and . _ - + @ = , and blanks only") from None
     codec, size, samples = _look(directory, tars)
-    found = examine_all([(tar, codec, size, None) for tar in tars], workers, progress, samples)
+    found = validate_shards([(tar, codec, size, None) for tar in tars], workers, progress, samples)
     by_split: dict[str, list[Report]] = {}
     for tar in tars:
         by_split.setdefault(_split_of(tar), []).append(found[tar])
     kept: dict[str, list[Report]] = {}
     left_out: dict[str, list[str]] = {}
     for name, reports in by_split.items():
-        reports = unique(reports, codec, size)
+        reports = drop_duplicate_keys(reports, codec, size)
         wrong = [problem for report in reports for problem in report.problems]
         if wrong and not skip_bad:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -57,7 +57,7 @@ def adopt(
         _refuse_indexed(directory)
         splits = {}
         for name, whole in kept.items():
-            skipped = [within(directory, it) for it in left_out[name]]
+            skipped = [relative(directory, it) for it in left_out[name]]
             splits[name] = record(directory, name, whole, codec, "") | {"skipped": skipped}
         return write_manifest(directory, codec, size, "tars", splits), problems
 

@@ -10,7 +10,7 @@ from typing import Literal
 from mde_dist.data.depth import DepthScale
 from mde_dist.packing.probe import INDOOR_METRES, USUAL_METRES, Probe, probe, unit_problems
 from mde_dist.packing.sources import DepthMap, Source, open_source
-from mde_dist.packing.sources.official import count_in_words, leaked
+from mde_dist.packing.sources.official import count_in_words, test_scene_leakage
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import local_path
@@ -37,7 +37,7 @@ def open_checked(
     describe(source, probes)
     if refused:
         raise UserError(refused[0])
-    say_warnings([*warned, *doubts(source, probes)])
+    say_warnings([*warned, *warnings(source, probes)])
     return source, probes
 
 
@@ -57,7 +57,7 @@ def sizes_in_words(found: Probe) -> str:
     return " and ".join(f"{height}x{width}" for height, width in found.sizes)
 
 
-def doubts(source: Source, probes: Mapping[str, Probe]) -> list[str]:
+def warnings(source: Source, probes: Mapping[str, Probe]) -> list[str]:
     """What is no reason to stop, but for a look."""
     found = []
     for name, split in source.splits.items():
@@ -78,7 +78,7 @@ def doubts(source: Source, probes: Mapping[str, Probe]) -> list[str]:
         if bad:
             found.append(f"{name}: {len(bad)} of the {probes[name].tried} pairs tried cannot be used: {bad[0]}")
         if name != "test":
-            count, scenes = leaked(split.pairs)
+            count, scenes = test_scene_leakage(split.pairs)
             if count:
                 named = ", ".join(scenes[:_SHOWN]) + (" …" if len(scenes) > _SHOWN else "")
                 found.append(

@@ -9,7 +9,7 @@ from rich.table import Table
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.images import stray_in_words
 from mde_dist.data.manifest import Manifest, command_for
-from mde_dist.packing.index_tars import adopt
+from mde_dist.packing.index_tars import index_tars
 from mde_dist.packing.probe import INDOOR_METRES
 from mde_dist.packing.repair import QUARANTINE, repair
 from mde_dist.packing.validate import verify
@@ -78,7 +78,7 @@ def index_shards(
             )
 
     with writing(directory, _AS_IT_WAS), shown(console, "indexing", "samples") as progress:
-        manifest, problems = adopt(directory, workers, progress, skip_bad, check)
+        manifest, problems = index_tars(directory, workers, progress, skip_bad, check)
     show_splits(console, manifest, directory)
     for name, split in manifest.raw["splits"].items():
         say_turned(name, split["exif_orientations"])

@@ -25,7 +25,7 @@ from mde_dist.data.manifest import FORMAT, INDEX, NAME, VERSION, Manifest, Shard
 from mde_dist.data.statistics import Statistics
 from mde_dist.data.tar import index_rows, scan
 from mde_dist.packing.claim import WORK, claimed, refuse_full
-from mde_dist.packing.holdout import VAL, hold_out
+from mde_dist.packing.holdout import VAL, make_val_split
 from mde_dist.packing.pool import Progress, WorkerLost, count, run_jobs
 from mde_dist.packing.probe import Probe, probe
 from mde_dist.packing.sources import BadPair, Pair, RawPair, Source
@@ -39,7 +39,7 @@ _DECODING = 3  # of images; counted up where the same source gives other pixels,
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class PackConfig:
     size: tuple[int, int] | None = None
     """Resize to (height, width) pixels; None keeps the source's size."""
     samples_per_shard: int = 256
@@ -55,7 +55,7 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write."""
 
     name: str
@@ -63,7 +63,7 @@ class Job:
     pairs: tuple[Pair, ...]
 
 
-def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, list[str]]]:
+def plan(source: Source, options: PackConfig) -> tuple[list[ShardJob], dict[str, list[str]]]:
     """The shards to write, and per split the pairs left out because a file is missing. Raises UserError."""
     jobs, missing = [], {}
     for name, split in source.splits.items():
@@ -82,7 +82,7 @@ def plan(source: Source, options: PackOptions) -> tuple[list[Job], dict[str, lis
             raise UserError(f"split {name}: no pair is left to pack")
         for number, start in enumerate(range(0, len(pairs), options.samples_per_shard)):
             group = tuple(pairs[start : start + options.samples_per_shard])
-            jobs.append(Job(f"{name}-{number:06d}", name, group))
+            jobs.append(ShardJob(f"{name}-{number:06d}", name, group))
     return jobs, missing
 
 
@@ -93,11 +93,11 @@ def _why_absent(pair: Pair, path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Work:
+class PackContext:
     """What every worker has to know."""
 
     source: Source
-    options: PackOptions
+    options: PackConfig
     size: tuple[int, int]
     partial: Path
     """Hidden folder where shards and parts stand until all are there."""
@@ -110,7 +110,7 @@ class Work:
 def pack(
     source: Source,
     output: Path,
-    options: PackOptions,
+    options: PackConfig,
     workers: int,
     progress: Progress,
     probes: Mapping[str, Probe] | None = None,
@@ -122,7 +122,7 @@ def pack(
     published then.
     """
     work, jobs, missing = _prepare(source, output, options, probes)
-    with _said(output), claimed(output, _about(work), None) as parts:
+    with _errors_as_one_line(output), claimed(output, _about(work), None) as parts:
         packed_in = {job.name: name for (first, every), name in parts.items() for job in jobs[first::every]}
         work = replace(work, packed_in=packed_in)
         fingerprints = _pack_jobs(work, jobs, workers, progress)
@@ -132,7 +132,7 @@ def pack(
 def pack_part(
     source: Source,
     output: Path,
-    options: PackOptions,
+    options: PackConfig,
     workers: int,
     progress: Progress,
     part: tuple[int, int],
@@ -145,24 +145,24 @@ def pack_part(
     """
     work, jobs, _ = _prepare(source, output, options, probes)
     first, every = part
-    with _said(output), claimed(output, _about(work), part):
+    with _errors_as_one_line(output), claimed(output, _about(work), part):
         _pack_jobs(work, jobs[first::every], workers, progress)
     return len(jobs[first::every])
 
 
 def _prepare(
-    source: Source, output: Path, options: PackOptions, probes: Mapping[str, Probe] | None
-) -> tuple[Work, list[Job], dict[str, list[str]]]:
+    source: Source, output: Path, options: PackConfig, probes: Mapping[str, Probe] | None
+) -> tuple[PackContext, list[ShardJob], dict[str, list[str]]]:
     """What there is to do, and the pairs left out because a file is missing. Raises UserError."""
     size = options.size or next(iter((probes or probe(source)).values())).size
-    held_out = hold_out(source, options.validation) if options.validation else None
+    held_out = make_val_split(source, options.validation) if options.validation else None
     source = held_out.source if held_out else source
     jobs, missing = plan(source, options)
     record = {VAL: {"held_out": held_out.record()}} if held_out else {}
-    return Work(_without_pairs(source), options, size, output / WORK, record), jobs, missing
+    return PackContext(_without_pairs(source), options, size, output / WORK, record), jobs, missing
 
 
-def _about(work: Work) -> dict[str, Any]:
+def _about(work: PackContext) -> dict[str, Any]:
     """With what all parts have to be packed, as JSON takes it; what a file holds is in the fingerprints of shards."""
     splits = {f"depth of {name}": f"{split.depth_map}, {split.scale}" for name, split in work.source.splits.items()}
     about = {"version": __version__, "layout": work.source.layout, **asdict(work.options), "size": work.size, **splits}
@@ -170,7 +170,7 @@ def _about(work: Work) -> dict[str, Any]:
 
 
 @contextmanager
-def _said(output: Path) -> Iterator[None]:
+def _errors_as_one_line(output: Path) -> Iterator[None]:
     """What a disk or a dying process brings about is one line: raises UserError."""
     try:
         yield
@@ -180,7 +180,7 @@ def _said(output: Path) -> Iterator[None]:
         raise UserError("a packing process was killed (out of memory?); finished shards are kept") from None
 
 
-def _pack_jobs(work: Work, jobs: Sequence[Job], workers: int, progress: Progress) -> dict[str, str]:
+def _pack_jobs(work: PackContext, jobs: Sequence[ShardJob], workers: int, progress: Progress) -> dict[str, str]:
     """Write what is not there yet -> the fingerprint of each shard, by name."""
     fingerprints = {}
     total = sum(len(job.pairs) for job in jobs)
@@ -196,7 +196,7 @@ def _without_pairs(source: Source) -> Source:
     return replace(source, splits={name: replace(split, pairs=()) for name, split in source.splits.items()})
 
 
-def _pack_shard(work: Work, job: Job) -> tuple[str, str, list[str]]:
+def _pack_shard(work: PackContext, job: ShardJob) -> tuple[str, str, list[str]]:
     """Write one shard and its part file -> its name, its fingerprint, and what is bad.
 
     Without skip_bad the first bad pair ends it unwritten. Raises UserError where a part has packed another one.
@@ -225,7 +225,7 @@ def _pack_shard(work: Work, job: Job) -> tuple[str, str, list[str]]:
     return job.name, fingerprint, bad
 
 
-def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple[np.ndarray, list[str]]:
+def _write_tar(work: PackContext, job: ShardJob, tar: Path, statistics: Statistics) -> tuple[np.ndarray, list[str]]:
     """One shard -> its index rows, and the pairs left out. Raises BadPair unless they may be."""
     bad: list[str] = []
     with atomic_file(tar) as file, ShardWriter(file, work.options.codec) as writer:
@@ -248,7 +248,7 @@ def _write_tar(work: Work, job: Job, tar: Path, statistics: Statistics) -> tuple
     return index_rows(tar, scan(tar).samples), bad
 
 
-def _fingerprint(work: Work, job: Job) -> str:
+def _fingerprint(work: PackContext, job: ShardJob) -> str:
     """What a shard is a function of, so that one packed before a change of source or options is not taken for it."""
     options = [work.size, work.options.codec, work.options.jpeg_quality]
     pairs = [[pair.key, pair.scene, *work.source.stamp(pair)] for pair in job.pairs]
@@ -257,7 +257,7 @@ def _fingerprint(work: Work, job: Job) -> str:
     return hashlib.sha256(json.dumps([*versions, options, scale, pairs]).encode()).hexdigest()
 
 
-def _fit(path: Path, raw: RawPair, size: tuple[int, int], options: PackOptions) -> tuple[bytes, np.ndarray]:
+def _fit(path: Path, raw: RawPair, size: tuple[int, int], options: PackConfig) -> tuple[bytes, np.ndarray]:
     """JPEG bytes and uint16 millimetres at `size`; the source's own JPEG bytes where nothing has to change."""
     image, millimetres = raw.image, raw.depth
     if image.shape[:2] != size:
@@ -283,7 +283,7 @@ def _open_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _merge(
-    work: Work, jobs: list[Job], missing: Mapping[str, list[str]], fingerprints: Mapping[str, str]
+    work: PackContext, jobs: list[ShardJob], missing: Mapping[str, list[str]], fingerprints: Mapping[str, str]
 ) -> dict[str, Any]:
     """Parts -> index and mean map of every split, and their records for the manifest. Raises UserError."""
     records = {}
@@ -316,7 +316,7 @@ def _merge(
     return records
 
 
-def _publish(work: Work, output: Path, splits: dict[str, Any]) -> Manifest:
+def _publish(work: PackContext, output: Path, splits: dict[str, Any]) -> Manifest:
     """Write the manifest and move what it names into the output; what only the work needed goes. Raises UserError."""
     manifest = write_manifest(work.partial, work.options.codec, work.size, work.source.layout, splits)
     refuse_full(output)  # it was empty when the packing began, which may be hours ago

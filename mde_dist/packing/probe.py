@@ -47,7 +47,7 @@ def probe(source: Source) -> dict[str, Probe]:
     probes = {}
     for name, split in source.splits.items():
         raw, bad = [], []
-        chosen = evenly(len(split.pairs), _PROBES)
+        chosen = linspace_indices(len(split.pairs), _PROBES)
         for place in chosen:
             try:
                 found = source.read(split.pairs[place], split.scale)
@@ -83,7 +83,7 @@ def probe(source: Source) -> dict[str, Probe]:
     return probes
 
 
-def evenly(count: int, most: int) -> list[int]:
+def linspace_indices(count: int, most: int) -> list[int]:
     """At most `most` of `count` places, evenly spaced."""
     return list(range(0, count, max(1, count // most)))[:most]
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from mde_dist.data.dataset import Samples
+from mde_dist.data.dataset import DepthDataset
 from mde_dist.packing.sources import BadPair, Source
 
 
-class SourceSamples(Samples):
+class RawDataset(DepthDataset):
     """The pairs of one split of a recognised data set, in the order of its list."""
 
     advice = "mend or remove it, or look at the data set with: python -m mde_dist.shard --source DIR --dry-run"

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from mde_dist.data.manifest import MEMBERS, NAME, Manifest, write_manifest
-from mde_dist.packing.examine import Report, examine, record
-from mde_dist.packing.validate import Verdict
+from mde_dist.packing.examine import Report, record, validate_shard
+from mde_dist.packing.validate import ValidationReport
 from mde_dist.packing.writer import ShardWriter
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import atomic_file, sha256_of, sync_directory, write_atomic
@@ -24,7 +24,7 @@ REVISION = re.compile(r"-r(\d+)$")
 """What a repaired tar has behind its name."""
 
 
-def repair(directory: Path, verdict: Verdict) -> Manifest:
+def repair(directory: Path, verdict: ValidationReport) -> Manifest:
     """Leave out what is damaged; see the head of this file.
 
     Raises UserError where nothing whole is left of a split, or where another command is at work at the directory.
@@ -35,7 +35,7 @@ def repair(directory: Path, verdict: Verdict) -> Manifest:
         return _repair(directory, verdict)
 
 
-def _repair(directory: Path, verdict: Verdict) -> Manifest:
+def _repair(directory: Path, verdict: ValidationReport) -> Manifest:
     before, revision = verdict.manifest, _revision(directory)
     splits = dict(before.raw["splits"])
     broken = sorted(verdict.broken)
@@ -65,7 +65,7 @@ def _rewrite(report: Report, manifest: Manifest, revision: str) -> Report:
         for key, row in zip(report.keys, report.rows, strict=True):
             places = {member: (int(row[f"{member}_bytes"]), int(row[f"{member}_offset"])) for member in MEMBERS}
             writer.write_members(key, {m: os.pread(old.fileno(), *place) for m, place in places.items() if place[0]})
-    written = examine(target, manifest.codec, manifest.size, None)
+    written = validate_shard(target, manifest.codec, manifest.size, None)
     if written.problems or written.keys != report.keys:
         raise UserError(f"{target} did not come out whole ({written.problems}); nothing was changed")
     return written

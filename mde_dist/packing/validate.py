@@ -10,12 +10,12 @@ from mde_dist.data import depth
 from mde_dist.data.manifest import INDEX, NAME, Manifest, SplitInfo, file_info
 from mde_dist.data.statistics import Statistics
 from mde_dist.data.store import CacheOptions, open_store
-from mde_dist.packing.examine import Report, examine_all, statistics_of, unique, within
+from mde_dist.packing.examine import Report, drop_duplicate_keys, relative, statistics_of, validate_shards
 from mde_dist.packing.pool import Progress
 
 
 @dataclass
-class Verdict:
+class ValidationReport:
     """What a look at everything has shown."""
 
     manifest: Manifest
@@ -27,10 +27,10 @@ class Verdict:
     """Splits with problems."""
 
 
-def verify(directory: Path, workers: int, progress: Progress) -> Verdict:
+def verify(directory: Path, workers: int, progress: Progress) -> ValidationReport:
     """Check every byte of a directory of shards. Raises UserError where its manifest cannot be read."""
     manifest, _ = open_store(directory, CacheOptions())
-    verdict = Verdict(manifest)
+    verdict = ValidationReport(manifest)
     jobs = []
     unindexed = {}
     for split in manifest.splits.values():
@@ -38,14 +38,14 @@ def verify(directory: Path, workers: int, progress: Progress) -> Verdict:
         for number, shard in enumerate(split.shards):
             expected = None if index is None else index[index["shard"] == number]
             jobs.append((directory / shard.name, manifest.codec, manifest.size, expected))
-    reports = examine_all(jobs, workers, progress, sum(split.samples for split in manifest.splits.values()))
+    reports = validate_shards(jobs, workers, progress, sum(split.samples for split in manifest.splits.values()))
     for split in manifest.splits.values():
         ordered = [reports[directory / shard.name] for shard in split.shards]
-        verdict.reports[split.name] = unique(ordered, manifest.codec, manifest.size)
+        verdict.reports[split.name] = drop_duplicate_keys(ordered, manifest.codec, manifest.size)
         known = manifest.raw["splits"][split.name].get("skipped", [])
         known = known if isinstance(known, list) else []
         for report in verdict.reports[split.name]:
-            report.problems = [problem for problem in report.problems if within(directory, problem) not in known]
+            report.problems = [problem for problem in report.problems if relative(directory, problem) not in known]
         against = _against_manifest(directory, split, verdict.reports[split.name], manifest, not unindexed[split.name])
         problems = unindexed[split.name] + against
         verdict.problems += problems

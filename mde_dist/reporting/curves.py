@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Literal
 
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER, PROTOCOLS
-from mde_dist.reporting.history import Line, Place, Run
+from mde_dist.reporting.history import Line, Run, RunPoint
 from mde_dist.training.losses import UNITS, LossConfig
 
 MOST_POINTS = 600
@@ -43,7 +43,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Mark:
+class RestartMarker:
     """A start of a run after the first one."""
 
     x: float
@@ -61,7 +61,7 @@ class Chart:
     curves: Sequence[Curve]
     references: Sequence[tuple[str, float]] = ()
     """Name and value of what is the same all along."""
-    marks: Sequence[Mark] = ()
+    marks: Sequence[RestartMarker] = ()
     better: Literal["", "lower", "higher"] = ""
     log: bool = False
     from_zero: bool = False
@@ -96,7 +96,7 @@ _SPEED = (
 _MUCH = 8.0
 
 
-def score_charts(runs: Sequence[Place], protocol: str) -> list[Chart]:
+def score_charts(runs: Sequence[RunPoint], protocol: str) -> list[Chart]:
     """One chart per metric of evaluations under one protocol. `runs`: with their places on the page."""
     first = ("abs_rel", "delta1", "rmse")
     metrics = [name for name in first if name in PROTOCOLS[protocol].metrics]
@@ -105,7 +105,7 @@ def score_charts(runs: Sequence[Place], protocol: str) -> list[Chart]:
     return [chart for chart in charts if any(curve.stretches for curve in chart.curves)]
 
 
-def _score_chart(runs: Sequence[Place], metric: str) -> Chart:
+def _score_chart(runs: Sequence[RunPoint], metric: str) -> Chart:
     curves = [_curve(place, run, run.evaluations, metric, _samples) for place, run in runs]
     return Chart(
         *(metric, _UNITS.get(metric, ""), "samples", curves, _references([run for _, run in runs], metric)),
@@ -130,9 +130,9 @@ def _references(runs: Sequence[Run], metric: str) -> list[tuple[str, float]]:
     ]
 
 
-def training_charts(runs: Sequence[Place]) -> list[Chart]:
+def training_charts(runs: Sequence[RunPoint]) -> list[Chart]:
     """Loss, learning rate and gradient norm over samples seen. Losses of two kinds have a chart each."""
-    by_loss: dict[tuple[str, str], list[Place]] = {}
+    by_loss: dict[tuple[str, str], list[RunPoint]] = {}
     for place, run in runs:
         by_loss.setdefault(_loss_of(run), []).append((place, run))
     charts = []
@@ -151,13 +151,13 @@ def _loss_of(run: Run) -> tuple[str, str]:
     return (f"{words}, gradient {gradient}", "") if gradient else (words, UNITS.get(str(kind), ""))
 
 
-def speed_charts(runs: Sequence[Place]) -> list[Chart]:
+def speed_charts(runs: Sequence[RunPoint]) -> list[Chart]:
     """Throughput, wait for data and memory, over samples seen and then over time."""
     over_samples = _step_charts(runs, _SPEED, "samples")
     return over_samples + _step_charts([(place, run) for place, run in runs if run.starts], _SPEED, "time")
 
 
-def _step_charts(runs: Sequence[Place], kinds: Iterable[_Kind], over: Literal["samples", "time"]) -> list[Chart]:
+def _step_charts(runs: Sequence[RunPoint], kinds: Iterable[_Kind], over: Literal["samples", "time"]) -> list[Chart]:
     marks = [mark for place, run in runs for mark in restarts(place, run, over)]
     charts = []
     for kind in kinds:
@@ -226,11 +226,11 @@ def _sums(run: Run) -> list[float]:
     return sums
 
 
-def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[Mark]:
+def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[RestartMarker]:
     """Where the run went on after a stop; a start that nothing came of is none."""
     spans, sums = run.spans(), _sums(run)
     return [
-        Mark(
+        RestartMarker(
             start.samples if over == "samples" else sums[number],
             place,
             f"{run.name}: went on at sample {start.samples:,}, "

@@ -11,17 +11,17 @@ from PIL import Image
 
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import to_metres
-from mde_dist.data.shards import ShardSet, open_split
+from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.metrics import PROTOCOLS, image_metrics
-from mde_dist.evaluation.results import rows_of
+from mde_dist.evaluation.results import load_rows
 from mde_dist.inference.predictor import Predictor
-from mde_dist.models.depth_model import restore
+from mde_dist.models.depth_model import load_model
 from mde_dist.models.weights import MODEL, read_state_file
 from mde_dist.reporting.history import Run
-from mde_dist.reporting.panels import Scale, Tile, scale_of, tile
+from mde_dist.reporting.panels import ImageTile, Scale, scale_of, tile
 from mde_dist.training.checkpoint import open_model
-from mde_dist.training.config import held_out_shards
+from mde_dist.training.config import eval_shards_of
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.visualization import colorize, colorize_error
 
@@ -34,18 +34,18 @@ _PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
-class Case:
+class Example:
     """An image with its score and its pictures: image, truth, prediction and error."""
 
     key: str
     scores: Mapping[str, float]
-    tiles: Sequence[Tile]
+    tiles: Sequence[ImageTile]
 
 
 @dataclass(frozen=True)
-class Extremes:
-    best: Sequence[Case]
-    worst: Sequence[Case]
+class BestWorst:
+    best: Sequence[Example]
+    worst: Sequence[Example]
     """The worst one first."""
     scale: Scale
     learned: int | None
@@ -72,7 +72,7 @@ class _Seen:
     prediction: np.ndarray
 
 
-def extremes(run: Run) -> Extremes:
+def extremes(run: Run) -> BestWorst:
     """Raises UserError where shards or weights are not at hand, or not those of the evaluation."""
     if run.record is None or run.protocol is None:
         raise UserError("no image was evaluated yet")
@@ -83,7 +83,7 @@ def extremes(run: Run) -> Extremes:
     options = CacheOptions(Path(predictor.config.get("data.cache") or CacheOptions.directory), patience=_PATIENCE)
     split = predictor.config.get("data.eval_split") or "test"
     try:
-        with open_split(held_out_shards(predictor.config), split, options) as shards:
+        with open_split(eval_shards_of(predictor.config), split, options) as shards:
             if shards.manifest.sha256 != run.record["ground_truth"].get("manifest"):
                 raise UserError(f"{shards.place} holds other shards than those that were evaluated")
             seen = [list(_predicted(shards, predictor, group)) for group in (best, worst)]
@@ -94,7 +94,7 @@ def extremes(run: Run) -> Extremes:
         np.stack([case.truth for case in everything]), [np.stack([case.prediction for case in everything])]
     )
     good, bad = ([_case(case, scale) for case in group] for group in seen)
-    return Extremes(good, bad, scale, learned)
+    return BestWorst(good, bad, scale, learned)
 
 
 def _predictor(run: Run) -> tuple[Predictor, int | None]:
@@ -102,12 +102,12 @@ def _predictor(run: Run) -> tuple[Predictor, int | None]:
     published = run.path / MODEL
     path, metadata, tensors = open_model(None, published) if run.finished else open_model(run.path, None)
     learned = run.total if run.finished else read_state_file(path.parent).get("samples_seen")
-    return Predictor(restore(metadata, tensors), metadata, torch.device("cpu"), precision="fp32"), learned
+    return Predictor(load_model(metadata, tensors), metadata, torch.device("cpu"), precision="fp32"), learned
 
 
 def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list[Chosen]]:
     """The best images of an evaluation, and the worst, by abs_rel."""
-    keys, rows = rows_of(record, protocol)
+    keys, rows = load_rows(record, protocol)
     metrics = PROTOCOLS[protocol].metrics
     values = image_metrics(torch.from_numpy(rows), PROTOCOLS[protocol])
     order = [int(place) for place in np.argsort(values[:, metrics.index("abs_rel")].numpy(), kind="stable")]
@@ -120,7 +120,7 @@ def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list
     return scored[:count], scored[::-1][:count]
 
 
-def _predicted(shards: ShardSet, predictor: Predictor, chosen: Sequence[Chosen]) -> Iterator[_Seen]:
+def _predicted(shards: ShardDataset, predictor: Predictor, chosen: Sequence[Chosen]) -> Iterator[_Seen]:
     every = -(-shards.size[0] // _ROWS)
     for one in chosen:
         if one.sample >= len(shards) or shards.key(one.sample) != one.key:
@@ -133,7 +133,7 @@ def _predicted(shards: ShardSet, predictor: Predictor, chosen: Sequence[Chosen])
         yield _Seen(one.key, one.scores, np.asarray(small), truth, prediction)
 
 
-def _case(seen: _Seen, scale: Scale) -> Case:
+def _case(seen: _Seen, scale: Scale) -> Example:
     said = f"abs_rel {seen.scores['abs_rel']:.2f}"
     shown = (
         ("image", seen.image, f"image {seen.key}"),
@@ -141,4 +141,4 @@ def _case(seen: _Seen, scale: Scale) -> Case:
         ("prediction", colorize(seen.prediction, scale.low, scale.high), f"predicted depth of {seen.key}, {said}"),
         ("error", colorize_error(seen.prediction, seen.truth, scale.worst), f"error of the depth of {seen.key}"),
     )
-    return Case(seen.key, seen.scores, [tile(pixels, label, alt) for label, pixels, alt in shown])
+    return Example(seen.key, seen.scores, [tile(pixels, label, alt) for label, pixels, alt in shown])

@@ -14,7 +14,7 @@ from mde_dist.evaluation.results import EVALUATIONS, read_record
 from mde_dist.models.weights import MODEL
 from mde_dist.training.checkpoint import newest_record
 from mde_dist.training.run_dir import PREEMPTED
-from mde_dist.training.snapshots import Showcase, read_showcase
+from mde_dist.training.snapshots import ValidationSnapshots, read_snapshots
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.jsonl import number, read_lines
 from mde_dist.utils.urls import without_keys
@@ -67,7 +67,7 @@ class Run:
     """state.json of its newest checkpoint."""
     record: Mapping[str, Any] | None
     """The last evaluation, as `evaluate --json` writes it."""
-    showcase: Showcase | None
+    showcase: ValidationSnapshots | None
     """Pictures of held-out images while it learned: one prediction of each at least."""
     preempted: bool
     """Stopped by a signal, and waiting to be continued."""
@@ -119,7 +119,7 @@ class Run:
         return [(start.time, end) for start, end in zip(self.starts, ends, strict=True)]
 
 
-Place = tuple[int, Run]
+RunPoint = tuple[int, Run]
 """A run, and its place among the runs of the page, which decides its colour."""
 
 
@@ -229,9 +229,9 @@ def _record(path: Path, protocol: str | None, notes: list[str]) -> Mapping[str, 
     return record
 
 
-def _showcase(path: Path, notes: list[str]) -> Showcase | None:
+def _showcase(path: Path, notes: list[str]) -> ValidationSnapshots | None:
     try:
-        found = read_showcase(path)
+        found = read_snapshots(path)
     except UserError as error:
         notes.append(str(error))
         return None

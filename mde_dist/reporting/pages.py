@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from mde_dist import __version__
 from mde_dist.evaluation.metrics import PROTOCOLS
-from mde_dist.evaluation.results import short
+from mde_dist.evaluation.results import short_hash
 from mde_dist.reporting import tables
 from mde_dist.reporting.axes import Axis
 from mde_dist.reporting.curves import Chart, score_charts, speed_charts, training_charts
-from mde_dist.reporting.extremes import Extremes, extremes
-from mde_dist.reporting.history import Place, Run
-from mde_dist.reporting.panels import Film, bars, films
+from mde_dist.reporting.extremes import BestWorst, extremes
+from mde_dist.reporting.history import Run, RunPoint
+from mde_dist.reporting.panels import SnapshotSeries, bars, films
 from mde_dist.reporting.plots import SIZE, BarPlot, Plot, plot
 from mde_dist.reporting.styles import style
 from mde_dist.reporting.where import HeatMap, breakdown_of, distance_plots, heat_maps
@@ -34,7 +34,7 @@ class Group:
 
     title: str
     """Which they are, and what they were scored by; empty where there is one group only."""
-    runs: Sequence[Place]
+    runs: Sequence[RunPoint]
     metrics: Sequence[str]
     """Of the protocol."""
     scores: Sequence[tables.Score]
@@ -51,22 +51,22 @@ class Report:
 
     runs: Sequence[Run]
     groups: Sequence[Group]
-    films: Sequence[Film]
+    films: Sequence[SnapshotSeries]
     training: Sequence[Plot]
     speed: Sequence[Plot]
     clock: Sequence[Plot]
     """The same over time."""
-    extremes: Sequence[tuple[int, Run, Extremes]]
+    extremes: Sequence[tuple[int, Run, BestWorst]]
     missing: list[str] = field(default_factory=list)
     """What the page leaves out, and why, a line each."""
 
 
-def groups_of(runs: Sequence[Run]) -> list[list[Place]]:
+def groups_of(runs: Sequence[Run]) -> list[list[RunPoint]]:
     """Runs by what they were scored by; those that were not scored yet are in none."""
-    found: dict[tuple[Any, ...], list[Place]] = {}
+    found: dict[tuple[Any, ...], list[RunPoint]] = {}
     for place, run in enumerate(runs):
         if run.last is not None:
-            mark = short(run.mark) if run.mark else run.manifest("eval_manifest")
+            mark = short_hash(run.mark) if run.mark else run.manifest("eval_manifest")
             found.setdefault((run.protocol, run.last.values.get("images"), mark), []).append((place, run))
     return list(found.values())
 
@@ -115,11 +115,14 @@ def _lacking(run: Run) -> Iterator[str]:
         yield "its lines have no times (an older version wrote them): nothing is drawn over time"
 
 
-def _group(runs: Sequence[Place], several: bool) -> Group:
+def _group(runs: Sequence[RunPoint], several: bool) -> Group:
     first = runs[0][1]
     protocol = str(first.protocol)
     broken_down = [(place, run.name, there) for place, run in runs if (there := breakdown_of(run)) is not None]
-    names, mark = ", ".join(run.name for _, run in runs), f", fingerprint {short(first.mark)}" if first.mark else ""
+    names, mark = (
+        ", ".join(run.name for _, run in runs),
+        f", fingerprint {short_hash(first.mark)}" if first.mark else "",
+    )
     title = f"{names}: {protocol} protocol{mark}"
     return Group(
         title if several else "",

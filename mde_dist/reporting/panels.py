@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mde_dist.evaluation.metrics import PROTOCOLS, compared
+from mde_dist.evaluation.metrics import PROTOCOLS, valid_pairs
 from mde_dist.reporting.axes import Axis, linear
 from mde_dist.reporting.history import Run
-from mde_dist.training.snapshots import Showcase
+from mde_dist.training.snapshots import ValidationSnapshots
 from mde_dist.utils.visualization import DEPTH_COLORS, ERROR_COLORS, Panel, color_bar, colorize, colorize_error
 
 MOST_TIMES = 12
@@ -51,7 +51,7 @@ def scale_of(truths: np.ndarray, predictions: Sequence[np.ndarray]) -> Scale:
 
 
 @dataclass(frozen=True)
-class Tile:
+class ImageTile:
     """A picture with what it shows."""
 
     uri: str
@@ -61,9 +61,9 @@ class Tile:
     height: int
 
 
-def tile(pixels: np.ndarray, label: str, alt: str) -> Tile:
+def tile(pixels: np.ndarray, label: str, alt: str) -> ImageTile:
     """`pixels`: RGB uint8 (height, width, 3)."""
-    return Tile(data_uri(pixels), label, alt, pixels.shape[1], pixels.shape[0])
+    return ImageTile(data_uri(pixels), label, alt, pixels.shape[1], pixels.shape[0])
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -78,25 +78,25 @@ def bars() -> Mapping[str, str]:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Snapshot:
     """How the images are predicted after some training of one run."""
 
     samples: int
-    predictions: Sequence[Tile]
-    errors: Sequence[Tile]
+    predictions: Sequence[ImageTile]
+    errors: Sequence[ImageTile]
     words: str
     """What the evaluation of that moment said."""
 
 
 @dataclass(frozen=True)
-class Film:
+class SnapshotSeries:
     """The same held-out images predicted by one run or several, over training."""
 
     keys: Sequence[str]
-    images: Sequence[Tile]
-    truths: Sequence[Tile]
+    images: Sequence[ImageTile]
+    truths: Sequence[ImageTile]
     scale: Scale
-    runs: Sequence[tuple[int, Run, Sequence[Moment]]]
+    runs: Sequence[tuple[int, Run, Sequence[Snapshot]]]
     """Place on the page, run, what there is of it by samples seen."""
 
     @property
@@ -133,14 +133,14 @@ class Film:
         return {"words": [self.words(samples) for samples in self.times], "runs": runs}
 
 
-def _until(moments: Sequence[Moment], samples: int) -> int:
+def _until(moments: Sequence[Snapshot], samples: int) -> int:
     """Which of the moments is the last one until then; the first one where none is."""
     return max((place for place, moment in enumerate(moments) if moment.samples <= samples), default=0)
 
 
-def films(runs: Sequence[Run]) -> list[Film]:
+def films(runs: Sequence[Run]) -> list[SnapshotSeries]:
     """Runs with the same images share one, so that they can be held against each other."""
-    groups: list[list[tuple[int, Run, Showcase]]] = []
+    groups: list[list[tuple[int, Run, ValidationSnapshots]]] = []
     for place, run in enumerate(runs):
         if run.showcase is None:
             continue
@@ -152,15 +152,15 @@ def films(runs: Sequence[Run]) -> list[Film]:
     return [_film(group) for group in groups]
 
 
-def _same_images(one: Showcase, other: Showcase) -> bool:
+def _same_images(one: ValidationSnapshots, other: ValidationSnapshots) -> bool:
     return one.keys == other.keys and np.array_equal(one.truth, other.truth)
 
 
-def _film(group: Sequence[tuple[int, Run, Showcase]]) -> Film:
+def _film(group: Sequence[tuple[int, Run, ValidationSnapshots]]) -> SnapshotSeries:
     shown = group[0][2]
     finals = [show.predictions[max(show.predictions)] for _, _, show in group]
     scale = scale_of(shown.truth, finals)
-    return Film(
+    return SnapshotSeries(
         shown.keys,
         [tile(image, "image", f"image {key}") for key, image in zip(shown.keys, shown.image, strict=True)],
         [_truth(truth, key, scale) for key, truth in zip(shown.keys, shown.truth, strict=True)],
@@ -178,17 +178,17 @@ def times_of(run: Run) -> list[int]:
     return sorted(chosen | ({run.best.samples} & set(known) if run.best else set()))
 
 
-def _truth(truth: np.ndarray, key: str, scale: Scale) -> Tile:
+def _truth(truth: np.ndarray, key: str, scale: Scale) -> ImageTile:
     return tile(colorize(truth, scale.low, scale.high), "truth", f"true depth of {key}")
 
 
-def _moment(run: Run, show: Showcase, samples: int, scale: Scale) -> Moment:
+def _moment(run: Run, show: ValidationSnapshots, samples: int, scale: Scale) -> Snapshot:
     when = f"after {samples:,} samples"
     scores = [in_words(row) for row in picture_scores(show.predictions[samples], show.truth, run.protocol)]
     maps = list(zip(show.predictions[samples], show.truth, show.keys, scores, strict=True))
     line = next((line for line in run.evaluations if line.samples == samples), None)
     shown = [f"{name} {line.values[name]:.4f}" for name in ("abs_rel", "delta1") if line and name in line.values]
-    return Moment(
+    return Snapshot(
         samples,
         [
             tile(
@@ -208,7 +208,7 @@ def _moment(run: Run, show: Showcase, samples: int, scale: Scale) -> Moment:
 
 def picture_scores(predictions: np.ndarray, truths: np.ndarray, protocol: str | None) -> list[float | None]:
     """abs_rel of each picture, (count, h, w) metres, at its own size; None where none of its pixels counts."""
-    pairs = compared(torch.from_numpy(predictions), torch.from_numpy(truths), PROTOCOLS[protocol or "eigen"])
+    pairs = valid_pairs(torch.from_numpy(predictions), torch.from_numpy(truths), PROTOCOLS[protocol or "eigen"])
     return [((p - g).abs() / g).mean().item() if len(g) else None for p, g, _ in pairs]
 
 
@@ -216,7 +216,7 @@ def in_words(value: float | None) -> str:
     return "" if value is None else f"abs_rel {value:.2f}"
 
 
-def last_panels(film: Film) -> Iterator[Panel]:
+def last_panels(film: SnapshotSeries) -> Iterator[Panel]:
     """The last prediction of every run, image by image."""
     for image, key in enumerate(film.keys):
         for _, run, _ in film.runs:

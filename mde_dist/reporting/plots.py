@@ -25,7 +25,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Stroke:
+class Line:
     """A curve in pixels."""
 
     run: int
@@ -52,7 +52,7 @@ class Plot:
     along: str
     x_ticks: Sequence[tuple[float, str]]
     y_ticks: Sequence[tuple[float, str]]
-    strokes: Sequence[Stroke]
+    strokes: Sequence[Line]
     references: Sequence[Reference]
     marks: Sequence[tuple[float, int, str]]
     summary: str
@@ -84,7 +84,7 @@ def _y(axis: Axis, value: float) -> float:
     return round(HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - BOTTOM - TOP), 1)
 
 
-def _stroke(chart: Chart, curve: Curve, x_axis: Axis, y_axis: Axis) -> Stroke:
+def _stroke(chart: Chart, curve: Curve, x_axis: Axis, y_axis: Axis) -> Line:
     line, band = [], []
     for stretch in curve.stretches:
         spots = [f"{_x(x_axis, point.x)} {_y(y_axis, point.y)}" for point in stretch]
@@ -103,7 +103,7 @@ def _stroke(chart: Chart, curve: Curve, x_axis: Axis, y_axis: Axis) -> Stroke:
         )
         for point in points
     ]
-    return Stroke(curve.run, "".join(line), "".join(band), dots)
+    return Line(curve.run, "".join(line), "".join(band), dots)
 
 
 def _references(chart: Chart, x_axis: Axis, y_axis: Axis) -> list[Reference]:

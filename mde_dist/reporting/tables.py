@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER, PROTOCOLS, image_metrics
-from mde_dist.evaluation.results import rows_of, short
+from mde_dist.evaluation.results import load_rows, short_hash
 from mde_dist.reporting.curves import duration
-from mde_dist.reporting.history import Line, Place, Run
+from mde_dist.reporting.history import Line, Run, RunPoint
 from mde_dist.training.scores import BLOG
 
 _HASH = 12
@@ -39,7 +39,7 @@ def facts(run: Run) -> dict[str, str]:
     found["held out"] = _shards(config, held_out, "data.eval_split", run.manifest("eval_manifest"))
     if run.last is not None:
         images = f"{run.last.values.get('images', 0):,.0f} images"
-        mark = f", fingerprint {short(run.mark)}" if run.mark else ""
+        mark = f", fingerprint {short_hash(run.mark)}" if run.mark else ""
         found["evaluation"] = f"{run.protocol} protocol, {images}{mark}"
     return {name: text for name, text in found.items() if text}
 
@@ -157,7 +157,7 @@ class Score:
         return "" if value is None else f"{value:g}" if self.values is BLOG else f"{value:.4f}"
 
 
-def scores(runs: Sequence[Place]) -> list[Score]:
+def scores(runs: Sequence[RunPoint]) -> list[Score]:
     """The last and the best evaluation of each run, predicting without looking, and the blog's figures."""
     rows = []
     for place, run in runs:
@@ -188,7 +188,7 @@ class ImageTable:
     rows: Sequence[Sequence[str]]
 
 
-def image_table(runs: Sequence[Place]) -> ImageTable | None:
+def image_table(runs: Sequence[RunPoint]) -> ImageTable | None:
     """Every image of the last evaluation; of runs that were scored on the same images abs_rel side by side."""
     known = [(run, *_images(run)) for _, run in runs if run.record is not None]
     if not known:
@@ -211,7 +211,7 @@ def image_table(runs: Sequence[Place]) -> ImageTable | None:
 def _images(run: Run) -> tuple[list[str], dict[str, list[float]]]:
     """Keys, and for each the pixels that were scored and its metrics."""
     assert run.record is not None and run.protocol is not None
-    keys, rows = rows_of(run.record, run.protocol)
+    keys, rows = load_rows(run.record, run.protocol)
     values = image_metrics(torch.from_numpy(rows), PROTOCOLS[run.protocol]).tolist()
     return keys, {key: [row[0], *image] for key, row, image in zip(keys, rows.tolist(), values, strict=True)}
 
@@ -245,7 +245,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Scenes:
-    runs: Sequence[Place]
+    runs: Sequence[RunPoint]
     rows: Sequence[Scene]
     """From the worst to the best one."""
     most: float
@@ -259,7 +259,7 @@ class Scenes:
 MOST_SCENES = 16
 
 
-def scene_table(runs: Sequence[Place]) -> Scenes | None:
+def scene_table(runs: Sequence[RunPoint]) -> Scenes | None:
     """How runs that were scored on the same images do in each scene; None where no scenes are known."""
     known = [(place, run) for place, run in runs if run.record is not None]
     if not known:

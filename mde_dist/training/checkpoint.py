@@ -62,7 +62,7 @@ class Checkpoint:
     """File name -> name -> tensor."""
 
 
-def host_copy(tensors: Tensors) -> dict[str, torch.Tensor]:
+def to_cpu(tensors: Tensors) -> dict[str, torch.Tensor]:
     """A copy in host memory that training does not change any more: all that saving makes the loop wait for."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from mde_dist.utils.errors import UserError
 T = TypeVar("T")
 
 
-class Saver:
+class AsyncCheckpointWriter:
     """Use it in a `with`, which leaves no job behind."""
 
     def __init__(self, complain: Callable[[UserError], None]):
@@ -23,7 +23,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
 
-    def start(self, label: object, copy: Callable[[], T], write: Callable[[T], object]) -> None:
+    def submit(self, label: object, copy: Callable[[], T], write: Callable[[T], object]) -> None:
         """Once the job before is done, take a copy, and write it while the caller goes on.
 
         What was last written, or is being written, under the same label is left as it is.
@@ -57,7 +57,7 @@ class Saver:
         except BaseException as error:  # an error of ours, which the loop has to hear of
             self._crash = error
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "AsyncCheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

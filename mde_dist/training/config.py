@@ -14,10 +14,10 @@ from mde_dist.distributed.process_group import Gradients, Precision
 from mde_dist.models.depth_model import ModelConfig
 from mde_dist.training.losses import LossConfig
 from mde_dist.training.optim import OptimConfig
-from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flat, parse
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flatten, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, whole_path
-from mde_dist.utils.toml import toml_text
+from mde_dist.utils.toml import dump_toml
 from mde_dist.utils.urls import hide_key, is_remote
 
 SAMPLE_SHARDS = "shards/rooms"
@@ -168,7 +168,7 @@ class Config:
 
 C = TypeVar("C", bound=Config)
 
-FREE = {
+RESUMABLE_FIELDS = {
     *(
         "run",
         "log_with",
@@ -189,7 +189,7 @@ FREE = {
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
-PLACES = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
+LOCAL_FIELDS = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
 """Fields that may differ over the ranks: a node may have its own paths."""
 
 _AT_LEAST: dict[str, float] = {
@@ -214,12 +214,14 @@ _AT_MOST: dict[str, float] = {
 
 def read_config(argv: Sequence[str]) -> Config:
     """Defaults <- `--config FILE.toml` <- flags, checked. Raises UserError."""
-    return checked(parse(Config, argv, "python -m mde_dist.train"))
+    return validate(parse(Config, argv, "python -m mde_dist.train"))
 
 
-def checked(config: C) -> C:
+def validate(config: C) -> C:
     """The config, all values of which are possible ones. Raises UserError."""
-    check_ranges(config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flat(config)})
+    check_ranges(
+        config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flatten(config)}
+    )
     for name in ("read_timeout", "patience"):
         if getattr(config.data, name) >= config.train.timeout:
             raise UserError(
@@ -250,18 +252,18 @@ def _debug(config: C) -> C:
 
 def as_json(config: Config) -> dict[str, Any]:
     """`section.field` -> plain value, as stored in checkpoints."""
-    return json.loads(json.dumps(dict(flat(config)), default=str))
+    return json.loads(json.dumps(dict(flatten(config)), default=str))
 
 
-def identity(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
+def resume_key(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
     """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
-    values = {name: value for name, value in as_json(config).items() if name not in FREE}
+    values = {name: value for name, value in as_json(config).items() if name not in RESUMABLE_FIELDS}
     return values | {"manifest": manifest, "eval_manifest": eval_manifest}
 
 
 def for_all_ranks(config: Config) -> dict[str, Any]:
     """Values that have to be the same on all ranks, by name."""
-    return {name: value for name, value in as_json(config).items() if name not in PLACES}
+    return {name: value for name, value in as_json(config).items() if name not in LOCAL_FIELDS}
 
 
 def with_whole_paths(config: C) -> C:
@@ -286,15 +288,15 @@ def with_whole_paths(config: C) -> C:
 def _is_path(name: str, value: Any) -> bool:
     if name == "model.weights":
         return value not in ("none", "imagenet")
-    return name in PLACES and value is not None and not is_remote(str(value))
+    return name in LOCAL_FIELDS and value is not None and not is_remote(str(value))
 
 
-def as_toml(config: Config) -> str:
+def to_toml(config: Config) -> str:
     """The resolved config as a file that `--config` reads back."""
-    return toml_text((name, as_typed(value) if _is_path(name, value) else value) for name, value in flat(config))
+    return dump_toml((name, as_typed(value) if _is_path(name, value) else value) for name, value in flatten(config))
 
 
-def held_out_shards(config: dict[str, Any]) -> str:
+def eval_shards_of(config: dict[str, Any]) -> str:
     """Where the evaluation split of a trained model's config lies. Raises UserError."""
     place = config.get("data.eval_shards") or config.get("data.shards")
     if not place:

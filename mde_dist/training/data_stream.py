@@ -10,23 +10,23 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.augmentation import prepare
-from mde_dist.data.loader import Draw, Loader, Stopped
+from mde_dist.data.loader import BatchIndices, DataLoader, Stopped
 from mde_dist.data.prefetch import AHEAD, Prefetch
-from mde_dist.data.sampler import Order, mix, share
-from mde_dist.data.shards import ShardSet
-from mde_dist.distributed.process_group import sum_apart
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.data.sampler import GlobalSampler, hash64, rank_indices
+from mde_dist.data.shards import ShardDataset
+from mde_dist.distributed.process_group import all_reduce_device_and_host
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.training.config import Config
-from mde_dist.training.losses import counts
-from mde_dist.training.step import View
-from mde_dist.training.throughput import Account
+from mde_dist.training.losses import valid_counts
+from mde_dist.training.step import TrainBatch
+from mde_dist.training.throughput import ThroughputMeter
 from mde_dist.utils.errors import UserError
 
 
 @contextmanager
 def training_stream(
-    config: Config, shards: ShardSet, samples_seen: int, accelerator: Accelerator, stop: StopFlag
-) -> Iterator[Loader]:
+    config: Config, shards: ShardDataset, samples_seen: int, accelerator: Accelerator, stop: PreemptionHandler
+) -> Iterator[DataLoader]:
     """The loader of this rank's batches from `samples_seen` on, without end: one per accumulation step."""
     world, rank = accelerator.num_processes, accelerator.process_index
     batch, accumulate = config.train.batch_size, config.train.accumulate
@@ -34,15 +34,15 @@ def training_stream(
     windows = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(samples_seen))
     check_room(config, shards, order)
 
-    def draws(prefetch: Prefetch) -> Iterator[Draw]:
+    def draws(prefetch: Prefetch) -> Iterator[BatchIndices]:
         for first in itertools.count(samples_seen, batch):
             prefetch.reached(first)
             for step in range(accumulate):
-                yield order.at(share(first, batch, accumulate, world, step, rank))
+                yield order.at(rank_indices(first, batch, accumulate, world, step, rank))
 
     with (
         Prefetch(shards, windows) as prefetch,
-        Loader(
+        DataLoader(
             shards,
             draws(prefetch),
             batch // (world * accumulate),
@@ -57,20 +57,20 @@ def training_stream(
         yield loader
 
 
-def training_order(config: Config, shards: ShardSet) -> Order:
+def training_order(config: Config, shards: ShardDataset) -> GlobalSampler:
     """Which sample stands at which place of the stream."""
-    return Order(len(shards), shards.block, config.data.window, config.train.seed)
+    return GlobalSampler(len(shards), shards.block, config.data.window, config.train.seed)
 
 
-def batch_keys(config: Config, shards: ShardSet, samples_seen: int, world: int, ranks: Sequence[int]) -> list[str]:
+def batch_keys(config: Config, shards: ShardDataset, samples_seen: int, world: int, ranks: Sequence[int]) -> list[str]:
     """Keys of the samples that these ranks see of the global batch at `samples_seen`."""
     batch, accumulate = config.train.batch_size, config.train.accumulate
-    parts = [share(samples_seen, batch, accumulate, world, step, r) for r in ranks for step in range(accumulate)]
+    parts = [rank_indices(samples_seen, batch, accumulate, world, step, r) for r in ranks for step in range(accumulate)]
     _, samples = training_order(config, shards).at(np.concatenate(parts))
     return [shards.key(sample) for sample in samples.tolist()]
 
 
-def check_room(config: Config, shards: ShardSet, order: Order) -> None:
+def check_room(config: Config, shards: ShardDataset, order: GlobalSampler) -> None:
     """Refuse a cache that cannot hold what is fetched ahead: shards would go before they are read. Raises UserError."""
     coming = [ranges for _, ranges in itertools.islice(order.windows(0), 1 + AHEAD)]
     need = sum(shards.info.shards[number].bytes for number in shards.shards_of(np.concatenate(coming)))
@@ -82,10 +82,10 @@ def check_room(config: Config, shards: ShardSet, order: Order) -> None:
 
 
 @dataclass
-class Share:
+class LocalBatch:
     """This rank's part of a global batch, as far as it came."""
 
-    views: list[View] = field(default_factory=list)
+    views: list[TrainBatch] = field(default_factory=list)
     """One per accumulation step."""
     samples: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
     """(epoch, sample) of all, int64 (n, 2)."""
@@ -95,30 +95,30 @@ class Share:
     """Why the stream can give no more."""
 
 
-def take_share(loader: Loader, config: Config, size: tuple[int, int], account: Account) -> Share:
+def next_local_batch(loader: DataLoader, config: Config, size: tuple[int, int], meter: ThroughputMeter) -> LocalBatch:
     """This rank's part of the next global batch.
 
     Each batch is turned into a view before the next one is asked for, which may overwrite its buffers. A stream that
-    fails or is stopped leaves the share incomplete: the others have to hear of it before this rank may end.
+    fails or is stopped leaves the local_batch incomplete: the others have to hear of it before this rank may end.
     """
-    share = Share()
+    rank_indices = LocalBatch()
     try:
         for _ in range(config.train.accumulate):
-            with account.waiting():
+            with meter.waiting():
                 batch = next(loader)
-            with account.working():
-                share.views.append(prepare(batch, size, config.augment, config.train.seed))
-            share.samples = np.concatenate([share.samples, np.stack([batch.epoch, batch.sample], axis=1)])
-            share.replaced += batch.replaced
+            with meter.working():
+                rank_indices.views.append(prepare(batch, size, config.augment, config.train.seed))
+            rank_indices.samples = np.concatenate([rank_indices.samples, np.stack([batch.epoch, batch.sample], axis=1)])
+            rank_indices.replaced += batch.replaced
     except Stopped:
         pass  # the stop flag says so to all ranks
     except UserError as error:
-        share.error = error
-    return share
+        rank_indices.error = error
+    return rank_indices
 
 
 @dataclass(frozen=True)
-class News:
+class GlobalBatchInfo:
     """What all ranks know before a step of the global batch."""
 
     counted: torch.Tensor
@@ -130,20 +130,22 @@ class News:
     replaced: int
 
 
-def share_news(accelerator: Accelerator, share: Share, stop: StopFlag) -> News:
+def reduce_batch_info(accelerator: Accelerator, rank_indices: LocalBatch, stop: PreemptionHandler) -> GlobalBatchInfo:
     """Sum over the ranks what each has to say before the step; on a GPU without waiting for what it still computes."""
-    batch_hash = int((mix(share.samples[:, 0], share.samples[:, 1]) >> np.uint64(32)).sum())
-    rest = [float(bool(stop)), float(share.error is not None), float(batch_hash), float(share.replaced)]
+    batch_hash = int((hash64(rank_indices.samples[:, 0], rank_indices.samples[:, 1]) >> np.uint64(32)).sum())
+    rest = [float(bool(stop)), float(rank_indices.error is not None), float(batch_hash), float(rank_indices.replaced)]
     none = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    counted, told = sum_apart(accelerator, sum((counts(depth) for _, depth in share.views), none), rest)
+    counted, told = all_reduce_device_and_host(
+        accelerator, sum((valid_counts(depth) for _, depth in rank_indices.views), none), rest
+    )
     stops, failures, batch_hash, replaced = map(int, told)
-    return News(counted, stops > 0, failures > 0, batch_hash, replaced)
+    return GlobalBatchInfo(counted, stops > 0, failures > 0, batch_hash, replaced)
 
 
-def poisoned(config: Config, replaced: int, samples_seen: int, shards: ShardSet) -> UserError | None:
+def check_bad_sample_quota(config: Config, replaced: int, samples_seen: int, shards: ShardDataset) -> UserError | None:
     """What ends a run on a stream of which too much is damaged.
 
-    The share is of the samples that came so far, or of the split where those are fewer; so it does not depend on the
+    The local_batch is of the samples that came so far, or of the split where those are fewer; so it does not depend on the
     number of ranks, and a few early finds do not end a run.
     """
     allowed = config.data.max_bad_fraction * max(samples_seen, len(shards))

@@ -16,14 +16,14 @@ class Ema:
         self._mine = _numbers(self.model)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, batch: int, step: int, left_out: torch.Tensor) -> None:
+    def update(self, model: nn.Module, batch: int, step: int, skipped: torch.Tensor) -> None:
         """Take in the weights after `step` steps, the last of them over a `batch` of samples.
 
-        Early on the average is over few steps, so that the random start does not weigh on it. `left_out`: scalar on the
+        Early on the average is over few steps, so that the random start does not weigh on it. `skipped`: scalar on the
         device; where it is 1 the average stays as it is.
         """
         decay = min(math.exp(-batch / self._samples), step / (step + 9))
-        weight = (1 - decay) * (1 - left_out)
+        weight = (1 - decay) * (1 - skipped)
         (floats, counts), (new_floats, new_counts) = self._mine, _numbers(model)
         # lerp takes weights on the device as a list only, and on CUDA then starts a kernel for each tensor
         moved = torch._foreach_sub(new_floats, floats)

@@ -34,7 +34,7 @@ def depth_loss(
 ) -> torch.Tensor:
     """This part's share of the loss of a global batch, scalar: the shares of all parts add up to it.
 
-    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `counts` of the whole
+    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `valid_counts` of the whole
     global batch.
     """
     pixels, images = counted.clamp(min=1).float()
@@ -47,7 +47,7 @@ def depth_loss(
     return loss
 
 
-def counts(depth: torch.Tensor) -> torch.Tensor:
+def valid_counts(depth: torch.Tensor) -> torch.Tensor:
     """Pixels with a measurement, and images with at least one: float64 (2,) on the device of `depth`."""
     valid = depth > 0
     return torch.stack([valid.sum(dtype=torch.float64), valid.flatten(1).any(1).sum(dtype=torch.float64)])

@@ -13,11 +13,11 @@ from mde_dist.training.display import Display, step_words
 from mde_dist.training.scores import Scores
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
-from mde_dist.utils.jsonl import RecordFile
+from mde_dist.utils.jsonl import JsonlLogger
 from mde_dist.utils.progress import FRAMES, Bar, PlainLines, clock_time, is_screen
 
 
-class Monitor:
+class ProgressMonitor:
     """Use it in a `with`. Ranks other than 0 have `path=None`: no metrics.jsonl, and plain lines for their logs."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Monitor:
         `complain`: called when it can no longer be written. `live`: draw where there is a terminal. Raises UserError.
         """
         self._clock = clock
-        self._records = RecordFile(path, samples_seen, evaluated, complain) if path is not None else None
+        self._records = JsonlLogger(path, samples_seen, evaluated, complain) if path is not None else None
         self._bar = Bar("training", "samples", samples_seen, total, clock)
         self._display = Display(self._bar, Scores(self._records.kept if self._records else ()))
         # the very stdout of now: the logs will put something before it that leads back to the display
@@ -44,7 +44,7 @@ class Monitor:
             self._live = Live(self._display, console=console, refresh_per_second=FRAMES)
         self._lines: PlainLines | None = None  # of the steps: the first one is due at once
 
-    def __enter__(self) -> "Monitor":
+    def __enter__(self) -> "ProgressMonitor":
         if self._live is not None:
             self._live.start()
         return self

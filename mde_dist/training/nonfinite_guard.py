@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class Guard:
+class NonFiniteGuard:
     """Counts such steps on the device, and holds what undoes the forward pass of one.
 
     A step is also left out after more of them than `allowed`: when the loop hears of the last one, the device has done
@@ -17,21 +17,21 @@ class Guard:
         self._found, self._allowed = torch.zeros((), device=device), allowed
         self._groups = [_Group(buffers) for buffers in _by_type(model.buffers())]
 
-    def keep(self) -> None:
+    def snapshot_buffers(self) -> None:
         """Remember the statistics that a forward pass changes."""
         for group in self._groups:
-            group.keep()
+            group.snapshot_buffers()
 
-    def judge(self, norm: torch.Tensor) -> torch.Tensor:
+    def should_skip(self, norm: torch.Tensor) -> torch.Tensor:
         """The norm of a gradient -> 1.0 where its step has to be left out, else 0.0; a scalar on the device."""
         not_finite = ~norm.isfinite()
         self._found += not_finite
         return (not_finite | (self._found > self._allowed)).float()
 
-    def restore(self, left_out: torch.Tensor) -> None:
-        """Put the statistics back as `keep` found them, where `left_out` is 1."""
+    def restore(self, skipped: torch.Tensor) -> None:
+        """Put the statistics back as `keep` found them, where `skipped` is 1."""
         for group in self._groups:
-            group.restore(left_out > 0)
+            group.restore(skipped > 0)
 
 
 class _Group:
@@ -42,7 +42,7 @@ class _Group:
         self._kept, self._now = torch.cat(self._buffers), torch.cat(self._buffers)
         self._parts = list(self._now.split([len(buffer) for buffer in self._buffers]))
 
-    def keep(self) -> None:
+    def snapshot_buffers(self) -> None:
         torch.cat(self._buffers, out=self._kept)
 
     def restore(self, wanted: torch.Tensor) -> None:

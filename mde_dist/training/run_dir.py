@@ -145,7 +145,7 @@ class RunDirectory:
             with writing(self.path / PREEMPTED, "the checkpoint stands; the same command goes on from it"):
                 write_atomic(self.path / PREEMPTED, text + "\n")
 
-    def publish_model(self, data: bytes) -> Path:
+    def export_final_model(self, data: bytes) -> Path:
         """Put the final weights where predict expects them."""
         with writing(self.path / MODEL, "the checkpoint stands; the same command tries again"):
             write_atomic(self.path / MODEL, data)

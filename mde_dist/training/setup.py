@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.crops import view_size
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.distributed.process_group import gather_rows, same_everywhere, together
-from mde_dist.distributed.signals import StopFlag, unless_stopped
-from mde_dist.training.config import SAMPLE_SHARDS, Config, as_toml
-from mde_dist.training.monitor import Monitor
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.distributed.process_group import assert_equal_across_ranks, gather_rows, run_on_all_ranks
+from mde_dist.distributed.signals import PreemptionHandler, unless_stopped
+from mde_dist.training.config import SAMPLE_SHARDS, Config, to_toml
+from mde_dist.training.monitor import ProgressMonitor
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
@@ -40,7 +40,7 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
         return
     # once more per node for nodes that share no disk; the bytes are the same
     for turn in (accelerator.is_main_process, accelerator.is_local_main_process):
-        together(accelerator, pack_sample if turn else lambda: None)
+        run_on_all_ranks(accelerator, pack_sample if turn else lambda: None)
 
 
 def pack_sample() -> None:
@@ -66,22 +66,22 @@ def render_sample() -> None:
 
 
 def open_shards(
-    config: Config, accelerator: Accelerator, opened: contextlib.ExitStack, stop: StopFlag
-) -> tuple[ShardSet, ShardSet] | None:
+    config: Config, accelerator: Accelerator, opened: contextlib.ExitStack, stop: PreemptionHandler
+) -> tuple[ShardDataset, ShardDataset] | None:
     """The splits to train on and to evaluate on, the same on all ranks; None where a signal came first.
 
     Called by every rank. Raises UserError.
     """
-    splits = together(accelerator, lambda: unless_stopped(stop, lambda: open_splits(config, opened)))
+    splits = run_on_all_ranks(accelerator, lambda: unless_stopped(stop, lambda: open_splits(config, opened)))
     if gather_rows(accelerator, [float(splits is None)]).any() or splits is None:
         if accelerator.is_main_process:
             say("stopped by a signal while the shards were opened; the same command begins again")
         return None
-    same_everywhere(accelerator, "the shards", "".join(split.manifest.sha256 for split in splits))
+    assert_equal_across_ranks(accelerator, "the shards", "".join(split.manifest.sha256 for split in splits))
     return splits
 
 
-def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardSet, ShardSet]:
+def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardDataset, ShardDataset]:
     """All that is read of a server before the first step. Raises UserError."""
     data = config.data
     shards = opened.enter_context(open_split(data.shards, data.train_split, data.cache_options))
@@ -91,7 +91,9 @@ def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardSet,
     return shards, opened.enter_context(held_out)
 
 
-def describe(monitor: Monitor, config: Config, accelerator: Accelerator, shards: ShardSet, samples_seen: int) -> None:
+def describe(
+    monitor: ProgressMonitor, config: Config, accelerator: Accelerator, shards: ShardDataset, samples_seen: int
+) -> None:
     """What is about to happen, with everything that was derived."""
     manifest = shards.manifest
     world, accumulate, device = accelerator.num_processes, config.train.accumulate, accelerator.device
@@ -104,11 +106,11 @@ def describe(monitor: Monitor, config: Config, accelerator: Accelerator, shards:
     monitor.say(f"  {part} per rank x {world} ranks x {accumulate} accumulated = batch of {config.train.batch_size}")
     monitor.say(f"  {config.train.samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}")
     monitor.say(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
-    for line in filter(None, as_toml(config).split("\n")):
+    for line in filter(None, to_toml(config).split("\n")):
         monitor.say(f"  | {line}")
 
 
-def describe_batch(monitor: Monitor, samples: np.ndarray, image: torch.Tensor, depth: torch.Tensor) -> None:
+def describe_batch(monitor: ProgressMonitor, samples: np.ndarray, image: torch.Tensor, depth: torch.Tensor) -> None:
     """The first batch by shape, range and device."""
     for name, tensor in {"image": image, "depth": depth}.items():
         monitor.say(

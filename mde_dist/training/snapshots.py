@@ -20,9 +20,9 @@ from PIL import Image
 from mde_dist.data.augmentation import depth_counts, prepare_images
 from mde_dist.data.depth import MILLIMETRES, png_bytes, to_metres, to_millimetres
 from mde_dist.data.loader import Batch
-from mde_dist.distributed.process_group import all_sum
+from mde_dist.distributed.process_group import all_reduce_sum
 from mde_dist.evaluation.evaluator import Predict
-from mde_dist.evaluation.metrics import to_size
+from mde_dist.evaluation.metrics import resize_to
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import atomic_file, write_atomic, writing
 
@@ -34,7 +34,7 @@ _DAMAGE = (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.De
 """Errors of reading files that may hold anything; of PNG files PIL makes a SyntaxError."""
 
 
-class Watch:
+class PredictionRecorder:
     """Looks on while a split is scored, and remembers the chosen images and what was predicted for them."""
 
     def __init__(self, images: int, size: tuple[int, int]):
@@ -44,7 +44,7 @@ class Watch:
         self._size = (-(-size[0] // self._every), -(-size[1] // self._every))
         self._seen: dict[int, torch.Tensor] = {}
 
-    def watching(self, predict: Predict) -> Predict:
+    def wrap(self, predict: Predict) -> Predict:
         """`predict`, looked upon."""
 
         def watched(batch: Batch) -> torch.Tensor:
@@ -59,23 +59,25 @@ class Watch:
     def _remember(self, batch: Batch, prediction: torch.Tensor, wanted: Sequence[int]) -> None:
         truth = depth_counts(batch)[wanted]
         # every so many pixels of the maps, not a mean: that would run over holes and edges
-        maps = torch.stack([truth, to_size(prediction[wanted], truth)], 1).float()[..., :: self._every, :: self._every]
+        maps = torch.stack([truth, resize_to(prediction[wanted], truth)], 1).float()[
+            ..., :: self._every, :: self._every
+        ]
         both = torch.cat([prepare_images(batch, self._size)[wanted], maps], dim=1)
         self._seen |= {int(batch.sample[place]): one for place, one in zip(wanted, both, strict=True)}
 
-    def gather(self, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def all_gather(self, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What all ranks saw -> (images uint8 (count, h, w, 3), truths and predictions uint16 mm (count, h, w))."""
         table = torch.zeros((len(self.chosen), 5, *self._size), dtype=torch.float32, device=accelerator.device)
         for place, sample in enumerate(self.chosen):
             if sample in self._seen:
                 table[place] = self._seen[sample]
         self._seen.clear()
-        found = all_sum(accelerator, table).cpu().numpy()
+        found = all_reduce_sum(accelerator, table).cpu().numpy()
         images = np.rint(found[:, :3] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
         return images, to_millimetres(found[:, 3], MILLIMETRES), to_millimetres(found[:, 4], MILLIMETRES)
 
 
-def strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+def make_image_strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """What `Watch.gather` gives -> RGB uint8 (count, h, 3 w, 3): image, truth, prediction in one scale."""
     from mde_dist.utils.visualization import colorize  # takes matplotlib; only trackers show pictures while training
 
@@ -86,7 +88,7 @@ def strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.n
 
 
 @dataclass(frozen=True)
-class Showcase:
+class ValidationSnapshots:
     """The images of a run."""
 
     keys: list[str]
@@ -98,7 +100,7 @@ class Showcase:
     """By samples seen: float32 (count, height, width) metres."""
 
 
-def write_showcase(
+def write_snapshots(
     run: Path, samples_seen: int, keys: Sequence[str], image: np.ndarray, truth: np.ndarray, prediction: np.ndarray
 ) -> None:
     """What `Watch.gather` gives, into the run directory. Raises UserError where the disk does not take it."""
@@ -125,7 +127,7 @@ def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
         return False
 
 
-def read_showcase(run: Path) -> Showcase | None:
+def read_snapshots(run: Path) -> ValidationSnapshots | None:
     """None where the run has none. Raises UserError where it is broken."""
     folder = run / FOLDER
     if not (folder / "keys.json").is_file():
@@ -142,7 +144,9 @@ def read_showcase(run: Path) -> Showcase | None:
             raise ValueError("its pictures do not fit each other")
     except _DAMAGE as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
-    return Showcase(keys, image, to_metres(truth), {samples: to_metres(maps) for samples, maps in found.items()})
+    return ValidationSnapshots(
+        keys, image, to_metres(truth), {samples: to_metres(maps) for samples, maps in found.items()}
+    )
 
 
 def _read(path: Path, count: int) -> np.ndarray:

@@ -15,38 +15,38 @@ from torch import nn
 from mde_dist.data.crops import LEAST_CROP, view_size
 from mde_dist.models.depth_model import build_started
 from mde_dist.models.flops import has_spread
-from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, Tensors, model_bytes
-from mde_dist.training.checkpoint import Checkpoint, host_copy
+from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, Tensors, serialize_model
+from mde_dist.training.checkpoint import Checkpoint, to_cpu
 from mde_dist.training.config import Config, as_json
 from mde_dist.training.ema import Ema
 from mde_dist.training.losses import depth_loss
-from mde_dist.training.nonfinite_guard import Guard
+from mde_dist.training.nonfinite_guard import NonFiniteGuard
 from mde_dist.training.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from mde_dist.utils.errors import UserError
 
-View = tuple[torch.Tensor, torch.Tensor]
+TrainBatch = tuple[torch.Tensor, torch.Tensor]
 """image float32 (batch, 3, height, width), normalised; depth float32 (batch, height, width), metres, 0 = hole."""
 
 
-class Verdict:
+class StepResult:
     """Whether a step was learned from: the device knows at once, the loop when it asks, which waits for the step."""
 
-    def __init__(self, losses: torch.Tensor, norm: torch.Tensor, left_out: torch.Tensor):
+    def __init__(self, losses: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor):
         self.losses, self.norm = losses, norm
         """This rank's part of the loss, and the norm of the gradient of all; scalars on the device."""
-        cuda = left_out.is_cuda
-        self._told = torch.empty_like(left_out, device="cpu", pin_memory=cuda).copy_(left_out, non_blocking=True)
+        cuda = skipped.is_cuda
+        self._told = torch.empty_like(skipped, device="cpu", pin_memory=cuda).copy_(skipped, non_blocking=True)
         self._done = torch.cuda.Event() if cuda else None
         if self._done is not None:
             self._done.record()
 
-    def left_out(self) -> bool:
+    def skipped(self) -> bool:
         if self._done is not None:
             self._done.synchronize()
         return bool(self._told.numpy())
 
 
-class Learner:
+class TrainModule:
     """Built the same on every rank; `wrap` it once its weights are what the run goes on from."""
 
     def __init__(self, config: Config, accelerator: Accelerator, size: tuple[int, int], resumes: bool = False):
@@ -69,7 +69,7 @@ class Learner:
         self.ema = Ema(self.bare, config.optim.ema) if config.optim.ema else None
         self.model = self.bare
         """What a training step calls: the model compiled and wrapped for its ranks."""
-        self._guard = Guard(self.bare, device)
+        self._guard = NonFiniteGuard(self.bare, device)
 
     @property
     def scored(self) -> nn.Module:
@@ -90,7 +90,7 @@ class Learner:
     def wrap(self, may_leave_out: int = 0) -> None:
         """Compile it where that is wanted, and let its gradients be reduced over the ranks.
 
-        `may_leave_out`: steps that are not finite before it learns no more, see `Guard`.
+        `may_leave_out`: steps that are not finite before it learns no more, see `NonFiniteGuard`.
         """
         if self._config.debug:
             for name, module in self.bare.named_modules():
@@ -99,9 +99,9 @@ class Learner:
             self.bare.compile()
         self.model = self._accelerator.prepare_model(self.bare)
         # not before: the buffers may be others now
-        self._guard = Guard(self.bare, self._accelerator.device, may_leave_out)
+        self._guard = NonFiniteGuard(self.bare, self._accelerator.device, may_leave_out)
         if self._accelerator.num_processes > 1:
-            self._settle_buckets()
+            self._warm_up_buckets()
 
     def set_rate(self, samples_seen: int) -> float:
         """The learning rate of the step at this place of the stream."""
@@ -113,7 +113,7 @@ class Learner:
 
     def backward(
         self,
-        views: Sequence[View],
+        views: Sequence[TrainBatch],
         counted: torch.Tensor,
         working: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         reduce: bool = True,
@@ -126,7 +126,7 @@ class Learner:
         """
         accelerator, world = self._accelerator, self._accelerator.num_processes
         losses = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        self._guard.keep()
+        self._guard.snapshot_buffers()
         for number, (image, depth) in enumerate(views, 1):
             last = number == len(views) and reduce
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -139,50 +139,50 @@ class Learner:
                 losses += loss.detach().double()
         return losses
 
-    def step(self, losses: torch.Tensor, batch: int, step: int) -> Verdict:
+    def step(self, losses: torch.Tensor, batch: int, step: int) -> StepResult:
         """Learn from the gradient of `backward`: the `step`-th step, over a `batch` of samples.
 
         Where it is not finite, weights, statistics, average and optimizer stay as they were before `backward`.
         """
         norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self._config.optim.clip or float("inf"))
-        left_out = self._guard.judge(norm)
-        self._guard.restore(left_out)
-        self.optimizer.found_inf = left_out  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+        skipped = self._guard.should_skip(norm)
+        self._guard.restore(skipped)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.bare, batch, step, left_out)
+            self.ema.update(self.bare, batch, step, skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return Verdict(losses, norm, left_out)
+        return StepResult(losses, norm, skipped)
 
     def snapshot(self) -> dict[str, Tensors]:
         """File of a checkpoint -> tensors in host memory, which training does not change any more."""
         tensors: dict[str, Tensors] = {
-            MODEL: host_copy(self.bare.state_dict()),
-            OPTIMIZER: host_copy(optimizer_tensors(self.bare, self.optimizer)),
+            MODEL: to_cpu(self.bare.state_dict()),
+            OPTIMIZER: to_cpu(optimizer_tensors(self.bare, self.optimizer)),
         }
-        return tensors | ({} if self.ema is None else {EMA: host_copy(self.ema.model.state_dict())})
+        return tensors | ({} if self.ema is None else {EMA: to_cpu(self.ema.model.state_dict())})
 
     def as_files(self, snapshot: Mapping[str, Tensors]) -> dict[str, bytes]:
         """A snapshot as the files of a checkpoint."""
         return {
-            name: safetensors(dict(tensors)) if name == OPTIMIZER else model_bytes(tensors, self._about())
+            name: safetensors(dict(tensors)) if name == OPTIMIZER else serialize_model(tensors, self._about())
             for name, tensors in snapshot.items()
         }
 
     def published(self) -> bytes:
         """The model to use, with what rebuilds it, as safetensors."""
-        return model_bytes(host_copy(self.scored.state_dict()), self._about())
+        return serialize_model(to_cpu(self.scored.state_dict()), self._about())
 
     def _about(self) -> dict[str, Any]:
         return {"config": as_json(self._config), "size": self._size}
 
-    def _settle_buckets(self) -> None:
+    def _warm_up_buckets(self) -> None:
         """A pass over nothing, after which the model is as before.
 
         DDP lays out its buckets anew after the first backward pass, and a sum over three ranks and more is rounded by
         the place in a bucket: without this, the first step of a run that goes on would differ in the last digits.
         """
-        self._guard.keep()
+        self._guard.snapshot_buffers()
         parts = self._accelerator.num_processes * self._config.train.accumulate
         device = self._accelerator.device
         size = view_size(self._size, self._config.augment)

@@ -43,7 +43,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None
 
 
-class Account:
+class ThroughputMeter:
     """What this rank did with its time since the last `restart`."""
 
     def __init__(self, device: torch.device, flops: float = 0.0, peak: float | None = None):

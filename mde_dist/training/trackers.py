@@ -18,7 +18,7 @@ FOLDER = "trackers"
 
 
 class Trackers:
-    """The trackers of a run, from `opened_trackers`. One that fails is spoken of once; training goes on."""
+    """The trackers of a run, from `open_trackers`. One that fails is spoken of once; training goes on."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
@@ -54,7 +54,7 @@ class Trackers:
 
 
 @contextmanager
-def opened_trackers(
+def open_trackers(
     accelerator: Accelerator,
     names: Sequence[str],
     run: Path,

@@ -16,27 +16,32 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.crops import view_size
-from mde_dist.data.shards import ShardSet
-from mde_dist.distributed.process_group import gather_rows, same_everywhere, share_buffers, together
-from mde_dist.distributed.rank_log import rank_log
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.data.shards import ShardDataset
+from mde_dist.distributed.process_group import (
+    assert_equal_across_ranks,
+    broadcast_buffers_of,
+    gather_rows,
+    run_on_all_ranks,
+)
+from mde_dist.distributed.rank_log import redirect_to_rank_log
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.evaluation.breakdown import split_breakdown
-from mde_dist.evaluation.evaluator import Measure, breakdown_measure, model_predict, score_baselines, score_split
+from mde_dist.evaluation.evaluator import ImageMetric, breakdown_metric, evaluate_split, model_predict, score_baselines
 from mde_dist.evaluation.metrics import PROTOCOLS, summarise
-from mde_dist.evaluation.results import DIGEST, EVALUATIONS, as_record, digests, truth_of, write_json
+from mde_dist.evaluation.results import EVALUATIONS, N_HASH_COLUMNS, ground_truth_of, target_hashes, to_json, write_json
 from mde_dist.models.flops import training_flops
 from mde_dist.training.checkpoint import Checkpoint, newest_checkpoint, newest_record, versions
-from mde_dist.training.checkpoint_writer import Saver
-from mde_dist.training.config import Config, as_json, as_toml, identity, with_whole_paths
-from mde_dist.training.data_stream import News, batch_keys
-from mde_dist.training.monitor import Monitor
+from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
+from mde_dist.training.config import Config, as_json, resume_key, to_toml, with_whole_paths
+from mde_dist.training.data_stream import GlobalBatchInfo, batch_keys
+from mde_dist.training.monitor import ProgressMonitor
 from mde_dist.training.optim import learning_rate
 from mde_dist.training.run_dir import RunDirectory
-from mde_dist.training.snapshots import Watch, strips, write_showcase
+from mde_dist.training.snapshots import PredictionRecorder, make_image_strips, write_snapshots
 from mde_dist.training.state import State
-from mde_dist.training.step import Learner, Verdict
-from mde_dist.training.throughput import Account, peak_flops
-from mde_dist.training.trackers import Trackers, opened_trackers
+from mde_dist.training.step import StepResult, TrainModule
+from mde_dist.training.throughput import ThroughputMeter, peak_flops
+from mde_dist.training.trackers import Trackers, open_trackers
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
@@ -47,79 +52,81 @@ _KEYS_SAID = 16
 
 @dataclass
 class Trainer:
-    """One training, from `opened_trainer`."""
+    """One training, from `open_trainer`."""
 
     config: Config
     accelerator: Accelerator
-    shards: ShardSet
-    held_out: ShardSet
+    shards: ShardDataset
+    eval_set: ShardDataset
     size: tuple[int, int]
     """Of the whole training images, pixels."""
-    total: int
+    end_sample: int
     """samples_seen at which training ends."""
     directory: RunDirectory
-    learner: Learner
+    train_module: TrainModule
     state: State
-    monitor: Monitor
-    saver: Saver
-    account: Account
+    monitor: ProgressMonitor
+    saver: AsyncCheckpointWriter
+    meter: ThroughputMeter
     trackers: Trackers
-    complain: Callable[[UserError], None]
+    on_io_error: Callable[[UserError], None]
     """What becomes of a file that the disk did not take."""
-    troubles: list[UserError]
+    io_errors: list[UserError]
     """Of these, what is to end the run."""
-    unsettled: deque[tuple[Verdict, State]] = field(default_factory=deque)
+    pending_steps: deque[tuple[StepResult, State]] = field(default_factory=deque)
     """Steps of which the loop does not know yet whether they were learned from, and the state before each."""
 
     @property
-    def writes(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the rank that writes."""
         return self.accelerator.is_main_process
 
-    def stepped(self, verdict: Verdict, before: State) -> None:
+    def on_step(self, result: StepResult, before: State) -> None:
         """Note a step, and hear how the one before it went: then the device has this one to do meanwhile."""
-        self.unsettled.append((verdict, before))
-        self.settle(1)
+        self.pending_steps.append((result, before))
+        self.resolve_pending(1)
 
-    def settle(self, leave: int = 0) -> None:
+    def resolve_pending(self, leave: int = 0) -> None:
         """Hear how all steps but the last `leave` went. Called by every rank; raises UserError as `reject` does."""
-        while len(self.unsettled) > leave:
-            verdict, before = self.unsettled.popleft()
-            if verdict.left_out():
-                self.reject(verdict, before)
+        while len(self.pending_steps) > leave:
+            result, before = self.pending_steps.popleft()
+            if result.skipped():
+                self.handle_nonfinite_step(result, before)
 
     def save(self) -> None:
         """Write a checkpoint of this very state, beside the loop, unless that has been done."""
-        self.settle()
-        if self.writes:
+        self.resolve_pending()
+        if self.is_main_process:
             record, best = self._record(), self.state.best.get("step")
 
             def write(tensors: dict) -> None:
-                self.directory.save(self.learner.as_files(tensors), record, self.config.train.keep, best)
+                self.directory.save(self.train_module.as_files(tensors), record, self.config.train.keep, best)
 
-            self.saver.start((self.state.samples_seen, self.state.evaluated), self.learner.snapshot, write)
+            self.saver.submit((self.state.samples_seen, self.state.evaluated), self.train_module.snapshot, write)
 
     def evaluation_due(self) -> bool:
         """Whether the model of this very sample has to be evaluated and was not yet."""
         state = self.state
-        wanted = state.samples_seen >= self.total or state.due(self.config.train.evaluate_every, state.evaluated)
+        wanted = state.samples_seen >= self.end_sample or state.due(self.config.train.evaluate_every, state.evaluated)
         return wanted and state.evaluated < state.samples_seen
 
-    def evaluate(self, stop: StopFlag) -> None:
+    def evaluate(self, stop: PreemptionHandler) -> None:
         """Score the held-out split, note it, remember it if it is the best so far, and save. Raises Interrupted."""
-        self.settle()
-        config, state, model = self.config, self.state, self.learner.scored
+        self.resolve_pending()
+        config, state, model = self.config, self.state, self.train_module.scored
         protocol = PROTOCOLS[config.evaluate.protocol]
         options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
-        measures = [breakdown_measure(protocol), Measure(DIGEST, digests)]
-        watch = Watch(min(len(self.held_out), config.evaluate.limit or len(self.held_out)), self.held_out.size)
-        share_buffers(self.accelerator, model)
+        measures = [breakdown_metric(protocol), ImageMetric(N_HASH_COLUMNS, target_hashes)]
+        recorder = PredictionRecorder(
+            min(len(self.eval_set), config.evaluate.limit or len(self.eval_set)), self.eval_set.size
+        )
+        broadcast_buffers_of(self.accelerator, model)
         model.eval()
         try:
             # forward, not the call: a compiled model would be compiled again for these batches
-            predict = watch.watching(model_predict(model.forward, self.size, self.accelerator, config.evaluate.flip))
-            scored, prints = score_split(
-                *(self.accelerator, predict, self.held_out, measures, *options),
+            predict = recorder.wrap(model_predict(model.forward, self.size, self.accelerator, config.evaluate.flip))
+            scored, hashes = evaluate_split(
+                *(self.accelerator, predict, self.eval_set, measures, *options),
                 stop=lambda: bool(stop),
                 progress=self.monitor.phase("evaluating"),
             )
@@ -146,42 +153,42 @@ class Trainer:
             f"delta1 {summary.metrics['delta1']:.4f}{' (best so far)' if best else ''}"
         )
         self.trackers.log(state.samples_seen, protocol.name, summary.metrics)
-        maps = watch.gather(self.accelerator)
-        if self.writes:
-            self._keep_evaluation(rows, where, prints, best)
-            self._keep_panels(watch.chosen, *maps)
+        maps = recorder.all_gather(self.accelerator)
+        if self.is_main_process:
+            self._keep_evaluation(rows, where, hashes, best)
+            self._keep_panels(recorder.chosen, *maps)
         self.save()
-        self.account.restart()
+        self.meter.restart()
 
-    def _keep_evaluation(self, rows: torch.Tensor, where: torch.Tensor, prints: torch.Tensor, best: bool) -> None:
+    def _keep_evaluation(self, rows: torch.Tensor, where: torch.Tensor, hashes: torch.Tensor, best: bool) -> None:
         """Every image's numbers, as `evaluate --json` has them: for the report, and to compare runs by."""
         protocol = PROTOCOLS[self.config.evaluate.protocol]
-        truth = truth_of(self.held_out, self.config.data.eval_split, prints)
+        truth = ground_truth_of(self.eval_set, self.config.data.eval_split, hashes)
         about = {"path": str(self.config.run), "samples": self.state.samples_seen, "size": list(self.size)}
         about |= {"flip": self.config.evaluate.flip, "precision": self.accelerator.mixed_precision}
         try:
-            record = as_record({"model": [rows]}, [protocol], truth, about, [], where)
+            record = to_json({"model": [rows]}, [protocol], truth, about, [], where)
             for name in ("last", "best") if best else ("last",):
                 write_json(self.config.run / EVALUATIONS / f"{name}.json", record)
         except UserError as error:
-            self.complain(error)
+            self.on_io_error(error)
 
     def _keep_panels(self, chosen: list[int], *maps: np.ndarray) -> None:
         """How a few images are predicted now, for the report and for trackers."""
-        keys = [self.held_out.key(sample) for sample in chosen]
+        keys = [self.eval_set.key(sample) for sample in chosen]
         try:
-            write_showcase(self.config.run, self.state.samples_seen, keys, *maps)
+            write_snapshots(self.config.run, self.state.samples_seen, keys, *maps)
             if self.trackers:
-                pictures = {f"held-out/{key}": strip for key, strip in zip(keys, strips(*maps), strict=True)}
+                pictures = {f"held-out/{key}": strip for key, strip in zip(keys, make_image_strips(*maps), strict=True)}
                 self.trackers.show(self.state.samples_seen, pictures)
         except UserError as error:
-            self.complain(error)
+            self.on_io_error(error)
 
-    def record_baselines(self, stop: StopFlag) -> None:
+    def record_baselines(self, stop: PreemptionHandler) -> None:
         """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""
         protocol, limit = PROTOCOLS[self.config.evaluate.protocol], self.config.evaluate.limit
         tables = score_baselines(
-            *(self.accelerator, self.held_out, self.shards, [protocol], limit),
+            *(self.accelerator, self.eval_set, self.shards, [protocol], limit),
             stop=lambda: bool(stop),
             progress=self.monitor.phase("baselines"),
         )
@@ -191,26 +198,26 @@ class Trainer:
                 samples=0, baseline=name, evaluation=protocol.name, images=summary.images, **summary.metrics
             )
 
-    def log(self, verdict: Verdict, rate: float, news: News) -> None:
+    def log(self, result: StepResult, rate: float, info: GlobalBatchInfo) -> None:
         """A line about the step that was just done and about the speed since the last one. Called by every rank."""
-        self.settle()
+        self.resolve_pending()
         state = self.state
-        rows = gather_rows(self.accelerator, [verdict.losses.item(), *self.account.row()])
-        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(verdict.norm)}
+        rows = gather_rows(self.accelerator, [result.losses.item(), *self.meter.row()])
+        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(result.norm)}
         values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
-        rates = self.account.rates(rows[:, 1:], self.total - state.samples_seen)
-        self.monitor.step(state.samples_seen, **values, batch=f"{news.batch_hash:x}", **rates, time=_now())
+        rates = self.meter.rates(rows[:, 1:], self.end_sample - state.samples_seen)
+        self.monitor.step(state.samples_seen, **values, batch=f"{info.batch_hash:x}", **rates, time=_now())
         self.trackers.log(state.samples_seen, "train", values | rates)
-        self.account.restart()
+        self.meter.restart()
 
-    def reject(self, verdict: Verdict, before: State) -> None:
+    def handle_nonfinite_step(self, result: StepResult, before: State) -> None:
         """Say that a batch was left out, whose loss or gradient is not finite on some rank. Called by every rank.
 
         Raises UserError, which names the batch, where that is not wanted or was done too often; then the state is that
         before the batch, as model and optimizer are.
         """
         config, state, world = self.config, self.state, self.accelerator.num_processes
-        losses, norm, where_from = verdict.losses, verdict.norm, before.samples_seen
+        losses, norm, where_from = result.losses, result.norm, before.samples_seen
         bad = gather_rows(self.accelerator, [float(not losses.isfinite())])[:, 0].nonzero()[:, 0].tolist()
         keys = batch_keys(config, self.shards, where_from, world, bad or range(world))
         which = ", ".join(keys[:_KEYS_SAID]) + (f" and {len(keys) - _KEYS_SAID} more" if keys[_KEYS_SAID:] else "")
@@ -222,20 +229,20 @@ class Trainer:
             self.monitor.say(f"batch {state.skipped} left out of at most {config.train.max_skipped}: {what}")
             return
         state.samples_seen, state.replaced, state.step = where_from, before.replaced, before.step
-        self.unsettled.clear()  # what came after it was left out as well
-        left_out = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
+        self.pending_steps.clear()  # what came after it was left out as well
+        skipped = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
         places = ("--debug-from", config.run / "failed", "--config", config.run / "config.toml")
         look = command_line("train", "--debug", *places)
-        together(self.accelerator, lambda: self._save_failed(keys))
+        run_on_all_ranks(self.accelerator, lambda: self._save_failed(keys))
         raise UserError(
-            f"{what}{left_out}; it was not learned from, and the checkpoints before it are whole; "
+            f"{what}{skipped}; it was not learned from, and the checkpoints before it are whole; "
             f"--train.nonfinite skip leaves such batches out; look inside: {look}"
         )
 
     def _save_failed(self, keys: list[str]) -> None:
         """Keep the state before the step, for a look inside; it is none to go on from."""
-        if self.writes:
-            files = self.learner.as_files(self.learner.snapshot())
+        if self.is_main_process:
+            files = self.train_module.as_files(self.train_module.snapshot())
             self.directory.save_failed(files, {**self._record(), "batch": keys})
 
     def finish(self) -> None:
@@ -245,65 +252,82 @@ class Trainer:
             self.saver.finish()
             self.monitor.finish()
 
-        together(self.accelerator, written)
+        run_on_all_ranks(self.accelerator, written)
 
     def _record(self) -> dict:
         return {**vars(self.state), "config": as_json(self.config), **versions()}
 
 
 @contextmanager
-def opened_trainer(config: Config, accelerator: Accelerator, shards: ShardSet, held_out: ShardSet) -> Iterator[Trainer]:
+def open_trainer(
+    config: Config, accelerator: Accelerator, shards: ShardDataset, eval_set: ShardDataset
+) -> Iterator[Trainer]:
     """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
     size = config.data.size or shards.size
-    flops = together(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
+    flops = run_on_all_ranks(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
     rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     begun = bool(config.debug_from or newest_record(config.run))
-    learner = together(accelerator, lambda: Learner(config, accelerator, size, resumes=begun))
-    if learner.start and writes:
-        say(learner.start.in_words())
-    this_run = identity(config, shards.manifest.sha256, held_out.manifest.sha256)
-    toml = as_toml(with_whole_paths(config))
+    train_module = run_on_all_ranks(accelerator, lambda: TrainModule(config, accelerator, size, resumes=begun))
+    if train_module.start and writes:
+        say(train_module.start.in_words())
+    this_run = resume_key(config, shards.manifest.sha256, eval_set.manifest.sha256)
+    toml = to_toml(with_whole_paths(config))
     directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()))
-    troubles: list[UserError] = []
+    io_errors: list[UserError] = []
 
-    def complain(error: UserError) -> None:
+    def on_io_error(error: UserError) -> None:
         if config.train.save_errors == "stop":
-            troubles.append(error)
+            io_errors.append(error)
         else:
             say(f"warning: {error}; training goes on")
 
     with contextlib.ExitStack() as opened:
-        together(accelerator, lambda: opened.enter_context(directory))
-        state = together(accelerator, lambda: resume(directory, config, learner))
-        same_everywhere(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
+        run_on_all_ranks(accelerator, lambda: opened.enter_context(directory))
+        state = run_on_all_ranks(accelerator, lambda: resume(directory, config, train_module))
+        assert_equal_across_ranks(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
         total = state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.samples
         metrics = config.run / "metrics.jsonl" if writes else None
         places = (state.samples_seen, state.evaluated, total)
-        monitor = together(accelerator, lambda: Monitor(metrics, *places, complain, live=not config.debug))
+        monitor = run_on_all_ranks(
+            accelerator, lambda: ProgressMonitor(metrics, *places, on_io_error, live=not config.debug)
+        )
         opened.enter_context(monitor)
         if not config.debug:  # a debugger wants the terminal itself
-            together(accelerator, lambda: opened.enter_context(rank_log(config.run, rank, world)))
+            run_on_all_ranks(accelerator, lambda: opened.enter_context(redirect_to_rank_log(config.run, rank, world)))
         skip = config.train.nonfinite == "skip"
-        learner.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
-        account = Account(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
-        saver = opened.enter_context(Saver(complain))
+        train_module.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
+        meter = ThroughputMeter(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
+        saver = opened.enter_context(AsyncCheckpointWriter(on_io_error))
         about = as_json(config)
         run_id = run_id_of(config, this_run)
-        trackers = together(
+        trackers = run_on_all_ranks(
             accelerator,
             lambda: opened.enter_context(
-                opened_trackers(accelerator, config.log_with, config.run, run_id, about, state.samples_seen)
+                open_trackers(accelerator, config.log_with, config.run, run_id, about, state.samples_seen)
             ),
         )
         if state.samples_seen < total:
-            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator, learner))
+            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator, train_module))
         yield Trainer(
-            *(config, accelerator, shards, held_out, size, total, directory, learner, state, monitor, saver, account),
-            *(trackers, complain, troubles),
+            *(
+                config,
+                accelerator,
+                shards,
+                eval_set,
+                size,
+                total,
+                directory,
+                train_module,
+                state,
+                monitor,
+                saver,
+                meter,
+            ),
+            *(trackers, on_io_error, io_errors),
         )
 
 
-def resume(directory: RunDirectory, config: Config, learner: Learner) -> State:
+def resume(directory: RunDirectory, config: Config, train_module: TrainModule) -> State:
     """Put back the newest whole checkpoint, if there is one. Raises UserError."""
     checkpoint = newest_checkpoint(config.debug_from) if config.debug_from else directory.resume()
     if checkpoint is not None:
@@ -311,7 +335,7 @@ def resume(directory: RunDirectory, config: Config, learner: Learner) -> State:
         if not config.debug:
             directory.refuse_less(checkpoint, config.train.samples)
             directory.note_change(checkpoint, {"train.samples": config.train.samples}, new_rate(checkpoint, config))
-        learner.load(checkpoint)
+        train_module.load(checkpoint)
     directory.start()
     return State() if checkpoint is None else checkpoint.state
 
@@ -336,7 +360,7 @@ def new_rate(checkpoint: Checkpoint, config: Config) -> str:
     )
 
 
-def describe_start(config: Config, accelerator: Accelerator, learner: Learner) -> dict[str, Any]:
+def describe_start(config: Config, accelerator: Accelerator, train_module: TrainModule) -> dict[str, Any]:
     """On what the run goes on from here, for metrics.jsonl."""
     device = accelerator.device
     return {
@@ -347,7 +371,7 @@ def describe_start(config: Config, accelerator: Accelerator, learner: Learner) -
         "batch_size": config.train.batch_size,
         "host": socket.gethostname(),
         **versions(),
-        **({"weights": learner.start.record()} if learner.start else {}),
+        **({"weights": train_module.start.record()} if train_module.start else {}),
     }
 
 

@@ -174,12 +174,12 @@ def arguments_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from (f"--{prefix}{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
-def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(`section.field`, value) of every field."""
     for item in fields(config):
         value = getattr(config, item.name)
         if is_dataclass(value):
-            yield from flat(value, f"{prefix}{item.name}.")
+            yield from flatten(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value
 
@@ -200,7 +200,7 @@ def words_of(config: Any) -> Iterator[str | Path]:
 
 def check_numbers(config: T) -> T:
     """The config, in which no number is one that float32 or 64 bits cannot hold. Raises UserError."""
-    for name, value in flat(config):
+    for name, value in flatten(config):
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float):
                 _check(name, number, -_LARGEST, _LARGEST)
@@ -212,7 +212,7 @@ def check_numbers(config: T) -> T:
 
 def check_ranges(config: T, ranges: Mapping[str, tuple[float, float]]) -> T:
     """The config, in which these fields, where they are numbers, lie between these ends. Raises UserError."""
-    for name, value in flat(config):
+    for name, value in flatten(config):
         for number in value if isinstance(value, tuple) else (value,):
             if name in ranges and isinstance(number, int | float):
                 _check(name, number, *ranges[name])

@@ -16,11 +16,11 @@ _LARGEST = 1e100
 _NAMED = 3  # bad lines that are named by their number
 
 
-class RecordFile:
+class JsonlLogger:
     """metrics.jsonl, open for more lines."""
 
     def __init__(self, path: Path, samples_seen: int, evaluated: int, complain: Callable[[UserError], None]):
-        """Lines that `keep_until` does not keep are dropped. `complain`: called when no more can be written.
+        """Lines that `truncate_after` does not keep are dropped. `complain`: called when no more can be written.
 
         Raises UserError.
         """
@@ -29,7 +29,7 @@ class RecordFile:
         self._complain = complain
         self._pending = b""
         with writing(path):
-            self.kept = keep_until(path, samples_seen, evaluated)
+            self.kept = truncate_after(path, samples_seen, evaluated)
             """The lines that were there."""
             self._file: BinaryIO = path.open("ab", buffering=0)
 
@@ -53,7 +53,7 @@ class RecordFile:
         self._file.close()
 
 
-def keep_until(path: Path, samples_seen: int, evaluated: int) -> list[dict[str, Any]]:
+def truncate_after(path: Path, samples_seen: int, evaluated: int) -> list[dict[str, Any]]:
     """Drop the lines that the checkpoint to go on from knows nothing of, at sample 0 all of them -> the others.
 
     A run that was cut off wrote them, and they will be written again. Lines that are no records go as well; they are

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def toml_text(values: Iterable[tuple[str, Any]]) -> str:
+def dump_toml(values: Iterable[tuple[str, Any]]) -> str:
     """(`section.field`, value) pairs as TOML; values as they are in a config, or as `as_json` has them."""
     sections: dict[str, list[str]] = {}
     for name, value in values:

@@ -15,8 +15,8 @@ import torch
 
 from mde_dist.data.augmentation import prepare
 from mde_dist.data.shards import open_split
-from mde_dist.distributed.process_group import processes
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.process_group import init_distributed
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.training.config import Config
 from mde_dist.training.data_stream import training_stream
 
@@ -33,7 +33,7 @@ def log(shards, accelerator, job, out):
     world, rank, accumulate = accelerator.num_processes, accelerator.process_index, job["accumulate"]
     size = job["batch_size"] // (world * accumulate)
     lines = []
-    with training_stream(config, shards, job["samples_seen"], accelerator, StopFlag()) as loader:
+    with training_stream(config, shards, job["samples_seen"], accelerator, PreemptionHandler()) as loader:
         for number in range(job["batches"] * accumulate):
             batch = next(loader)
             image, depth = prepare(batch, config.data.size, config.augment, config.train.seed)
@@ -48,7 +48,7 @@ def log(shards, accelerator, job, out):
 
 
 def main(place, out, jobs):
-    with processes(cpu_threads=1) as accelerator, open_split(place, "train") as shards:
+    with init_distributed(cpu_threads=1) as accelerator, open_split(place, "train") as shards:
         for job in json.loads(Path(jobs).read_text()):
             log(shards, accelerator, job, out)
 

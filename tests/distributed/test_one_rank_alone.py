@@ -13,8 +13,8 @@ from faults import elsewhere, left_behind, mine, together
 from warm import warm_run
 
 from mde_dist.distributed.rendezvous import _compare
-from mde_dist.models.depth_model import ModelConfig, build
-from mde_dist.models.weights import model_bytes
+from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.weights import serialize_model
 from mde_dist.training import trainer
 from mde_dist.training.config import Config, as_json
 from mde_dist.utils.errors import UserError
@@ -37,8 +37,8 @@ def places(tmp_path) -> tuple[Path, Path]:
 
 def write_model(path: Path) -> None:
     config = Config(model=ModelConfig(backbone="tiny"))
-    tensors = build(config.model, seed=0).state_dict()
-    path.write_bytes(model_bytes(tensors, {"config": as_json(config), "size": [32, 32]}))
+    tensors = create_pretrained_model(config.model, seed=0).state_dict()
+    path.write_bytes(serialize_model(tensors, {"config": as_json(config), "size": [32, 32]}))
 
 
 def start(command: str, places: tuple[Path, Path], *faults, processes: int = 2, **options):
@@ -80,13 +80,13 @@ def test_options_that_are_others_on_one_node(places, room_shards):
 ADDS_UP = """
 import torch
 from mde_dist.utils.cli import run_command
-from mde_dist.distributed.process_group import all_sum, processes
-from mde_dist.distributed.heartbeat import watched_peers
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.process_group import all_reduce_sum, init_distributed
+from mde_dist.distributed.heartbeat import monitor_ranks
+from mde_dist.distributed.signals import PreemptionHandler
 
 def main(argv):
-    with processes() as accelerator, watched_peers(accelerator, StopFlag()):
-        print(all_sum(accelerator, torch.ones(1)).item())
+    with init_distributed() as accelerator, monitor_ranks(accelerator, PreemptionHandler()):
+        print(all_reduce_sum(accelerator, torch.ones(1)).item())
 
 run_command(main)
 """
@@ -155,7 +155,7 @@ def broken(place: str, name: str, rank: int, owner: str = "") -> None:
 
 
 def test_what_nobody_expects_while_the_model_is_built(places, room_shards):
-    fault = partial(broken, "mde_dist.training.trainer", "Learner", 1)
+    fault = partial(broken, "mde_dist.training.trainer", "TrainModule", 1)
     done = start("train", places, fault, processes=3, run=places[0] / "run", **small(data_shards=room_shards))
     assert done.returncode == 2
     assert errors(done.stderr) == ["error (rank 1): OSError: the library is another one here"]

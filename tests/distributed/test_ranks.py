@@ -20,11 +20,11 @@ from warm import warm_run, warm_start, without_pictures
 
 from mde_dist.data.augmentation import normalise, resize_image
 from mde_dist.distributed.process_group import check_world
-from mde_dist.evaluation.metrics import to_size
+from mde_dist.evaluation.metrics import resize_to
 from mde_dist.evaluation.results import read_record
-from mde_dist.models.depth_model import restore
+from mde_dist.models.depth_model import load_model
 from mde_dist.models.weights import read_model
-from mde_dist.training.snapshots import read_showcase
+from mde_dist.training.snapshots import read_snapshots
 from mde_dist.utils.errors import UserError
 
 pytestmark = pytest.mark.distributed
@@ -111,14 +111,14 @@ def test_the_baselines_do_not_depend_on_the_ranks(runs):
 
 @pytest.mark.parametrize("name", ["1", "2", "3"])
 def test_the_held_out_images_are_kept_with_what_the_model_predicts_for_them(runs, name):
-    shown, other = read_showcase(runs[name]), read_showcase(runs["1"])
+    shown, other = read_snapshots(runs[name]), read_snapshots(runs["1"])
     assert shown.keys == other.keys and len(shown.keys) == 6
     assert (shown.image == other.image).all() and (shown.truth == other.truth).all()
     assert sorted(shown.predictions) == [24, 48, 60]
-    model = restore(*read_model(runs[name] / "model.safetensors")).eval()
+    model = load_model(*read_model(runs[name] / "model.safetensors")).eval()
     image = torch.from_numpy(shown.image).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
-        expected = to_size(model(normalise(resize_image(image, (32, 32)))), torch.from_numpy(shown.truth))
+        expected = resize_to(model(normalise(resize_image(image, (32, 32)))), torch.from_numpy(shown.truth))
     assert np.abs(shown.predictions[60] - expected.numpy()).max() < 2e-3
 
 

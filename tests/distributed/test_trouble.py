@@ -11,7 +11,7 @@ from commands import learned, records, small, start, wait_for
 from servers import Fault, FileServer
 from warm import warm_run, warm_start, without_pictures
 
-from mde_dist.packing.pack import PackOptions, pack
+from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import rooms
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +22,7 @@ def many_shards(scratch):
     """40 training rooms, two in a shard, and 4 test rooms: more shards than are fetched ahead."""
     output = scratch("server") / "served/rooms"
     output.parent.mkdir()
-    options = PackOptions(size=(48, 64), samples_per_shard=2)
+    options = PackConfig(size=(48, 64), samples_per_shard=2)
     pack(rooms({"train": 40, "test": 4}), output, options, workers=2, progress=lambda done, total: None)
     return output
 

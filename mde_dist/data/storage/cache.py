@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mde_dist.data.storage.remote import PATIENCE, Closed, PastEnd, Patience, Remote, with_retries
+from mde_dist.data.storage.remote import PATIENCE, Cancelled, RangeError, Remote, RetryPolicy, with_retries
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import RankError, UserError
 from mde_dist.utils.io import sha256_of, sync, sync_directory
@@ -74,7 +74,7 @@ class Cache:
         part = path.with_name(f"{path.name}.part")
         # of a shard that does not come the loader speaks, once it is waited for
         aloud = not wanted.waited_for_by_loader
-        patience = Patience(remote, wanted.name, self._patience, closing, aloud)
+        patience = RetryPolicy(remote, wanted.name, self._patience, closing, aloud)
         try:
             while self.find(wanted) is None:
                 with _locked(part, closing, patience) as file:
@@ -121,14 +121,14 @@ class Cache:
             raise UserError(f"{wanted.name}: {wanted.sha256!r} is no SHA-256; the manifest is damaged")
         return self.directory / wanted.sha256
 
-    def _download(self, file: io.FileIO, remote: Remote, wanted: FileInfo, patience: Patience) -> None:
+    def _download(self, file: io.FileIO, remote: Remote, wanted: FileInfo, patience: RetryPolicy) -> None:
         """Make the part whole, going on from what it has. Raises UserError, Closed or OSError."""
         for _ in range(2):  # what is there may be no start of this file: then once more from nothing
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256")
             size = file.tell()
             chunks = with_retries(remote, wanted.name, size, patience)
-            with contextlib.suppress(PastEnd):
+            with contextlib.suppress(RangeError):
                 while size < wanted.bytes and (chunk := next(chunks, None)):
                     data = memoryview(chunk)[: wanted.bytes - size]  # a server may send on and on
                     size += len(data)
@@ -175,7 +175,7 @@ class Cache:
 
 
 @contextmanager
-def _locked(path: Path, closing: threading.Event, patience: Patience | None = None) -> Iterator[io.FileIO]:
+def _locked(path: Path, closing: threading.Event, patience: RetryPolicy | None = None) -> Iterator[io.FileIO]:
     """A file, opened to read and append, that no other process or thread has locked. Raises Closed or OSError.
 
     While another one makes it grow, that is news from the server for our patience, too.
@@ -185,7 +185,7 @@ def _locked(path: Path, closing: threading.Event, patience: Patience | None = No
         lock = Lock(file, path)
         while not lock.take():
             if closing.wait(POLL):
-                raise Closed
+                raise Cancelled
             if patience is not None and os.fstat(file.fileno()).st_size != size:
                 grown, size = abs(os.fstat(file.fileno()).st_size - size), os.fstat(file.fileno()).st_size
                 patience.news(grown, ours=False)

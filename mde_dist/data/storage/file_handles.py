@@ -15,7 +15,7 @@ class _Handle:
     forgotten: bool = False
 
 
-class Handles:
+class FileDescriptorCache:
     """File descriptors by number, opened when asked for; the least recently used beyond `limit` are closed."""
 
     def __init__(self, open_file: Callable[[int], int], limit: int):

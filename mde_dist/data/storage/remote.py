@@ -37,19 +37,19 @@ class NotThere(RankError):
     """The file is not there, or not for us; asking again is no use."""
 
 
-class Away(RankError):
+class ServerUnavailable(RankError):
     """The server stayed away for longer than our patience."""
 
 
-class Temporary(Exception):
+class RetryableError(Exception):
     """The server failed in a way that may pass. The text says what happened."""
 
 
-class PastEnd(Exception):
+class RangeError(Exception):
     """The file is shorter than where we wanted to go on: what we have is no start of it."""
 
 
-class Closed(Exception):
+class Cancelled(Exception):
     """The caller's `closing` was set meanwhile."""
 
 
@@ -100,7 +100,7 @@ def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE
     Every try begins anew: the file may have been replaced meanwhile, and nobody would notice a mixture. So what a try
     brings is news only beyond what another one brought.
     """
-    waiting = Patience(remote, name, patience, threading.Event(), aloud=True)
+    waiting = RetryPolicy(remote, name, patience, threading.Event(), aloud=True)
     furthest = 0
     while True:
         data = bytearray()
@@ -112,11 +112,11 @@ def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE
                 waiting.news(max(0, len(data) - furthest))
                 furthest = max(furthest, len(data))
             return bytes(data)
-        except Temporary as reason:
+        except RetryableError as reason:
             waiting.pause(reason)
 
 
-def with_retries(remote: Remote, name: str, start: int, patience: "Patience") -> Iterator[bytes]:
+def with_retries(remote: Remote, name: str, start: int, patience: "RetryPolicy") -> Iterator[bytes]:
     """The bytes of a file from `start` on, asked for again from where they stopped.
 
     Raises NotThere, PastEnd, Away, and Closed soon after the `closing` of the patience is set (a silent server is
@@ -127,18 +127,18 @@ def with_retries(remote: Remote, name: str, start: int, patience: "Patience") ->
         try:
             for chunk in remote.read(name, start):
                 if patience.closing.is_set():
-                    raise Closed
+                    raise Cancelled
                 if chunk:
                     start += len(chunk)
                     yield chunk
                     patience.news(len(chunk))
             return
-        except Temporary as reason:
+        except RetryableError as reason:
             patience.pause(reason)
-    raise Closed
+    raise Cancelled
 
 
-class Patience:
+class RetryPolicy:
     """How long to wait before the next try for a file, and when to give up."""
 
     def __init__(self, remote: Remote, name: str, seconds: float, closing: threading.Event, aloud: bool = False):
@@ -165,7 +165,7 @@ class Patience:
             return
         seconds = now - max(self._since, self._began)
         if ours and seconds >= self._seconds:
-            raise Away(
+            raise ServerUnavailable(
                 f"{self._remote.url(self._name)}: {self._bytes} bytes in {seconds:.0f} s; check the server and the "
                 "network, then start again"
             )
@@ -176,7 +176,7 @@ class Patience:
             self._say_after *= 2
             say_once(f"waiting for {self._remote.url(self._name)}: {what} in {now - self._since:.0f} s")
 
-    def pause(self, reason: Temporary) -> None:
+    def pause(self, reason: RetryableError) -> None:
         """Wait for the next try. Raises Away or Closed."""
         now = time.monotonic()
         nobody_asked = self._tries == 0 and self._since - self._remote.last_failure > self._seconds
@@ -187,14 +187,14 @@ class Patience:
         silent = now - min(self._since, self._remote.silent_since)
         if silent >= self._seconds:
             url = self._remote.url(self._name)
-            raise Away(
+            raise ServerUnavailable(
                 f"{url}: no new byte for {silent:.0f} s ({reason}); check the server and the network, then start again"
             ) from None
         self._speak(now, f"no new byte ({reason})")
         pause = _PAUSES[min(self._tries, len(_PAUSES) - 1)] * _jitter.uniform(0.8, 1.2)
         self._tries += 1
         if self.closing.wait(min(pause, self._seconds - silent)):
-            raise Closed from None
+            raise Cancelled from None
 
 
 class _SameScheme(urllib.request.HTTPRedirectHandler):
@@ -250,11 +250,11 @@ class _Http(Remote):
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise NotThere(f"{url}: {_line(error.reason)}; SSL_CERT_FILE names other certificates") from None
-            raise Temporary(_line(error.reason)) from None
+            raise RetryableError(_line(error.reason)) from None
         except (http.client.InvalidURL, UnicodeError) as error:
             raise NotThere(f"{url}: not a URL ({_line(error)})") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Temporary(_line(error)) from None
+            raise RetryableError(_line(error)) from None
 
 
 def _body(url: str, response: http.client.HTTPResponse, start: int) -> Iterator[bytes]:
@@ -263,7 +263,9 @@ def _body(url: str, response: http.client.HTTPResponse, start: int) -> Iterator[
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
         if not match or int(match[1]) != start:
-            raise Temporary(f"asked for bytes from {start} on, it sent {_line(response.headers.get('Content-Range'))}")
+            raise RetryableError(
+                f"asked for bytes from {start} on, it sent {_line(response.headers.get('Content-Range'))}"
+            )
         skip = 0
         if match[2] != "*":
             left = int(match[2]) - start
@@ -274,7 +276,7 @@ def _body(url: str, response: http.client.HTTPResponse, start: int) -> Iterator[
         if not chunk and left is None:
             return
         if not chunk:
-            raise Temporary(f"the connection was cut {left} bytes before the end")
+            raise RetryableError(f"the connection was cut {left} bytes before the end")
         if left is not None:
             left -= len(chunk)
         yield chunk[skip:]
@@ -315,11 +317,11 @@ class _S3(Remote):
             if info["type"] != "file":
                 raise NotThere(f"{url}: a folder, not a file")
             if start > info["size"]:
-                raise PastEnd
+                raise RangeError
             while start < info["size"]:
                 piece = self._files.cat_file(url, start=start, end=min(start + _PIECE, info["size"]))
                 if not piece:
-                    raise Temporary(f"no byte came where the object has {info['size'] - start} more")
+                    raise RetryableError(f"no byte came where the object has {info['size'] - start} more")
                 start += len(piece)
                 yield from (piece[at : at + _CHUNK] for at in range(0, len(piece), _CHUNK))
         except FileNotFoundError:
@@ -332,11 +334,11 @@ class _S3(Remote):
             answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
             if "HTTPStatusCode" in answer and not isinstance(error, TimeoutError):
                 raise _refusal(url, answer["HTTPStatusCode"], str(error)) from None
-            raise Temporary(_line(error)) from None
+            raise RetryableError(_line(error)) from None
         except (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError) as error:
-            raise Temporary(_line(error)) from None
+            raise RetryableError(_line(error)) from None
         except (ResponseParserError, aiohttp.ClientError) as error:
-            raise Temporary(_line(error)) from None
+            raise RetryableError(_line(error)) from None
         except (boto.BotoCoreError, ValueError) as error:  # a profile or an endpoint that makes no sense
             raise NotThere(f"{url}: {_line(error)}; check the AWS settings") from None
 
@@ -345,9 +347,9 @@ def _refusal(url: str, status: int, reason: str) -> Exception:
     """What an HTTP status other than success means: NotThere, PastEnd or Temporary."""
     said = _line(f"{status} {reason}")
     if status in (408, 429) or status >= 500:
-        return Temporary(said)
+        return RetryableError(said)
     if status == 416:
-        return PastEnd()
+        return RangeError()
     # with a key that is wrong, that has expired or that is missing, servers answer one of these
     signed = status in (400, 401, 403, 409) and url.startswith("http")
     hint = "; a signed URL is given whole, with a query that still holds: no run notes it down" if signed else ""

@@ -10,7 +10,7 @@ from mde_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Choice:
+class SourceOptions:
     layout: str | None = None
     """None = recognise it."""
     scales: Mapping[str, DepthScale] = field(default_factory=dict)

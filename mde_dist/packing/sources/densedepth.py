@@ -6,7 +6,7 @@
 from pathlib import PurePosixPath
 
 from mde_dist.data.depth import DENSEDEPTH_8BIT, MILLIMETRES
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.lists import find_list, locate_list, pairs_of
 from mde_dist.packing.sources.pairs import Source, Split
 from mde_dist.packing.sources.pictures import PictureReader
@@ -15,7 +15,7 @@ from mde_dist.packing.sources.tree import FolderTree, Tree, is_named
 EXPECTED = "data/nyu2_train.csv or data/nyu2_test.csv"
 
 
-def densedepth(tree: Tree, choice: Choice) -> Source | None:
+def densedepth(tree: Tree, choice: SourceOptions) -> Source | None:
     bases = [tree, tree.below("nyu_data")]
     if isinstance(tree, FolderTree) and tree.root.name == "data":
         bases.append(FolderTree(tree.root.parent))  # rows start above `data`

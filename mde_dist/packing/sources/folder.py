@@ -7,7 +7,7 @@ from itertools import islice
 
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.images import IMAGE_SUFFIXES, UnreadableImage
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.lists import FileList, pairs_of
 from mde_dist.packing.sources.pairs import Source, Split
 from mde_dist.packing.sources.pictures import PictureReader, depth_bits
@@ -19,7 +19,7 @@ _TRIED = 16  # depth maps, until one can be read
 EXPECTED = "images/NAME.* with depth/NAME.png, or one such folder per split"
 
 
-def folder(tree: Tree, choice: Choice) -> Source | None:
+def folder(tree: Tree, choice: SourceOptions) -> Source | None:
     whole = "images" in {*tree.folders(""), *tree.files("")}  # files: a link that leads nowhere is one
     bases = {"train": ""} if whole else {name: name for name in tree.folders("")}
     splits, notes = {}, []

@@ -16,7 +16,7 @@ import numpy as np
 
 from mde_dist.data.depth import DepthScale, to_millimetres
 from mde_dist.data.tar import members
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, opened
 from mde_dist.packing.sources.keys import unique_keys
 from mde_dist.packing.sources.lists import FileList, find_list, inside, locate_list
@@ -32,7 +32,7 @@ _BASES = ("", _HOME, f"data/{_HOME}")
 _VAL = "val is the official test set: split test"
 
 
-def h5(tree: Tree, choice: Choice) -> Source | None:
+def h5(tree: Tree, choice: SourceOptions) -> Source | None:
     found = {split: _listed(tree, split, choice) or _walked(tree, split) for split in _NAMES}
     lists = {split: listed for split, listed in found.items() if listed}
     if not lists:
@@ -47,7 +47,7 @@ def h5(tree: Tree, choice: Choice) -> Source | None:
     return Source("h5", tree.root, splits, H5Reader(tree), tuple(notes))
 
 
-def _listed(tree: Tree, split: str, choice: Choice) -> FileList | None:
+def _listed(tree: Tree, split: str, choice: SourceOptions) -> FileList | None:
     """A list of one column, its rows without what leads to the folder of `train` and `val`."""
     name = f"{_HOME}_{_NAMES[split]}.csv"
     names = [str(PurePosixPath(base, name)) for base in ("", "data", _HOME, f"data/{_HOME}")]
@@ -132,7 +132,7 @@ class Member(Pair):
     bytes: int
 
 
-def _tars(tree: Tree, choice: Choice) -> Source | None:
+def _tars(tree: Tree, choice: SourceOptions) -> Source | None:
     """train-000000.tar …, val-000000.tar … in the folder or in its `data`."""
     if not isinstance(tree, FolderTree):
         return None

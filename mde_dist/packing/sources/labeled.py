@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mde_dist.data.depth import DepthScale, to_millimetres
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.hdf5 import FLOAT_METRES, array, check_depth, check_image, import_h5py, open_hdf5, opened
 from mde_dist.packing.sources.official import LABELED, official_split
 from mde_dist.packing.sources.pairs import BadPair, Pair, RawPair, Source, Split
@@ -31,7 +31,7 @@ class Entry(Pair):
     """From 0."""
 
 
-def labeled(tree: Tree, choice: Choice, name: str = NAME) -> Source | None:
+def labeled(tree: Tree, choice: SourceOptions, name: str = NAME) -> Source | None:
     """The file `name` of a folder. Raises UserError where it is not the 1449 labelled pairs."""
     if not isinstance(tree, FolderTree) or not tree.is_file(name):
         return None

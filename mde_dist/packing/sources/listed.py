@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from mde_dist.data.depth import MILLIMETRES
 from mde_dist.data.images import IMAGE_SUFFIXES
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.lists import FileList, find_list, locate_list, pairs_of
 from mde_dist.packing.sources.pairs import AS_GIVEN, Source, Split
 from mde_dist.packing.sources.pictures import PictureReader
@@ -52,15 +52,15 @@ EXPECTED_BTS = "nyudepthv2_train_files_with_gt.txt or nyudepthv2_test_files_with
 EXPECTED_MARIGOLD = "filename_list_train.txt, or train/SCENE/rgb_0003.png with depth_0003.png"
 
 
-def bts(tree: Tree, choice: Choice) -> Source | None:
+def bts(tree: Tree, choice: SourceOptions) -> Source | None:
     return _source(_BTS, tree, _lists(_BTS, tree, choice), choice)
 
 
-def marigold(tree: Tree, choice: Choice) -> Source | None:
+def marigold(tree: Tree, choice: SourceOptions) -> Source | None:
     return _source(_MARIGOLD, tree, _lists(_MARIGOLD, tree, choice) or _walk(tree), choice)
 
 
-def _lists(kind: _Kind, tree: Tree, choice: Choice) -> dict[str, FileList]:
+def _lists(kind: _Kind, tree: Tree, choice: SourceOptions) -> dict[str, FileList]:
     """The list of each split: the one given, if its rows are of this kind, or the one that lies in the data set."""
     found = {}
     for split in ("train", "test", *sorted(set(choice.lists) - {"train", "test"})):
@@ -79,7 +79,7 @@ def _is_of(listed: FileList, kind: _Kind) -> bool:
     return marigold if kind is _MARIGOLD else not marigold and (pictures or len(row) > 1)
 
 
-def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Choice) -> Source | None:
+def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: SourceOptions) -> Source | None:
     if not lists:
         return None
     two = {split for split, listed in lists.items() if _has_filled(listed)}

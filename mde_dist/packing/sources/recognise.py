@@ -9,7 +9,7 @@ from pathlib import Path
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.manifest import NAME as MANIFEST
 from mde_dist.packing.sources import densedepth, folder, h5, labeled, listed
-from mde_dist.packing.sources.choice import Choice
+from mde_dist.packing.sources.choice import SourceOptions
 from mde_dist.packing.sources.pairs import DepthMap, Source
 from mde_dist.packing.sources.rendered import rooms
 from mde_dist.packing.sources.tree import FolderTree, Tree, ZipTree
@@ -18,7 +18,7 @@ from mde_dist.utils.io import leads_nowhere
 
 Scales = Mapping[str, DepthScale]
 
-LAYOUTS: dict[str, Callable[[Tree, Choice], Source | None]] = {
+LAYOUTS: dict[str, Callable[[Tree, SourceOptions], Source | None]] = {
     "densedepth": densedepth.densedepth,
     "bts": listed.bts,
     "h5": h5.h5,
@@ -52,7 +52,7 @@ def open_source(
         if scales or lists or depth_map:
             raise UserError("--layout rooms is rendered, in metres: leave out --depth-scale, --list and --depth-map")
         return rooms()
-    choice = Choice(layout, scales or {}, lists or {}, depth_map)
+    choice = SourceOptions(layout, scales or {}, lists or {}, depth_map)
     source = _find(root, choice)
     for split in choice.scales:
         if split and split not in source.splits:
@@ -63,7 +63,7 @@ def open_source(
     return source
 
 
-def _find(root: Path, choice: Choice) -> Source:
+def _find(root: Path, choice: SourceOptions) -> Source:
     if root.suffix == ".mat" and root.is_file() and choice.layout in (None, "labeled"):
         source = labeled.labeled(FolderTree(root.parent), choice, root.name)
         if source:

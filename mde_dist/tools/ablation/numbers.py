@@ -10,8 +10,8 @@ from mde_dist.data.crops import view_size
 from mde_dist.evaluation.bootstrap import interval, means, resamples
 from mde_dist.evaluation.compare import why_not
 from mde_dist.evaluation.metrics import PROTOCOLS, Protocol
-from mde_dist.evaluation.results import check_same_images, read_record, rows_of
-from mde_dist.models.depth_model import skeleton
+from mde_dist.evaluation.results import check_same_images, load_rows, read_record
+from mde_dist.models.depth_model import create_model
 from mde_dist.models.flops import training_flops
 from mde_dist.tools.ablation.table import Table, Training
 from mde_dist.utils.errors import UserError
@@ -22,7 +22,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Figures:
+class RowStatistics:
     """The trainings of a row that are finished. Arrays have one number per metric of the protocol."""
 
     row: str
@@ -43,18 +43,18 @@ class Figures:
         """(2, metrics): the bootstrap interval over images."""
         return interval(self.resampled.mean(0))
 
-    def difference(self, other: "Figures") -> np.ndarray:
+    def difference(self, other: "RowStatistics") -> np.ndarray:
         """(3, metrics): mean and ends of self - other, on the same draws of images, over the seeds that both have."""
         mine, others = self.common(other), other.common(self)
         return np.concatenate([[mine.mean - others.mean], interval(mine.resampled.mean(0) - others.resampled.mean(0))])
 
-    def common(self, other: "Figures") -> "Figures":
+    def common(self, other: "RowStatistics") -> "RowStatistics":
         """Of the seeds that the other has, too."""
         places = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
         seeds = tuple(self.seeds[place] for place in places)
         return replace(self, seeds=seeds, each=self.each[places], resampled=self.resampled[places])
 
-    def relative(self, other: "Figures", k: int) -> np.ndarray:
+    def relative(self, other: "RowStatistics", k: int) -> np.ndarray:
         """(3,): the same as a share of the other, for metric `k`, an error that is never 0."""
         mine, others = self.common(other), other.common(self)
         ends = interval(mine.resampled.mean(0)[:, k] / others.resampled.mean(0)[:, k] - 1)
@@ -62,19 +62,19 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Found:
+class AblationResult:
     """Of all rows that have a finished training, in their order."""
 
     protocol: Protocol
     mark: dict[str, Any]
     """The fingerprint that all have."""
-    figures: dict[str, Figures]
+    figures: dict[str, RowStatistics]
 
 
-def gather(table: Table) -> Found | None:
+def gather(table: Table) -> AblationResult | None:
     """None where nothing is finished. Raises UserError where two trainings were scored on something else."""
     mark: dict[str, Any] | None = None
-    figures: dict[str, Figures] = {}
+    figures: dict[str, RowStatistics] = {}
     for row, runs in table.rows.items():
         scored: dict[int, np.ndarray] = {}
         for seed, training in runs.items():
@@ -87,7 +87,7 @@ def gather(table: Table) -> Found | None:
                     f"{training.name} cannot be compared with the rows before: "
                     f"{why_not(mark, record['fingerprints'].get(name))}"
                 )
-            images = rows_of(record, name)
+            images = load_rows(record, name)
             if mark is None:
                 mark, known = record["fingerprints"][name], images
             check_same_images(known, images, ("the rows before", training.name))
@@ -95,16 +95,16 @@ def gather(table: Table) -> Found | None:
         if scored:
             protocol = PROTOCOLS[name]
             figures[row] = figures_of(row, scored, protocol, cost([runs[seed] for seed in scored]))
-    return Found(protocol, mark, figures) if mark is not None else None
+    return AblationResult(protocol, mark, figures) if mark is not None else None
 
 
-def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, cost: dict[str, float]) -> Figures:
+def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, cost: dict[str, float]) -> RowStatistics:
     """`scored`: by seed, `score` rows of the same images in the same order."""
     tables = list(scored.values())
     images = len(tables[0])
     each = np.stack([means(rows, np.ones((1, images)), protocol)[0] for rows in tables])
     resampled = [np.stack([means(rows, drawn, protocol) for rows in tables]) for drawn in resamples(images, SEED)]
-    return Figures(row, tuple(scored), each, np.concatenate(resampled, axis=1), cost)
+    return RowStatistics(row, tuple(scored), each, np.concatenate(resampled, axis=1), cost)
 
 
 def _in_order(images: tuple[list[str], np.ndarray]) -> np.ndarray:
@@ -119,7 +119,7 @@ def cost(trainings: Sequence[Training]) -> dict[str, float]:
     seconds = float(np.mean([training_seconds(training) for training in trainings]))
     config = trainings[0].config
     found = {"seconds": seconds, "images_per_second": config.train.samples / seconds if seconds else 0.0}
-    model = skeleton(config.model)
+    model = create_model(config.model)
     found["million_parameters"] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if config.data.size:
         found["gflops"] = training_flops(config.model, view_size(config.data.size, config.augment)) / 1e9
@@ -137,7 +137,7 @@ def training_seconds(training: Training) -> float:
     return seconds
 
 
-def trained_with(trainings: Sequence[Training]) -> str:
+def hardware_summary(trainings: Sequence[Training]) -> str:
     """Ranks and device of all finished ones, in words."""
     found: dict[str, None] = {}
     for training in trainings:

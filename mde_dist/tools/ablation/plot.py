@@ -7,7 +7,7 @@ import numpy as np
 
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER
 from mde_dist.reporting.styles import style
-from mde_dist.tools.ablation.numbers import Found
+from mde_dist.tools.ablation.numbers import AblationResult
 from mde_dist.utils.visualization import figure_file, literal
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PANELS = ("abs_rel", "delta1")
 
 
-def draw(path: Path, found: Found, reference: str) -> None:
+def draw(path: Path, found: AblationResult, reference: str) -> None:
     """One line per row, the first one at the top."""
     rows = list(found.figures.values())
     height = 0.34 * len(rows) + 1.5
@@ -44,7 +44,7 @@ def draw(path: Path, found: Found, reference: str) -> None:
         figure.suptitle(f"{title}small: single seeds", fontsize=10, y=1 - 0.12 / height)
 
 
-def _draw_metric(axis: "Axes", found: Found, metric: str, reference: str) -> None:
+def _draw_metric(axis: "Axes", found: AblationResult, metric: str, reference: str) -> None:
     k = found.protocol.metrics.index(metric)
     for place, row in enumerate(found.figures.values()):
         look = style(0 if row.row == reference else 1)

@@ -10,8 +10,8 @@ from rich.table import Table as Grid
 from mde_dist import __version__
 from mde_dist.evaluation.bootstrap import LEVEL, NOTE, RESAMPLES
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER
-from mde_dist.evaluation.results import short
-from mde_dist.tools.ablation.numbers import SEED, Figures, Found, trained_with
+from mde_dist.evaluation.results import short_hash
+from mde_dist.tools.ablation.numbers import SEED, AblationResult, RowStatistics, hardware_summary
 from mde_dist.tools.ablation.plot import draw
 from mde_dist.tools.ablation.table import Table, in_words
 from mde_dist.training.config import as_json
@@ -27,7 +27,7 @@ SHOWN = ("abs_rel", "delta1", "rmse")
 """Metrics that the tables have; table.json has all."""
 
 
-def write(found: Found, table: Table, failed: Mapping[str, str], output: Path) -> list[Path]:
+def write(found: AblationResult, table: Table, failed: Mapping[str, str], output: Path) -> list[Path]:
     """table.md, table.json and table.png -> their paths. Raises UserError where the disk does not take them."""
     paths = [output / f"table.{kind}" for kind in ("md", "json", "png")]
     with writing(output):
@@ -37,7 +37,7 @@ def write(found: Found, table: Table, failed: Mapping[str, str], output: Path) -
     return paths
 
 
-def show(found: Found, table: Table) -> None:
+def show(found: AblationResult, table: Table) -> None:
     """On the terminal."""
     headings = _headings(found, table)
     # the numbers that one chooses by; table.md has them all
@@ -53,7 +53,7 @@ def show(found: Found, table: Table) -> None:
         say(note)
 
 
-def markdown(found: Found, table: Table, failed: Mapping[str, str]) -> Iterator[str]:
+def markdown(found: AblationResult, table: Table, failed: Mapping[str, str]) -> Iterator[str]:
     """The lines of table.md."""
     headings = _headings(found, table)
     yield cells(*headings)
@@ -70,7 +70,7 @@ def markdown(found: Found, table: Table, failed: Mapping[str, str]) -> Iterator[
             yield f"- {plain(row)}: {', '.join(map(code, in_words(changes)))}"
 
 
-def as_record(found: Found, table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
+def as_record(found: AblationResult, table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
     """What table.json holds."""
     reference = found.figures.get(table.reference)
     metrics = found.protocol.metrics
@@ -98,7 +98,7 @@ def as_record(found: Found, table: Table, failed: Mapping[str, str]) -> dict[str
     }
 
 
-def _against(figures: Figures, reference: Figures, metrics: tuple[str, ...]) -> dict[str, Any]:
+def _against(figures: RowStatistics, reference: RowStatistics, metrics: tuple[str, ...]) -> dict[str, Any]:
     """Mean and both ends of the interval."""
     absolute, first = figures.difference(reference), metrics.index("abs_rel")
     return {
@@ -107,13 +107,13 @@ def _against(figures: Figures, reference: Figures, metrics: tuple[str, ...]) -> 
     }
 
 
-def _headings(found: Found, table: Table) -> list[str]:
+def _headings(found: AblationResult, table: Table) -> list[str]:
     shown = [metric for metric in SHOWN if metric in found.protocol.metrics]
     against = [f"{metric} against {plain(table.reference, 20)}" for metric in shown[:2]]
     return ["", *shown, *against, "seeds", "training", "images/s", "parameters", "GFLOP/image"]
 
 
-def _cells(figures: Figures, found: Found, table: Table) -> list[str]:
+def _cells(figures: RowStatistics, found: AblationResult, table: Table) -> list[str]:
     metrics, ends = found.protocol.metrics, figures.ends
     shown = [metrics.index(metric) for metric in SHOWN if metric in metrics]
     numbers = [f"{figures.mean[k]:.4f} [{ends[0, k]:.4f}, {ends[1, k]:.4f}]" for k in shown]
@@ -128,7 +128,7 @@ def _cells(figures: Figures, found: Found, table: Table) -> list[str]:
     ]
 
 
-def _compared(figures: Figures, reference: Figures | None, metric: str, k: int) -> str:
+def _compared(figures: RowStatistics, reference: RowStatistics | None, metric: str, k: int) -> str:
     """The difference in words; of an error as a share of the reference's."""
     if reference is None or reference is figures or not figures.common(reference).seeds:
         return "-"
@@ -140,16 +140,16 @@ def _compared(figures: Figures, reference: Figures | None, metric: str, k: int) 
     return f"{text} {'better' if (low > 0) == higher else 'worse'}"
 
 
-def _notes(found: Found, table: Table) -> list[str]:
+def _notes(found: AblationResult, table: Table) -> list[str]:
     config = next(iter(table.rows[table.reference].values())).config
     images = found.mark["images"]
     seeds = {len(figures.seeds) for figures in found.figures.values()}
     return [
-        f"protocol {found.protocol.name}, {images} images, fingerprint {short(found.mark)}, mde_dist {__version__}; "
+        f"protocol {found.protocol.name}, {images} images, fingerprint {short_hash(found.mark)}, mde_dist {__version__}; "
         f"each training was scored once, at its end, after {config.train.samples:,} samples in the first row",
         f"in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {SEED}), of the mean over "
         f"{'/'.join(map(str, sorted(seeds)))} seeds; {NOTE}; ± is the standard deviation of {SHOWN[0]} over seeds",
         "differences are over the seeds that both rows have; the intervals say nothing of the spread over seeds",
         "training: time of the steps of one training, the mean over seeds; GFLOP of forward and backward pass; trained "
-        f"with {trained_with([t for row in table.rows.values() for t in row.values()])}",
+        f"with {hardware_summary([t for row in table.rows.values() for t in row.values()])}",
     ]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from mde_dist.distributed.launcher import PARENT
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.tools.ablation.table import Training
-from mde_dist.training.config import as_toml
+from mde_dist.training.config import to_toml
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic, writing
 from mde_dist.utils.jsonl import read_records
@@ -59,7 +59,7 @@ class Work:
 
 
 def run_all(
-    work: Work, stop: StopFlag, progress: Callable[[int, int], None], ended: Callable[[Training], None]
+    work: Work, stop: PreemptionHandler, progress: Callable[[int, int], None], ended: Callable[[Training], None]
 ) -> None:
     """Train what is not finished, in its order; `ended` is called after each. A signal to `stop` stops all."""
     waiting = [training for training in work.trainings if not training.finished]
@@ -120,7 +120,7 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
     run = training.config.run
     config = run.with_suffix(".toml")
     with writing(config):
-        write_atomic(config, as_toml(training.config))
+        write_atomic(config, to_toml(training.config))
         log = log_of(training).open("ab")
     shape = f"--multi_gpu --num_machines 1 --num_processes {work.processes} --main_process_port 0"
     shape += " --mixed_precision no --dynamo_backend no"

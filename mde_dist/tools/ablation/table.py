@@ -22,8 +22,8 @@ from typing import Any
 
 from mde_dist.evaluation.results import EVALUATIONS
 from mde_dist.models.weights import MODEL
-from mde_dist.training.config import FREE, Config, checked, with_whole_paths
-from mde_dist.utils.cli import arguments_of, flat, parse
+from mde_dist.training.config import RESUMABLE_FIELDS, Config, validate, with_whole_paths
+from mde_dist.utils.cli import arguments_of, flatten, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import decode_text
 from mde_dist.utils.paths import as_typed, expanded
@@ -37,7 +37,9 @@ FIXED = {
     "train.evaluate_every": "there is one evaluation, at the end",
 }
 """What a table may not set, and why; a base may, and is overruled."""
-_BESIDE = FREE - {"data.shards", "train.samples", "train.batch_size", "train.gradients"} | {"train.evaluate_every"}
+_BESIDE = RESUMABLE_FIELDS - {"data.shards", "train.samples", "train.batch_size", "train.gradients"} | {
+    "train.evaluate_every"
+}
 """Fields of which a table does not tell."""
 _LEARNED_FROM = {"data.shards", "data.eval_shards", "train.samples", "train.batch_size"}
 """May change when a run goes on, but not within a table."""
@@ -83,7 +85,7 @@ class Table:
 
     def changes(self, row: str) -> dict[str, Any]:
         """Field -> plain value, of all in which a row differs from the reference and that change what is learned."""
-        first, other = (dict(flat(next(iter(self.rows[name].values())).config)) for name in (self.reference, row))
+        first, other = (dict(flatten(next(iter(self.rows[name].values())).config)) for name in (self.reference, row))
         return {n: _plain(value) for n, value in other.items() if n not in _BESIDE and first[n] != value}
 
 
@@ -96,9 +98,9 @@ def check_begun(training: Training) -> None:
     file = training.config.run / "config.toml"
     if not file.is_file():
         return
-    before = dict(flat(with_whole_paths(parse(Config, ["--config", as_typed(file)], PROG))))
-    for name, value in flat(with_whole_paths(training.config)):
-        if name not in FREE - _LEARNED_FROM and before[name] != value:
+    before = dict(flatten(with_whole_paths(parse(Config, ["--config", as_typed(file)], PROG))))
+    for name, value in flatten(with_whole_paths(training.config)):
+        if name not in RESUMABLE_FIELDS - _LEARNED_FROM and before[name] != value:
             raise UserError(
                 f"row {training.row!r}, seed {training.seed}: {training.config.run} holds a training with {name} = "
                 f"{_shown(before[name])}, the table says {_shown(value)}; choose another --output, or name the row anew"
@@ -160,13 +162,13 @@ def _training(row: str, seed: int, config: Config, output: Path) -> Training:
     train = dataclasses.replace(config.train, seed=seed, evaluate_every=config.train.samples)
     run = output / _slug(row) / f"seed-{seed}"
     config = dataclasses.replace(config, run=run, train=train, debug=False, debug_from=None)
-    return Training(row, seed, checked(config))
+    return Training(row, seed, validate(config))
 
 
 def _refuse_incomparable(path: Path, table: Table) -> None:
-    first = dict(flat(table.trainings[0].config))
+    first = dict(flatten(table.trainings[0].config))
     for row, trainings in table.rows.items():
-        values = dict(flat(next(iter(trainings.values())).config))
+        values = dict(flatten(next(iter(trainings.values())).config))
         for name in _SAME:
             if values[name] != first[name]:
                 raise UserError(

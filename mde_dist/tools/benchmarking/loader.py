@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.distributed.process_group import processes
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.distributed.process_group import init_distributed
 from mde_dist.tools.benchmarking.pinned import Answer, pinned
 from mde_dist.tools.benchmarking.result import (
     Column,
@@ -49,7 +49,7 @@ def bench(options: Options) -> Result:
     """Raises UserError."""
     cores = cores_at_hand()
     counts = chosen_counts(options.cores, len(cores), "cores")
-    with processes(options.train.precision) as accelerator:  # which knows the device
+    with init_distributed(options.train.precision) as accelerator:  # which knows the device
         make_sample(options, accelerator)
         device, name = accelerator.device, device_name(accelerator.device)
     data = options.data
@@ -150,14 +150,14 @@ def disk_rates(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return rows
 
 
-def about(shards: ShardSet) -> str:
+def about(shards: ShardDataset) -> str:
     size = sum(shard.bytes for shard in shards.info.shards)
     height, width = shards.size
     return f"{len(shards):,} pairs of {height}x{width}, {in_words(size)}, depth as {shards.manifest.codec}"
 
 
 def judge(
-    options: Config, shards: ShardSet, table: Sequence[dict[str, Any]], reads: Sequence[dict[str, Any]]
+    options: Config, shards: ShardDataset, table: Sequence[dict[str, Any]], reads: Sequence[dict[str, Any]]
 ) -> tuple[str, str]:
     """-> what limits the loader, and what to change."""
     _, *rows = table

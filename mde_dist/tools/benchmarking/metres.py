@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mde_dist.data.sampler import Order
+from mde_dist.data.sampler import GlobalSampler
 from mde_dist.tools.benchmarking.peer_loaders import harness
 from mde_dist.tools.benchmarking.pinned import Answer, Measure
 from mde_dist.tools.benchmarking.reading import opened
@@ -32,7 +32,7 @@ def metres(
     whether depth is turned into metres, or left in millimetres, as training takes it to its device."""
     import torch
 
-    from mde_dist.data.loader import Batch, Loader
+    from mde_dist.data.loader import Batch, DataLoader
 
     def delivered(batches: Iterator[Batch]) -> harness.Batches:
         for one in batches:
@@ -44,9 +44,9 @@ def metres(
 
     with opened(place, split, cache) as shards:
         buffer, thousand = np.empty((batch, *shards.size), np.float32), np.float32(1000)
-        order = Order(pairs, min(pairs, shards.block), window, seed)
+        order = GlobalSampler(pairs, min(pairs, shards.block), window, seed)
         draws = (order.at(np.arange(first, first + batch)) for first in itertools.count(0, batch))
-        with Loader(shards, draws, batch, torch.device("cpu"), threads, ahead, replace=True) as batches:
+        with DataLoader(shards, draws, batch, torch.device("cpu"), threads, ahead, replace=True) as batches:
 
             def measure(seconds: float) -> Answer:
                 if check is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mde_dist.data import depth
 from mde_dist.data.dataset import DamagedSample
-from mde_dist.data.shards import ShardSet
+from mde_dist.data.shards import ShardDataset
 from mde_dist.tools.benchmarking.reading import Members
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic, writing
@@ -17,7 +17,7 @@ from mde_dist.utils.io import write_atomic, writing
 _CLOSE = 2.0  # levels of 255 that images may differ by on average: a fast DCT is about 1 from the exact one
 
 
-def take_pairs(shards: ShardSet, pairs: int, work: Path) -> Path:
+def take_pairs(shards: ShardDataset, pairs: int, work: Path) -> Path:
     """WORK/pairs/images/*.jpg, the shards' own bytes, and WORK/pairs/depth/*.png, 16 bits in mm. Raises UserError.
 
     What an earlier call has left in WORK is used again if it is of the same shards.
@@ -45,7 +45,7 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def bytes_in_shards(shards: ShardSet, pairs: int) -> int:
+def bytes_in_shards(shards: ShardDataset, pairs: int) -> int:
     """Of the first pairs, tar headers included."""
     with Members(shards) as members:
         return sum(size for sample in range(pairs) for _, _, size in members.places(sample))
@@ -54,7 +54,7 @@ def bytes_in_shards(shards: ShardSet, pairs: int) -> int:
 class Truth:
     """The first pairs of the shards, to compare with."""
 
-    def __init__(self, shards: ShardSet, pairs: int):
+    def __init__(self, shards: ShardDataset, pairs: int):
         """Raises UserError where one of them is damaged."""
         self._shards = shards
         self._samples: dict[int, list[int]] = {}  # by the checksum of their depth; most often one

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from mde_dist.data.shards import ShardSet, open_split
-from mde_dist.distributed.process_group import processes
+from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.distributed.process_group import init_distributed
 from mde_dist.tools.benchmarking.metres import metres
 from mde_dist.tools.benchmarking.peer_pairs import Truth, bytes_in, bytes_in_shards, take_pairs
 from mde_dist.tools.benchmarking.peer_scripts import PEERS, Peer, PeerFailed, call, chosen_interpreters, interpreter_of
@@ -96,7 +96,7 @@ def bench(options: Options) -> Result:
     counts = [count for count in sorted(set(options.cores)) if count <= len(at_hand)]
     if not counts:
         raise UserError(f"cores = {min(options.cores)}: {len(at_hand)} are at hand")
-    with processes("fp32") as accelerator:
+    with init_distributed("fp32") as accelerator:
         make_sample(options, accelerator)
     with contextlib.ExitStack() as opened:
         data = options.data
@@ -130,7 +130,7 @@ class _Task:
     """What all loaders are prepared and checked with."""
 
     options: Options
-    shards: ShardSet
+    shards: ShardDataset
     pairs: int
     work: Path
     truth: Truth

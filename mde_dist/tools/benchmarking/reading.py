@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mde_dist.data.manifest import TAR_BLOCK
-from mde_dist.data.sampler import Order
-from mde_dist.data.shards import ShardSet, decode_pair, open_split
+from mde_dist.data.sampler import GlobalSampler
+from mde_dist.data.shards import ShardDataset, decode_pair, open_split
 from mde_dist.data.store import CacheOptions
 from mde_dist.tools.benchmarking.pinned import Answer, Measure
 
@@ -26,7 +26,7 @@ _IN_MEMORY = 64_000_000  # bytes of payload that the bare loop goes round: more 
 _MEMBERS = ("depth", "image")
 
 
-def opened(place: str, split: str, cache: list[Any]) -> ShardSet:
+def opened(place: str, split: str, cache: list[Any]) -> ShardDataset:
     """`cache`: directory, bytes, patience. Raises UserError."""
     directory, limit, patience = cache
     return open_split(place, split, CacheOptions(Path(directory), limit, patience))
@@ -35,7 +35,7 @@ def opened(place: str, split: str, cache: list[Any]) -> ShardSet:
 class Members:
     """Where the images and depth maps of a split lie on this machine."""
 
-    def __init__(self, split: ShardSet):
+    def __init__(self, split: ShardDataset):
         self._split = split
         # rows are paged in as they are looked at: the index may be larger than the memory
         self._rows = np.load(split.local(split.info.index), mmap_mode="r")
@@ -73,7 +73,7 @@ class Members:
 def limit(place: str, split: str, cache: list[Any], window: int, seed: int) -> Iterator[Measure]:
     """The bare decoders over bytes that are in memory, into one buffer: one thread, nothing else."""
     with opened(place, split, cache) as shards, Members(shards) as members:
-        order, pairs, taken = Order(len(shards), shards.block, window, seed), list[list[bytes]](), 0
+        order, pairs, taken = GlobalSampler(len(shards), shards.block, window, seed), list[list[bytes]](), 0
         for position in range(len(shards)):
             pairs.append(members.read(int(order.at(np.array([position]))[1][0])))
             taken += sum(map(len, pairs[-1]))
@@ -100,7 +100,7 @@ def disk(place: str, split: str, cache: list[Any], window: int, seed: int, threa
     Measures twice: pages of the files dropped before, and just read. `cold` is None where they could not be dropped.
     """
     with opened(place, split, cache) as shards, Members(shards) as members:
-        order, begin = Order(len(shards), shards.block, window, seed), itertools.count()
+        order, begin = GlobalSampler(len(shards), shards.block, window, seed), itertools.count()
 
         def read_for(seconds: float, places: list[list[tuple[int, int, int]]]) -> tuple[int, int, float]:
             """-> pairs and bytes read, and the seconds that it took; each pair once, as far as time allows."""
@@ -155,16 +155,16 @@ def loader(
     """Order, reading, decoding and batches on the training device: the Loader as training has it."""
     import torch
 
-    from mde_dist.data.loader import Loader
+    from mde_dist.data.loader import DataLoader
 
     def wait() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
     with opened(place, split, cache) as shards:
-        order = Order(len(shards), shards.block, window, seed)
+        order = GlobalSampler(len(shards), shards.block, window, seed)
         draws = (order.at(np.arange(first, first + batch)) for first in itertools.count(0, batch))
-        with Loader(
+        with DataLoader(
             *(shards, draws, batch, torch.device(device), threads, ahead), replace=True, timeout=timeout
         ) as batches:
 

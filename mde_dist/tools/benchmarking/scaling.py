@@ -15,7 +15,7 @@ from mde_dist.distributed.process_group import SEVERAL
 from mde_dist.tools.benchmarking.loader import chosen_counts
 from mde_dist.tools.benchmarking.pinned import own_environment
 from mde_dist.tools.benchmarking.result import Column, Result, Table, Timing, cores_at_hand, cpu_name, plain_config
-from mde_dist.training.config import Config, as_toml
+from mde_dist.training.config import Config, to_toml
 from mde_dist.training.setup import check_batch
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
@@ -102,7 +102,7 @@ def to_its_end(line: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def launched(config: Config, ranks: int, options: Options, folder: Path) -> dict[str, Any]:
     """What `bench train` found. Raises UserError where it failed."""
     told, found = folder / f"{ranks}.toml", folder / f"{ranks}.json"
-    told.write_text(as_toml(replace(config, debug=False, debug_from=None)), "utf-8")
+    told.write_text(to_toml(replace(config, debug=False, debug_from=None)), "utf-8")
     arguments = ["--config", as_typed(told), "--json", as_typed(found)]
     arguments += ["--seconds", str(options.seconds), "--rounds", str(options.rounds)]
     done = to_its_end(command(ranks, arguments))

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from mde_dist.data.augmentation import prepare
 from mde_dist.data.crops import view_size
 from mde_dist.data.shards import open_split
-from mde_dist.distributed.process_group import processes
+from mde_dist.distributed.process_group import init_distributed
 from mde_dist.models.flops import training_flops
 from mde_dist.tools.benchmarking.profile import write_profile
 from mde_dist.tools.benchmarking.result import (
@@ -27,9 +27,9 @@ from mde_dist.tools.benchmarking.result import (
 )
 from mde_dist.tools.diagnostics.step import noise, out_of_memory
 from mde_dist.training.config import Config
-from mde_dist.training.losses import counts
+from mde_dist.training.losses import valid_counts
 from mde_dist.training.setup import check_batch, make_sample
-from mde_dist.training.step import Learner, View
+from mde_dist.training.step import TrainBatch, TrainModule
 from mde_dist.training.throughput import peak_flops
 from mde_dist.utils.cli import check_ranges
 from mde_dist.utils.errors import UserError
@@ -104,7 +104,7 @@ class Variant:
 def bench(options: Options) -> Result:
     """Raises UserError."""
     config = plain_config(options)
-    with processes("fp32", config.train.cpu_threads, config.train.timeout) as accelerator:
+    with init_distributed("fp32", config.train.cpu_threads, config.train.timeout) as accelerator:
         if accelerator.num_processes > 1:
             raise UserError(
                 "bench step is for one process on one device; for several: python -m mde_dist.bench scaling"
@@ -165,12 +165,12 @@ def set_up(variant: Variant, accelerator: Accelerator, size: tuple[int, int], st
         if variant.prepare_only:
             step: Callable[[], object] = lambda: prepare(batch, size, config.augment, config.train.seed)  # noqa: E731
         else:
-            learner = Learner(config, accelerator, size)
-            learner.wrap()
+            train_module = TrainModule(config, accelerator, size)
+            train_module.wrap()
             if variant.foreach:
-                learner.optimizer = Foreach(_groups(learner.optimizer), foreach=True)
+                train_module.optimizer = Foreach(_groups(train_module.optimizer), foreach=True)
             view = prepare(batch, size, config.augment, config.train.seed)
-            step = training_step(learner, device, config, view)
+            step = training_step(train_module, device, config, view)
         start = time.perf_counter()
         step()
         wait(device)
@@ -271,17 +271,19 @@ def row_ms(variant: Variant) -> float:
     return over_rounds("ms", [1e3 * seconds for seconds in variant.times])["ms"]
 
 
-def training_step(learner: Learner, device: torch.device, config: Config, view: View) -> Callable[[], None]:
+def training_step(
+    train_module: TrainModule, device: torch.device, config: Config, view: TrainBatch
+) -> Callable[[], None]:
     """The trainer's optimizer step on one view, which stands for all parts of the batch; one process."""
     views = [view] * config.train.accumulate
-    counted = len(views) * counts(view[1])
+    counted = len(views) * valid_counts(view[1])
 
     def precision() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     def step() -> None:
-        learner.set_rate(0)
-        learner.step(learner.backward(views, counted, precision), config.train.batch_size, 1)
+        train_module.set_rate(0)
+        train_module.step(train_module.backward(views, counted, precision), config.train.batch_size, 1)
 
     return step
 

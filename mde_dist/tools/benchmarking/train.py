@@ -13,20 +13,20 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.crops import view_size
-from mde_dist.data.loader import Batch, Loader
+from mde_dist.data.loader import Batch, DataLoader
 from mde_dist.data.shards import open_split
 from mde_dist.distributed.environment import ranks_here
-from mde_dist.distributed.heartbeat import watched_peers
+from mde_dist.distributed.heartbeat import monitor_ranks
 from mde_dist.distributed.process_group import (
-    agree,
-    all_sum,
+    all_reduce_sum,
+    assert_equal_across_ranks,
     gather_rows,
-    processes,
-    same_everywhere,
+    init_distributed,
+    raise_on_all_ranks,
+    run_on_all_ranks,
     time_all_reduce,
-    together,
 )
-from mde_dist.distributed.signals import StopFlag
+from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.models.flops import training_flops
 from mde_dist.tools.benchmarking.result import (
     Column,
@@ -42,10 +42,10 @@ from mde_dist.tools.benchmarking.result import (
 )
 from mde_dist.tools.benchmarking.step import wait
 from mde_dist.training.config import Config, for_all_ranks
-from mde_dist.training.data_stream import share_news, take_share, training_stream
+from mde_dist.training.data_stream import next_local_batch, reduce_batch_info, training_stream
 from mde_dist.training.setup import check_batch, make_sample
-from mde_dist.training.step import Learner
-from mde_dist.training.throughput import Account, peak_flops
+from mde_dist.training.step import TrainModule
+from mde_dist.training.throughput import ThroughputMeter, peak_flops
 
 _WAITS = 0.02  # share of the time without data that is worth a word
 _BUSY = 0.85  # share of a thread's or core's time from which on it has nothing to spare
@@ -77,24 +77,24 @@ def bench(options: Options) -> Result | None:
     """None on ranks other than 0. Raises UserError."""
     config = plain_config(options)
     train, data = config.train, config.data
-    stop = StopFlag()
+    stop = PreemptionHandler()
     with (
-        processes(*train.joining, settings=for_all_ranks(config)) as accelerator,
-        watched_peers(accelerator, stop, train.lost_after) as naming_the_lost,
+        init_distributed(*train.joining, settings=for_all_ranks(config)) as accelerator,
+        monitor_ranks(accelerator, stop, train.lost_after) as explain_lost_ranks,
     ):
         check_batch(config, accelerator.num_processes)
         make_sample(config, accelerator)
         with contextlib.ExitStack() as opened:
-            shards = together(
+            shards = run_on_all_ranks(
                 accelerator,
                 lambda: opened.enter_context(open_split(data.shards, data.train_split, data.cache_options)),
             )
-            same_everywhere(accelerator, "the shards", shards.manifest.sha256)
+            assert_equal_across_ranks(accelerator, "the shards", shards.manifest.sha256)
             size = data.size or shards.size
-            learner = together(accelerator, lambda: Learner(config, accelerator, size))
-            learner.wrap()
-            with naming_the_lost(), training_stream(config, shards, 0, accelerator, stop) as loader:
-                fed = Fed(config, accelerator, size, learner, loader, Clock(stop))
+            train_module = run_on_all_ranks(accelerator, lambda: TrainModule(config, accelerator, size))
+            train_module.wrap()
+            with explain_lost_ranks(), training_stream(config, shards, 0, accelerator, stop) as loader:
+                fed = Fed(config, accelerator, size, train_module, loader, Clock(stop))
                 rows = fed.rows(options.rounds, options.seconds)
                 reduce = fed.all_reduce(options.seconds / options.rounds)
         if not accelerator.is_main_process:
@@ -109,11 +109,11 @@ def bench(options: Options) -> Result | None:
         return Result("train", tables, limit, advice, name, config, notes(rows[0]))
 
 
-class Clock(StopFlag):
+class Clock(PreemptionHandler):
     """A flag that is raised when the time is over, or the training has to stop: the ranks agree on it as they do on
     signals, and so all measure the same number of steps."""
 
-    def __init__(self, stop: StopFlag):
+    def __init__(self, stop: PreemptionHandler):
         super().__init__()
         self.end = float("inf")
         self._stop = stop
@@ -130,16 +130,16 @@ class Fed:
         config: Config,
         accelerator: Accelerator,
         size: tuple[int, int],
-        learner: Learner,
-        loader: Loader,
+        train_module: TrainModule,
+        loader: DataLoader,
         clock: Clock,
     ):
-        self._config, self._accelerator, self._size, self._learner = config, accelerator, size, learner
+        self._config, self._accelerator, self._size, self._learner = config, accelerator, size, train_module
         self._loader, self._clock = loader, clock
         self._part = config.train.batch_size // accelerator.num_processes
         self._flops = training_flops(config.model, view_size(size, config.augment))
         self._peak = peak_flops(accelerator.device, accelerator.mixed_precision)
-        self._account = Account(accelerator.device)
+        self._account = ThroughputMeter(accelerator.device)
         self._resident = itertools.repeat(copied(next(loader)))
 
     def rows(self, rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -182,10 +182,10 @@ class Fed:
         return self._part
 
     def _learn(self, batches: Iterator[Batch], alone: bool = False) -> int:
-        share = take_share(cast(Loader, batches), self._config, self._size, self._account)
-        news = share_news(self._accelerator, share, self._clock)
+        share = next_local_batch(cast(DataLoader, batches), self._config, self._size, self._account)
+        news = reduce_batch_info(self._accelerator, share, self._clock)
         if news.failed:
-            agree(self._accelerator, share.error)
+            raise_on_all_ranks(self._accelerator, share.error)
         if news.stopped:
             return 0
         self._learner.set_rate(0)
@@ -228,7 +228,7 @@ class Fed:
     def _wait_for_all(self) -> None:
         """All ranks, with nothing left to do on their devices."""
         wait(self._accelerator.device)
-        all_sum(self._accelerator, torch.zeros(1, device=self._accelerator.device)).item()
+        all_reduce_sum(self._accelerator, torch.zeros(1, device=self._accelerator.device)).item()
 
 
 def copied(batch: Batch) -> Batch:

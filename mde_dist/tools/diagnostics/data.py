@@ -12,10 +12,10 @@ import numpy as np
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.loader import Batch, Stopped
 from mde_dist.data.manifest import NAME, command_for
-from mde_dist.data.shards import ShardSet
-from mde_dist.distributed.signals import StopFlag
-from mde_dist.packing.probe import evenly
-from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
+from mde_dist.data.shards import ShardDataset
+from mde_dist.distributed.signals import PreemptionHandler
+from mde_dist.packing.probe import linspace_indices
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
 from mde_dist.training.config import SAMPLE_SHARDS, Config
 from mde_dist.training.data_stream import training_order, training_stream
 from mde_dist.training.setup import open_splits
@@ -33,10 +33,12 @@ def patience(config: Config) -> float:
     return config.data.patience + 20
 
 
-def check_shards(panel: Panel, config: Config, opened: contextlib.ExitStack) -> tuple[ShardSet, ShardSet] | None:
+def check_shards(
+    panel: RankSurvey, config: Config, opened: contextlib.ExitStack
+) -> tuple[ShardDataset, ShardDataset] | None:
     """(training split, split to evaluate on), open until `opened` is left; None where some rank cannot open them."""
     panel.begin("shards")
-    splits: list[ShardSet] = []
+    splits: list[ShardDataset] = []
 
     def look() -> list[str] | None:
         if config.data.shards == SAMPLE_SHARDS and not Path(SAMPLE_SHARDS, NAME).is_file():
@@ -74,7 +76,7 @@ def check_shards(panel: Panel, config: Config, opened: contextlib.ExitStack) -> 
     return train, held_out
 
 
-def check_samples(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet]) -> None:
+def check_samples(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, ShardDataset]) -> None:
     """Read and decode some samples of every shard, as training will; the ranks of a node share them."""
     panel.begin("samples")
 
@@ -111,13 +113,13 @@ def check_samples(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet
         )
 
 
-def _chosen(split: ShardSet, config: Config, most: int) -> list[int]:
+def _chosen(split: ShardDataset, config: Config, most: int) -> list[int]:
     """Samples evenly spaced over the split; of a server's only those in the shards that training begins with."""
     if not split.remote:
-        return evenly(len(split), most)
+        return linspace_indices(len(split), most)
     _, ranges = next(training_order(config, split).windows(0))
     some = [sample for first, end in ranges[:_REMOTE_SHARDS].tolist() for sample in range(first, end)]
-    return [some[place] for place in evenly(len(some), most)]
+    return [some[place] for place in linspace_indices(len(some), most)]
 
 
 def _first(texts: Sequence[str]) -> str:
@@ -125,7 +127,7 @@ def _first(texts: Sequence[str]) -> str:
     return "\n".join(texts[:_NAMED]) + more
 
 
-class _Deadline(StopFlag):
+class _Deadline(PreemptionHandler):
     """Ends a wait for batches."""
 
     def __init__(self, seconds: float):
@@ -146,7 +148,7 @@ class Supply:
     """Images per second, by rank; None where that could not be measured."""
 
 
-def measure_loader(panel: Panel, config: Config, shards: ShardSet, samples_seen: int) -> Supply:
+def measure_loader(panel: RankSurvey, config: Config, shards: ShardDataset, samples_seen: int) -> Supply:
     """Take batches of the real stream, from `samples_seen` on, for some seconds. Adds a row only where that fails."""
     panel.begin(f"loader, for {SECONDS:g} s")
     supply = Supply()
@@ -174,7 +176,7 @@ def measure_loader(panel: Panel, config: Config, shards: ShardSet, samples_seen:
     return supply
 
 
-def judge_loader(panel: Panel, config: Config, shards: ShardSet, speeds: Sequence[float], step: float) -> None:
+def judge_loader(panel: RankSurvey, config: Config, shards: ShardDataset, speeds: Sequence[float], step: float) -> None:
     """The loaders of each node against what its ranks need, where a step of the global batch takes `step` seconds."""
     texts, shares = dict[int, str](), list[float]()
     for node in dict.fromkeys(panel.nodes):

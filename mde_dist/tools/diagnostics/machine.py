@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from mde_dist import __version__
 from mde_dist.distributed.environment import Ignored, missing_interface
 from mde_dist.distributed.process_group import clock_offsets
-from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.user import temporary_folder
 
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_versions(panel: Panel) -> None:
+def check_versions(panel: RankSurvey) -> None:
     """Ranks of several versions may hang, or train something else than one another."""
     panel.begin("versions")
     answers = panel.ask(versions, "install the packages of mde_dist anew")
@@ -77,7 +77,7 @@ def check_versions(panel: Panel) -> None:
     panel.add(Row("versions", "warn" if harmless else "fail", "\n".join(found), advice))
 
 
-def check_minimums(panel: Panel) -> None:
+def check_minimums(panel: RankSurvey) -> None:
     """Add a row where packages are older than those that mde_dist is tested with: they may lack what it calls."""
     answers = panel.ask(too_old, "install the packages of mde_dist anew")
     if panel.failed("minimum versions", answers) or not any(answer.value for answer in answers):
@@ -104,7 +104,7 @@ def too_old() -> dict[str, str]:
     return found
 
 
-def check_environment(panel: Panel, ignored: Sequence[Ignored]) -> None:
+def check_environment(panel: RankSurvey, ignored: Sequence[Ignored]) -> None:
     """Left behind by another job, they would change what accelerate does; what computes reads some by itself.
 
     `ignored`: as this rank's environment had them when it started.
@@ -142,7 +142,7 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_devices(panel: Panel) -> None:
+def check_devices(panel: RankSurvey) -> None:
     """One slower device sets the pace of all; one that nobody uses helps nobody."""
     panel.begin("devices")
     answers = panel.ask(lambda: _device(panel.accelerator.device), "see what nvidia-smi says")
@@ -169,7 +169,7 @@ def check_devices(panel: Panel) -> None:
     panel.add(Row("devices", "warn" if advice else "ok", f"{shown}; {cores}", "\n".join(advice)))
 
 
-def check_clocks(panel: Panel) -> None:
+def check_clocks(panel: RankSurvey) -> None:
     """Logs of clocks that differ are misordered, and credentials of one that is far off are refused."""
     if panel.world == 1:
         return
@@ -189,7 +189,7 @@ def check_clocks(panel: Panel) -> None:
     )
 
 
-def check_open_files(panel: Panel, shards_open: int) -> None:
+def check_open_files(panel: RankSurvey, shards_open: int) -> None:
     """`shards_open`: files of shards that a rank keeps open."""
     need = shards_open + _MARGIN + 2 * panel.world  # rank 0 has a line to every other one
 
@@ -208,7 +208,7 @@ def check_open_files(panel: Panel, shards_open: int) -> None:
         panel.add(Row("open files", "ok", f"{min(limits)} allowed, {need} needed ({shards_open} shards)"))
 
 
-def check_scratch(panel: Panel) -> None:
+def check_scratch(panel: RankSurvey) -> None:
     """Room for files that do not stay: launchers of several ranks, compilers and pictures want it, and NCCL does."""
     panel.begin("scratch")
     answers = panel.ask(lambda: look_at_scratch(torch.cuda.device_count()), "see what is mounted there")

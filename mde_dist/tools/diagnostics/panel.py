@@ -41,7 +41,7 @@ class Answer:
     """What to do about that."""
 
 
-class Panel:
+class RankSurvey:
     """The ranks, and the rows that they filled so far."""
 
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None]):

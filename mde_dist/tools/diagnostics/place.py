@@ -5,9 +5,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from mde_dist.data.shards import ShardSet
-from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
-from mde_dist.training.config import Config, as_json, as_toml, identity
+from mde_dist.data.shards import ShardDataset
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.training.config import Config, as_json, resume_key, to_toml
 from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sync, sync_directory
@@ -17,7 +17,7 @@ _LIMIT = 60.0  # seconds for a file system to answer
 _SPARE = 2  # checkpoints beside the newest: the best one, and the one that is being written
 
 
-def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | None) -> int | None:
+def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, ShardDataset] | None) -> int | None:
     """What training would do with the run directory -> the sample that it would begin at; None where it refuses."""
     panel.begin("run directory")
     notes: list[str] = []
@@ -28,8 +28,8 @@ def check_run(panel: Panel, config: Config, splits: tuple[ShardSet, ShardSet] | 
             raise UserError(f"--run {run}: is not a directory; choose another")
         hashes = [split.manifest.sha256 for split in splits] if splits else ["", ""]
         # as one that writes it tells what is not whole; it is not entered, so it takes no lock
-        this_run = identity(config, *hashes)
-        directory = RunDirectory(run, this_run, as_toml(config), writes=True, defaults=as_json(Config()))
+        this_run = resume_key(config, *hashes)
+        directory = RunDirectory(run, this_run, to_toml(config), writes=True, defaults=as_json(Config()))
         directory.refuse_foreign()
         holder = lock_holder(run / ".lock")
         if holder is not None:
@@ -82,7 +82,7 @@ def lock_holder(lock: Path) -> str | None:
     return text if text.split()[1:2] and text.split()[1] in pids else None
 
 
-def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> None:
+def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool) -> None:
     """Room for the checkpoints, and whether a file can be written, on the main process; is it seen by other nodes?
 
     `checkpoint`: bytes of one; 0 where that is not known. A directory that is `refused` may be anybody's: nothing is
@@ -136,7 +136,7 @@ def check_disk(panel: Panel, config: Config, checkpoint: int, refused: bool) -> 
         panel.add(Row("disk", "ok", found))
 
 
-def check_cache(panel: Panel, directory: Path) -> None:
+def check_cache(panel: RankSurvey, directory: Path) -> None:
     """The cache of each node, where shards come from a server: can it be written, and what does its disk lack?"""
     panel.begin("cache")
     probe = directory / f".{secrets.token_hex(8)}.tmp"

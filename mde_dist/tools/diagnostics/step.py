@@ -14,12 +14,12 @@ from mde_dist.data.loader import Batch
 from mde_dist.distributed.process_group import time_all_reduce
 from mde_dist.models.flops import has_spread
 from mde_dist.tools.diagnostics.machine import host_memory
-from mde_dist.tools.diagnostics.panel import Panel, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
 from mde_dist.training.checkpoint import newest_record
 from mde_dist.training.config import Config
-from mde_dist.training.losses import counts
+from mde_dist.training.losses import valid_counts
 from mde_dist.training.setup import check_batch
-from mde_dist.training.step import Learner, shares_statistics
+from mde_dist.training.step import TrainModule, shares_statistics
 from mde_dist.training.throughput import peak_memory
 from mde_dist.utils.errors import UserError
 
@@ -30,7 +30,7 @@ _FULL = 0.92  # share of a memory above which little is left for what comes late
 _REDUCE_SHARE = 0.3  # of the time of a step
 
 
-def check_divides(panel: Panel, config: Config) -> Config:
+def check_divides(panel: RankSurvey, config: Config) -> Config:
     """-> the config itself, or where its batch does not divide one whose batch does: for the checks to come."""
     panel.begin("batch")
     accumulate, batch = config.train.accumulate, config.train.batch_size
@@ -63,7 +63,7 @@ class Measured:
         return None if self.seconds is None else self.seconds + self.reduce
 
 
-def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Batch | None) -> Measured:
+def measure_step(panel: RankSurvey, config: Config, size: tuple[int, int], batch: Batch | None) -> Measured:
     """Steps of a new model on a real batch (or on noise of its shape), on all ranks at once.
 
     Each rank on its own, without DDP and batch statistics over the ranks: one that runs out of memory would leave the
@@ -82,10 +82,10 @@ def measure_step(panel: Panel, config: Config, size: tuple[int, int], batch: Bat
     ):
         part, batch = 2, None  # without the other ranks' images, one is too few
     alone = replace(config, train=replace(config.train, batch_size=part * parts, sync_bn=False, compile="off"))
-    learners: list[Learner] = []
+    learners: list[TrainModule] = []
 
     def build() -> list[int]:
-        learners.append(Learner(alone, accelerator, size, resumes=bool(newest_record(config.run))))
+        learners.append(TrainModule(alone, accelerator, size, resumes=bool(newest_record(config.run))))
         return [sum(p.numel() for p in learners[0].bare.parameters()), checkpoint_bytes(learners[0])]
 
     def step() -> list[float]:
@@ -118,15 +118,15 @@ def noise(part: int, size: tuple[int, int], device: torch.device) -> Batch:
     return Batch(image.to(device), depth.to(device), np.zeros(part, np.int64), np.arange(part))
 
 
-def checkpoint_bytes(learner: Learner) -> int:
+def checkpoint_bytes(train_module: TrainModule) -> int:
     """Bytes of a checkpoint: weights and buffers, AdamW's two moments and its step, and the average."""
-    parameters = [tensor.nbytes for tensor in learner.bare.parameters()]
-    model = sum(tensor.nbytes for tensor in learner.bare.state_dict().values())
-    return model + 2 * sum(parameters) + 4 * len(parameters) + (0 if learner.ema is None else model)
+    parameters = [tensor.nbytes for tensor in train_module.bare.parameters()]
+    model = sum(tensor.nbytes for tensor in train_module.bare.state_dict().values())
+    return model + 2 * sum(parameters) + 4 * len(parameters) + (0 if train_module.ema is None else model)
 
 
 def _timed_steps(
-    learner: Learner, config: Config, accelerator: Accelerator, batch: Batch, size: tuple[int, int]
+    train_module: TrainModule, config: Config, accelerator: Accelerator, batch: Batch, size: tuple[int, int]
 ) -> list[float]:
     """[seconds of a step of all parts, bytes at its peak, whether the first loss was finite] of this rank."""
     if accelerator.device.type == "cuda":
@@ -135,15 +135,15 @@ def _timed_steps(
 
     def one_part() -> torch.Tensor:
         view = prepare(batch, size, config.augment, config.train.seed)
-        return learner.backward([view], counts(view[1]))
+        return train_module.backward([view], valid_counts(view[1]))
 
     def finish() -> None:
-        learner.step(torch.zeros((), device=accelerator.device), config.train.batch_size, 1)
+        train_module.step(torch.zeros((), device=accelerator.device), config.train.batch_size, 1)
 
     def clocked(action: Callable[[], object]) -> float:
         start = time.perf_counter()
         action()
-        next(learner.bare.parameters()).sum().item()  # which waits for the device
+        next(train_module.bare.parameters()).sum().item()  # which waits for the device
         return time.perf_counter() - start
 
     began = time.perf_counter()
@@ -178,7 +178,7 @@ def _too_large(config: Config, world: int, part: int, size: tuple[int, int]) -> 
     return f"{what}; try --train.accumulate {finer} ({batch // (world * finer)} at a time, the same batch)"
 
 
-def _judge_memory(panel: Panel, config: Config, values: list[list[float]]) -> None:
+def _judge_memory(panel: RankSurvey, config: Config, values: list[list[float]]) -> None:
     """`values`: [seconds, bytes, finite] by rank."""
     cuda = panel.accelerator.device.type == "cuda"
     # a GPU has its own memory, the ranks of a node share the host's
@@ -209,7 +209,7 @@ def _judge_memory(panel: Panel, config: Config, values: list[list[float]]) -> No
     panel.add(Row("memory", "fail" if bad else "warn" if advice else "ok", found, "\n".join(advice)))
 
 
-def check_network(panel: Panel, measured: Measured) -> None:
+def check_network(panel: RankSurvey, measured: Measured) -> None:
     """Sum a tensor of the size of the gradient over the ranks, and a small one; notes the time in `measured`."""
     if panel.world == 1:
         panel.add(Row("network", "ok", "one process: nothing to reduce"))
