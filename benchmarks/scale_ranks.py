@@ -76,7 +76,7 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     from mde_dist.training.optim import OptimConfig, make_optimizer, optimizer_tensors
     from mde_dist.training.state import State
 
-    model = create_pretrained_model(ModelConfig(backbone=encoder), 0)
+    model = create_pretrained_model(ModelConfig(encoder=encoder), 0)
     optimizer = make_optimizer(model, OptimConfig())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

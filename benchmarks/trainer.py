@@ -96,7 +96,7 @@ def bare_loop(config: Any, world: int, build: Callable, **ddp: bool) -> Callable
         if world > 1:
             distributed.all_reduce(pixels)
         (torch.where(valid, model(image) - depth, 0.0).square().sum() / pixels * world).backward()
-        nn.utils.clip_grad_norm_(bare.parameters(), config.optim.clip)
+        nn.utils.clip_grad_norm_(bare.parameters(), config.optim.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -8,10 +8,10 @@ The file names a config for all rows, and what each row changes:
     seeds = [0, 1, 2]                 # trainings of each row
     [common]                          # of all rows, over the base
     data.shards = "shards/nyuv2"
-    train.samples = 12_000
+    train.total_samples = 12_000
     [rows.strong]                     # in this order; the others are held against the first one
     [rows."no average"]
-    optim.ema = 0
+    optim.ema_samples = 0
     [rows.seed]
     base = "seed.toml"                # a row may begin elsewhere
 
@@ -45,7 +45,7 @@ class AblateCommand:
 
     table: tyro.conf.Positional[Path | None] = None
     """TOML file: `base` (a config file), `seeds`, [common] and [rows.NAME]; `base` may be a row's own. Each
-    training is evaluated once, at its end: train.evaluate_every is set to train.samples."""
+    training is evaluated once, at its end: train.evaluate_every is set to train.total_samples."""
     output: Path | None = None
     """Directory of all runs, and of table.md, table.json and table.png, which are written anew after each training."""
     jobs: int | None = None

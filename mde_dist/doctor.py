@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     ignored = ignored_variables()  # before they are taken out
     with (
         init_distributed(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
-        monitor_ranks(accelerator, PreemptionHandler(), config.train.lost_after),
+        monitor_ranks(accelerator, PreemptionHandler(), config.train.heartbeat_timeout),
     ):
         rows, estimate = examine(config, accelerator, ignored)
         if accelerator.is_main_process:
@@ -97,9 +97,9 @@ def duration(
     config: Config, accelerator: Accelerator, measured: Measured, speeds: Sequence[float] | None, start: int
 ) -> str:
     """`speeds`: images per second of the loader of each rank; `start`: samples that are done."""
-    left = max(0, config.train.samples - start)
+    left = max(0, config.train.total_samples - start)
     if not measured.whole or not left:
-        return "" if left else f"all {config.train.samples:,} samples are done"
+        return "" if left else f"all {config.train.total_samples:,} samples are done"
     seconds = measured.whole / config.train.batch_size  # of an image, over all ranks
     if speeds:
         load = 1 / (min(speeds) * len(speeds))  # the ranks go at the pace of the slowest

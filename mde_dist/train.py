@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     stop = PreemptionHandler()
     with (
         init_distributed(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
-        monitor_ranks(accelerator, stop, config.train.lost_after, config.run) as explain_lost_ranks,
+        monitor_ranks(accelerator, stop, config.train.heartbeat_timeout, config.run) as explain_lost_ranks,
     ):
         if config.debug:
             enable_debugging(accelerator)

@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # few samples at the smallest size by a small model, so that a run takes seconds and its checkpoints a megabyte; 60 are
 # two epochs, and a batch straddles them
 SMALL = {
-    "model.backbone": "tiny",
-    "train.samples": 60,
+    "model.encoder": "tiny",
+    "train.total_samples": 60,
     "train.batch-size": 12,
     "train.evaluate-every": 24,
     "train.checkpoint-every": 12,
@@ -86,7 +86,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str] | W
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    """Options of a small training; `train_samples=…` changes `--train.samples`."""
+    """Options of a small training; `train_total_samples=…` changes `--train.total-samples`."""
     return SMALL | {name.replace("_", ".", 1).replace("_", "-"): value for name, value in changes.items()}
 
 

@@ -76,8 +76,8 @@ def make_run(
 ) -> Path:
     """A finished run, which went on at each of `starts`. `weights`: a model.safetensors to publish."""
     path.mkdir(parents=True)
-    config = {"train.samples": total, "train.batch_size": LOGGED, "optim.lr": 0.0006, "data.shards": images.place}
-    config |= {"data.eval_split": "test", "data.train_split": "train", "model.backbone": "resnet18"}
+    config = {"train.total_samples": total, "train.batch_size": LOGGED, "optim.lr": 0.0006, "data.shards": images.place}
+    config |= {"data.eval_split": "test", "data.train_split": "train", "model.encoder": "resnet18"}
     config |= {"evaluate.protocol": protocol} | (changes or {})
     (path / "config.toml").write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in config.items()))
     lines = [*_baselines(images, protocol)]
@@ -155,7 +155,7 @@ def _evaluate(path: Path, images: HeldOut, samples: int, protocol: str, seed: in
 
 def untrained(path: Path, images: HeldOut) -> Path:
     """The weights of a model that has learned nothing, as a training publishes them."""
-    config = {"model.backbone": "resnet18", "data.shards": images.place, "data.eval_shards": None}
+    config = {"model.encoder": "resnet18", "data.shards": images.place, "data.eval_shards": None}
     metadata = {"config": {**config, "data.train_split": "train", "data.eval_split": "test"}, "size": [32, 32]}
     path.write_bytes(serialize_model(create_pretrained_model(ModelConfig(), seed=3).state_dict(), metadata))
     return path

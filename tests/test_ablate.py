@@ -20,7 +20,7 @@ seeds = [0]
 [common]
 data.shards = "{shards}"
 data.size = "32x32"
-train.samples = {samples}
+train.total_samples = {samples}
 train.batch_size = 12
 train.log_every = 12
 train.checkpoint_every = 12
@@ -77,7 +77,7 @@ def test_a_training_that_fails_leaves_the_others_be(ablation):
 def test_another_config_is_refused(ablation, room_shards, tmp_path):
     folder, *_ = ablation
     table = written(tmp_path, TABLE.format(shards=room_shards, samples=60))
-    with pytest.raises(UserError, match=r"row 'plain', seed 0.*train.samples = 48, the table says 60"):
+    with pytest.raises(UserError, match=r"row 'plain', seed 0.*train.total_samples = 48, the table says 60"):
         for training in read_table(table, folder / "out").trainings:
             check_begun(training)
 
@@ -122,10 +122,10 @@ def test_rows_begin_at_their_base_under_what_is_common(tmp_path):
     text = "seeds = [3, 4]\n[common]\noptim.lr = 0.1\n[rows.a]\n[rows.b]\nbase = 'other.toml'\noptim.clip = 2"
     table = read_table(written(tmp_path, text), tmp_path / "out")
     config = table.rows["b"][4].config
-    assert (config.optim.lr, config.optim.ema, config.optim.clip) == (0.1, 500, 2)
-    assert config.train.seed == 4 and config.train.evaluate_every == config.train.samples
+    assert (config.optim.lr, config.optim.ema_samples, config.optim.grad_clip_norm) == (0.1, 500, 2)
+    assert config.train.seed == 4 and config.train.evaluate_every == config.train.total_samples
     assert [training.name for training in table.trainings] == ["a, seed 3", "b, seed 3", "a, seed 4", "b, seed 4"]
-    assert set(table.changes("b")) == {"optim.ema", "optim.clip"}
+    assert set(table.changes("b")) == {"optim.ema_samples", "optim.grad_clip_norm"}
 
 
 def test_intervals_are_those_of_numpy_over_the_seeds_that_both_rows_have():

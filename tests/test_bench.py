@@ -112,7 +112,7 @@ def test_the_step_and_its_choices_and_a_batch_that_does_not_fit(room_shards, tmp
     names = ["as it is", "prepare and augment alone", "channels-last off", "batch 2", "batch 8"]
     assert [name for name in rows if not name.startswith("AdamW")] == names
     assert len(rows) == 6
-    flops = training_flops(ModelConfig(backbone="tiny"), (32, 32))
+    flops = training_flops(ModelConfig(encoder="tiny"), (32, 32))
     for name in ("as it is", "channels-last off", "batch 2"):
         row = rows[name]
         assert row["rate"] == pytest.approx(1e3 * row["batch"] / row["ms"])
@@ -185,7 +185,7 @@ def test_ranks_that_fail_are_one_line(room_shards, monkeypatch):
         ("scaling --ranks 0", "ranks = 0"),
         ("scaling --ranks 2 --train.batch-size 3", "train.batch_size = 3"),
         ("step --batches 0", "--batches 0"),
-        ("step --data.window 0", "data.window = 0"),
+        ("step --data.shuffle-shards 0", "data.shuffle_shards = 0"),
         ("step --no-such-option", "bench step --help"),
     ],
 )
@@ -235,7 +235,7 @@ def rates(**rows):
             "more --data.threads than 2",
         ),
         ((50, 0.5, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (60, 0, 0.9, 0.95, 9), "the loader, 50%", "more cores per device"),
-        ((90, 0.1, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (900, 0, 0.9, 0.9, 9), "unevenness", "--data.ahead 6"),
+        ((90, 0.1, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (900, 0, 0.9, 0.9, 9), "unevenness", "--data.prefetch-batches 6"),
         ((99, 0.01, 0.2, 0.2, 9), (100, 0, 0, 0, 9), (900, 0, 0.9, 0.9, 9), "the step", "bench step"),
     ],
 )
@@ -311,7 +311,7 @@ def test_which_choices_of_the_step_are_worth_a_word():
     assert "64: 1.50 times" in advice
     limit, advice = step.judge((), [{"rate": None, "batch": 8}], (32, 32))
     assert "memory, a step of 8 images of 32x32" in limit
-    assert "--train.accumulate" in advice
+    assert "--train.grad-accum-steps" in advice
 
 
 @pytest.mark.parametrize(

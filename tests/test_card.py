@@ -36,7 +36,7 @@ METRICS = PROTOCOLS["eigen"].metrics
 def trained(room_shards, scratch):
     """A training of 24 samples, evaluated after 12 and after 24."""
     run = scratch("runs") / "tiny"
-    options = small(data_shards=room_shards, train_samples=24, train_evaluate_every=12)
+    options = small(data_shards=room_shards, train_total_samples=24, train_evaluate_every=12)
     done = warm_run("train", before=without_pictures, run=run, **options)
     assert done.returncode == 0, done.stderr
     return run
@@ -95,7 +95,7 @@ def test_the_card_tells_what_the_run_found(run, room_shards):
     assert len(baselines) == 2
     shown = [*(scores[name] for name in ("abs_rel", "delta1")), *(r["abs_rel"] for r in baselines)]
     assert all(f" {value:.4f} |" in card.text for value in shown)
-    model = create_pretrained_model(ModelConfig(backbone="tiny"), seed=0)
+    model = create_pretrained_model(ModelConfig(encoder="tiny"), seed=0)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     manifest = json.loads(next(run.glob("checkpoints/*/state.json")).read_text())["identity"]["manifest"]
     for said in ("samples seen: 24", f"{millions:.1f} million", "30 pairs of the embedded sample", "32x32", manifest):

@@ -26,7 +26,7 @@ from mde_dist.training.checkpoint import (
 from mde_dist.training.state import State
 from mde_dist.utils.errors import UserError
 
-ABOUT = {"config": {"model.backbone": "resnet18"}, "size": [32, 32]}
+ABOUT = {"config": {"model.encoder": "resnet18"}, "size": [32, 32]}
 
 
 def write(directory: Path, step: int, keep: int = 2, best: int | None = None, average: bool = False, **more) -> Path:
@@ -194,7 +194,7 @@ def test_a_model_file_carries_what_rebuilds_it(tmp_path):
     model = nn.BatchNorm2d(3)
     path = tmp_path / MODEL
     names = ("data.shards", "data.eval_shards", "data.train_split", "data.eval_split")
-    config = {"model.backbone": "resnet18", **dict.fromkeys(names, "x")}
+    config = {"model.encoder": "resnet18", **dict.fromkeys(names, "x")}
     path.write_bytes(serialize_model(to_cpu(model.state_dict()), {"config": config, "size": (240, 320)}))
     metadata, tensors = read_model(path)
     assert metadata["config"] == config

@@ -51,7 +51,7 @@ def test_the_configs_that_come_along_are_read(path):
 
 def test_the_seed_config_is_the_recipe():
     config = read_config(["--config", str(next(path for path in CONFIGS if path.stem == "seed"))])
-    assert (config.model.backbone, config.model.weights) == ("resnet18", "imagenet")
+    assert (config.model.encoder, config.model.weights) == ("resnet18", "imagenet")
     assert (config.optim.lr, config.optim.schedule, config.train.batch_size) == (1e-4, "constant", 8)
 
 
@@ -75,21 +75,21 @@ def test_every_field_has_a_docstring_and_stands_in_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--train.samples", "0"], ["train.samples = 0", "at least 1"]),
+        (["--train.total-samples", "0"], ["train.total_samples = 0", "at least 1"]),
         (["--augment.flip", "1.5"], ["augment.flip = 1.5", "0 to 1"]),
         (["--optim.weight-decay", "-1"], ["optim.weight_decay = -1", "at least 0"]),
         (["--optim.schedule", "linear"], ["linear", "constant", "cosine"]),
-        (["--model.backbone", "vgg"], ["vgg", "resnet18"]),
+        (["--model.encoder", "vgg"], ["vgg", "resnet18"]),
         (["--data.thread", "3"], ["data.thread", "data.threads"]),
         (["--data.threads", "many"], ["data.threads", "many"]),
         (["sometimes"], ["sometimes"]),
         (["--train.seed", str(2**70)], ["train.seed", "at most"]),
-        (["--train.samples", str(2**62)], ["train.samples", "at most"]),
+        (["--train.total-samples", str(2**62)], ["train.total_samples", "at most"]),
         (["--train.cpu-threads", str(2**31)], ["train.cpu_threads", "at most 1024"]),
         (["--train.timeout", "inf"], ["train.timeout", "inf"]),
-        (["--train.lost-after", "1e9"], ["train.lost_after", "at most"]),
+        (["--train.heartbeat-timeout", "1e9"], ["train.heartbeat_timeout", "at most"]),
         (["--optim.lr", "nan"], ["optim.lr", "nan"]),
-        (["--optim.clip", "inf"], ["optim.clip", "inf"]),
+        (["--optim.grad-clip-norm", "inf"], ["optim.grad_clip_norm", "inf"]),
         (["--data.cache-gb", "1e300"], ["data.cache_gb", "at most"]),
     ],
 )
@@ -110,8 +110,10 @@ def test_a_bad_file_is_named(tmp_path, text):
 
 def test_identity_ignores_what_does_not_change_the_run_and_nothing_else():
     config = read_config([])
-    moved = read_config(["--run", "elsewhere", "--data.threads", "9", "--data.shards", "there", "--train.keep", "5"])
-    longer = read_config(["--train.samples", "9000"])
+    moved = read_config(
+        ["--run", "elsewhere", "--data.threads", "9", "--data.shards", "there", "--train.keep-checkpoints", "5"]
+    )
+    longer = read_config(["--train.total-samples", "9000"])
     assert resume_key(config, "a", "b") == resume_key(moved, "a", "b") == resume_key(longer, "a", "b")
     assert resume_key(config, "a", "b") != resume_key(config, "other", "b")
     assert resume_key(config, "a", "b") != resume_key(read_config(["--train.seed", "1"]), "a", "b")
@@ -120,10 +122,10 @@ def test_identity_ignores_what_does_not_change_the_run_and_nothing_else():
 
 def test_the_module_prints_what_a_command_line_comes_to():
     """Job scripts read the run directory from it."""
-    done = run("config", "--train.samples", "48", run="runs/x")
+    done = run("config", "--train.total-samples", "48", run="runs/x")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('run = "runs/x"\n')
     assert tomllib.loads(done.stdout)["train"]["samples"] == 48
-    wrong = run("config", "--train.samples", "0")
+    wrong = run("config", "--train.total-samples", "0")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "error: train.samples = 0: must be at least 1\n"
+    assert wrong.stderr == "error: train.total_samples = 0: must be at least 1\n"

@@ -10,14 +10,14 @@ from mde_dist.models.decoders import depth_activation
 from mde_dist.models.depth_model import ModelConfig, create_model, create_pretrained_model, load_model
 from mde_dist.utils.errors import UserError
 
-STRONG = ModelConfig(upsample="bilinear", refine=True, head="full", output="log")
+STRONG = ModelConfig(upsample="bilinear", skip_conv=True, head="full", output="log")
 PARTS = {
     "bilinear": ModelConfig(upsample="bilinear"),
-    "refined": ModelConfig(refine=True),
+    "refined": ModelConfig(skip_conv=True),
     "full": ModelConfig(head="full"),
     "sigmoid": ModelConfig(output="sigmoid"),
     "all": STRONG,
-    "all on resnet50": dataclasses.replace(STRONG, backbone="resnet50"),
+    "all on resnet50": dataclasses.replace(STRONG, encoder="resnet50"),
     "all in groups": dataclasses.replace(STRONG, norm="group"),
 }
 
@@ -57,13 +57,13 @@ def test_the_encoder_starts_the_same_under_every_decoder():
 
 def test_a_file_from_before_these_fields_is_a_seed():
     model = create_pretrained_model(ModelConfig(), seed=3).eval()
-    again = load_model({"config": {"model.backbone": "resnet18", "model.norm": "batch"}}, model.state_dict()).eval()
+    again = load_model({"config": {"model.encoder": "resnet18", "model.norm": "batch"}}, model.state_dict()).eval()
     x = image(1, 3, 64, 64)
     with torch.inference_mode():
         assert torch.allclose(model(x), again(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("field", ["norm", "refine", "head", "output", "max_depth"])
+@pytest.mark.parametrize("field", ["norm", "skip_conv", "head", "output", "max_depth"])
 def test_a_file_that_names_what_there_is_not_is_refused(field):
     values = {f"model.{name}": value for name, value in dataclasses.asdict(ModelConfig()).items()}
     with pytest.raises(UserError, match=f"model.{field}: unknown"):

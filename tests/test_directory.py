@@ -91,7 +91,7 @@ def test_differences_name_what_changed_came_and_went():
     assert differences({"a": [1, 2]}, {"a": [1, 2]}) == []
 
 
-DEFAULTS = {"optim.lr": 0.1, "loss.new": 1, "train.samples": 60, "train.batch_size": 12}
+DEFAULTS = {"optim.lr": 0.1, "loss.new": 1, "train.total_samples": 60, "train.batch_size": 12}
 
 
 def with_checkpoint(path, identity, config=None):
@@ -105,7 +105,7 @@ def directory_of(path, **identity):
 
 
 def test_a_field_that_a_newer_version_adds_has_its_default_in_an_older_run(tmp_path):
-    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m", "train.samples": 36})
+    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m", "train.total_samples": 36})
     assert directory_of(tmp_path, **{"loss.new": 1}).resume().state.samples_seen == 24
     for changes, words in (({"loss.new": 2}, "loss.new was 1, is 2"), ({"optim.lr": 0.2}, "optim.lr was 0.1, is 0.2")):
         with pytest.raises(UserError, match=words):
@@ -130,13 +130,13 @@ def test_a_run_none_of_whose_checkpoints_is_whole_is_not_begun_anew(tmp_path):
 
 
 def test_more_samples_than_before_are_said_and_less_than_were_seen_refused(tmp_path):
-    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m"}, {"train.samples": 20})
+    with_checkpoint(tmp_path, {"optim.lr": 0.1, "manifest": "m"}, {"train.total_samples": 20})
     directory, said = directory_of(tmp_path), []
     found = directory.resume()
-    directory.note_change(found, {"train.samples": 20, "train.batch_size": 12}, "", said.append)
+    directory.note_change(found, {"train.total_samples": 20, "train.batch_size": 12}, "", said.append)
     assert said == []
-    directory.note_change(found, {"train.samples": 40}, "; so there", said.append)
-    assert said == ["note: train.samples was 20, is 40 from sample 24 on; so there"]
+    directory.note_change(found, {"train.total_samples": 40}, "; so there", said.append)
+    assert said == ["note: train.total_samples was 20, is 40 from sample 24 on; so there"]
     for samples in (20, 24, 40):  # 20: it ended with the batch that reached them
         directory.refuse_less(found, samples)
     with pytest.raises(UserError, match="has seen 24 already"):

@@ -25,7 +25,9 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system
 
 
 def options(shards: Path, **changes):
-    return small(data_shards=shards, model_backbone="resnet18", train_keep=1, train_samples=36, **changes)
+    return small(
+        data_shards=shards, model_encoder="resnet18", train_keep_checkpoints=1, train_total_samples=36, **changes
+    )
 
 
 def mount(folder: Path, megabytes: int, *more: str) -> bool:

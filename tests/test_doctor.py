@@ -113,13 +113,13 @@ def test_all_that_is_wrong_is_told_at_once(undisturbed, damaged):
     assert f"python -m mde_dist.shard --verify {damaged}" in rows["shards"][2]
     assert rows["environment"][0] == "warn"
     found = rows["environment"][1]
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 (--train.accumulate decides) is not obeyed" in found
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 (--train.grad-accum-steps decides) is not obeyed" in found
     assert "NVIDIA_TF32_OVERRIDE=0" in found
     assert "GLOO_SOCKET_IFNAME=no-such-0" in found
     assert rows["open files"][:2] == ("fail", "100 allowed, 130 needed")
     assert "ulimit -n 1024" in rows["open files"][2]
     assert rows["memory"][:2] == ("fail", "out of memory with 12 images of 32x32 at a time")
-    assert "try --train.accumulate 2 (6 at a time, the same batch)" in rows["memory"][2]
+    assert "try --train.grad-accum-steps 2 (6 at a time, the same batch)" in rows["memory"][2]
     assert rows["run directory"][0] == "warn"  # without the shards nobody can tell
     assert done.stdout.splitlines()[-1] == "not ready: 3 problems (shards, open files, memory)"
     assert snapshot(undisturbed) == before
@@ -163,7 +163,7 @@ def test_a_disk_without_room_for_the_checkpoints(room_shards, tmp_path):
         pytest.skip("no file system can be mounted here")
     try:
         (disk / "step-00000001").symlink_to(moved)
-        done, rows = examine(run=run, **small(data_shards=room_shards, model_backbone="resnet18"))
+        done, rows = examine(run=run, **small(data_shards=room_shards, model_encoder="resnet18"))
         left = [*disk.glob(".*"), *run.glob(".*")]
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -171,7 +171,7 @@ def test_a_disk_without_room_for_the_checkpoints(room_shards, tmp_path):
     assert rows["disk"][0] == "fail"
     assert "262 MB free" in rows["disk"][1]
     assert "2 + 2 checkpoints of 153 MB" in rows["disk"][1]
-    assert "lower --train.keep" in rows["disk"][2]
+    assert "lower --train.keep-checkpoints" in rows["disk"][2]
     assert not left
 
 
@@ -307,7 +307,7 @@ def test_a_network_that_takes_long_is_no_hindrance(panel, monkeypatch, reduce, r
 
 def test_one_value_per_channel_is_told_as_training_tells_it(panel):
     panel.world = 1
-    config = read_config(["--model.backbone", "tiny", "--data.size", "32x32", "--train.batch-size", "1"])
+    config = read_config(["--model.encoder", "tiny", "--data.size", "32x32", "--train.batch-size", "1"])
     assert step.measure_step(panel, config, (32, 32), None) == Measured()
     with pytest.raises(UserError) as told:
         check_statistics(config, panel.accelerator, (32, 32))
@@ -324,7 +324,7 @@ def test_the_bytes_of_a_checkpoint_are_those_that_are_written(undisturbed):
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1)
     newest = max((undisturbed / "checkpoints").iterdir())
     written = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
-    expected = checkpoint_bytes(TrainModule(read_config(["--model.backbone", "tiny"]), accelerator, (32, 32)))
+    expected = checkpoint_bytes(TrainModule(read_config(["--model.encoder", "tiny"]), accelerator, (32, 32)))
     assert expected == pytest.approx(written, rel=0.02)  # names and metadata take some
 
 
@@ -339,7 +339,7 @@ def test_words_for_ranks_bytes_and_time(panel):
         *("999 bytes", "1.5 KB", "153 MB", "43 GB", "2 TB")
     ]
     cpu = SimpleNamespace(device=torch.device("cpu"))
-    config = read_config(["--train.samples", "100000", "--train.batch-size", "10"])
+    config = read_config(["--train.total-samples", "100000", "--train.batch-size", "10"])
     for seconds, speeds, start, words in (
         (1.0, None, 0, "100,000 samples at 10 images/s: about 2:46:40 + evaluations"),
         (1.0, None, 99_000, "1,000 samples at 10 images/s: about 1:40 + evaluations"),

@@ -20,7 +20,7 @@ from mde_dist.utils.errors import UserError
 def checkpoint(room_shards, tmp_path_factory):
     """An untrained model that says it was trained on the rendered rooms at 48x64."""
     config = {
-        **{"model.backbone": "resnet18", "data.shards": str(room_shards), "data.eval_shards": None},
+        **{"model.encoder": "resnet18", "data.shards": str(room_shards), "data.eval_shards": None},
         **{"data.train_split": "train", "data.eval_split": "test"},
     }
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
@@ -88,7 +88,7 @@ def test_the_batch_size_does_not_show_in_the_printed_digits(checkpoint, tmp_path
 
 
 def test_a_checkpoint_far_from_its_shards_is_scored_on_others(checkpoint, room_shards, tmp_path):
-    config = {"model.backbone": "resnet18", "data.shards": "/gone", "data.eval_shards": None}
+    config = {"model.encoder": "resnet18", "data.shards": "/gone", "data.eval_shards": None}
     config |= {"data.train_split": "train", "data.eval_split": "test"}
     path = tmp_path / "model.safetensors"
     path.write_bytes(
@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(checkpoint, arguments, words):
 def test_weights_of_another_model_are_refused(checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
     metadata = (
-        '{"config": {"model.backbone": "resnet18", "data.shards": "x", "data.eval_shards": null, '
+        '{"config": {"model.encoder": "resnet18", "data.shards": "x", "data.eval_shards": null, '
         '"data.train_split": "train", "data.eval_split": "test"}, "size": [1, 1]}'
     )
     path.write_bytes(save({"w": torch.zeros(1)}, {"mde_dist": metadata}))

@@ -44,7 +44,7 @@ def with_statistics(config):
 
 
 def saved(model, path, shards, **fields):
-    config = {"model.backbone": "resnet18", "data.shards": str(shards), "data.eval_split": "test"} | fields
+    config = {"model.encoder": "resnet18", "data.shards": str(shards), "data.eval_split": "test"} | fields
     path.write_bytes(serialize_model(model.state_dict(), {"config": config, "size": [48, 64]}))
     return path
 
@@ -111,7 +111,7 @@ def test_torch_export_gives_the_metres_of_the_model_without_unpickling(exported,
 
 
 def test_every_part_of_the_decoder_is_exported(room_shards, scratch):
-    config = ModelConfig(upsample="bilinear", refine=True, head="full", output="log", norm="group")
+    config = ModelConfig(upsample="bilinear", skip_conv=True, head="full", output="log", norm="group")
     model, folder = with_statistics(config), scratch("decoder")
     fields = {f"model.{name}": value for name, value in asdict(config).items()}
     path = saved(model, folder / "model.safetensors", room_shards, **fields)

@@ -58,7 +58,7 @@ def test_a_data_set_is_packed_and_trained_on_where_nothing_is_flushed_or_locked(
     shards = tmp_path / "shards"
     options = {"source": tmp_path / "tree", "output": shards, "size": "32x32", "workers": 2, "samples-per-shard": 2}
     packed = run("shard", **options, env=env)
-    short = {"train_samples": 12, "train_evaluate_every": 12, "data_shards": shards}
+    short = {"train_total_samples": 12, "train_evaluate_every": 12, "data_shards": shards}
     trained = run("train", run=tmp_path / "run", **small(**short), env=env)
     for done in (packed, trained):
         assert done.returncode == 0, done.stderr

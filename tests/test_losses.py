@@ -56,9 +56,9 @@ EVERY = [
     LossConfig("log_l1"),
     LossConfig("berhu"),
     LossConfig("silog"),
-    LossConfig("silog", focus=1, gradient=0.5),
+    LossConfig("silog", silog_lambda=1, gradient_weight=0.5),
 ]
-every = pytest.mark.parametrize("config", EVERY, ids=lambda config: f"{config.kind}-{config.gradient:g}")
+every = pytest.mark.parametrize("config", EVERY, ids=lambda config: f"{config.kind}-{config.gradient_weight:g}")
 
 
 @every

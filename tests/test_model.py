@@ -29,11 +29,11 @@ def image(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_resnet(backbone="resnet18", seed=5):
+def plain_resnet(encoder="resnet18", seed=5):
     """torchvision's own model with random weights, batch statistics included."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = torchvision.models.get_model(backbone, weights=None)
+        model = torchvision.models.get_model(encoder, weights=None)
         for name, buffer in model.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.uniform_(0.5, 1.5)
@@ -69,9 +69,9 @@ def test_number_of_parameters():
     ]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_parameter_gets_a_gradient(backbone):
-    model = create_pretrained_model(ModelConfig(backbone), seed=0).train()
+@pytest.mark.parametrize("encoder", BACKBONES)
+def test_every_parameter_gets_a_gradient(encoder):
+    model = create_pretrained_model(ModelConfig(encoder), seed=0).train()
     model(image(2, 3, 64, 64)).square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
@@ -101,9 +101,9 @@ def test_depth_has_the_size_of_the_image_and_is_positive(size):
     assert torch.isfinite(depth).all()
 
 
-@pytest.mark.parametrize("backbone", BACKBONES[1:])
-def test_shapes_of_the_other_backbones(backbone):
-    model = create_pretrained_model(ModelConfig(backbone), seed=0).eval()
+@pytest.mark.parametrize("encoder", BACKBONES[1:])
+def test_shapes_of_the_other_backbones(encoder):
+    model = create_pretrained_model(ModelConfig(encoder), seed=0).eval()
     with torch.inference_mode():
         assert model(image(1, 3, 45, 61)).shape == (1, 45, 61)
 
@@ -194,16 +194,16 @@ def test_global_random_state_neither_matters_nor_moves():
 # --- weights from a file ---
 
 
-@pytest.mark.parametrize("backbone", BACKBONES[:3])
-def test_file_with_torchvision_names(tmp_path, backbone):
-    state = plain_resnet(backbone).state_dict()
+@pytest.mark.parametrize("encoder", BACKBONES[:3])
+def test_file_with_torchvision_names(tmp_path, encoder):
+    state = plain_resnet(encoder).state_dict()
     path = tmp_path / "resnet.safetensors"
     save_file(state, path)
-    model = create_pretrained_model(ModelConfig(backbone, str(path)), seed=0)
+    model = create_pretrained_model(ModelConfig(encoder, str(path)), seed=0)
     assert encoder_is(model, state)
-    scratch = create_pretrained_model(ModelConfig(backbone), seed=0)
+    scratch = create_pretrained_model(ModelConfig(encoder), seed=0)
     assert torch.equal(model.head.weight, scratch.head.weight)  # what is not in the file is as without it
-    start = build_started(ModelConfig(backbone, str(path)), seed=0)[1]
+    start = build_started(ModelConfig(encoder, str(path)), seed=0)[1]
     assert start.taken.keys() == {"encoder"}
     assert start.random.keys() == {("decoder", "not in the file"), ("head", "not in the file")}
 
@@ -226,7 +226,7 @@ def start_from(path, trained, config, **metadata):
 
 @pytest.mark.parametrize(
     "config",
-    [ModelConfig("tiny"), ModelConfig("tiny", norm="group", refine=True, head="full", output="log", max_depth=80)],
+    [ModelConfig("tiny"), ModelConfig("tiny", norm="group", skip_conv=True, head="full", output="log", max_depth=80)],
 )
 def test_a_trained_model_is_taken_whole(tmp_path, config):
     trained, model, start = start_from(tmp_path / "model.safetensors", config, config)
@@ -247,8 +247,8 @@ def test_a_trained_model_is_taken_whole(tmp_path, config):
         # weight and bias against those of four convolutions, and two refinements of six tensors each
         (ModelConfig("tiny"), ModelConfig("tiny", head="full"), {("head", "not in the file"): 20}, 2),
         (ModelConfig("tiny"), ModelConfig("tiny", output="log"), {("head", "its output is softplus, here log"): 2}, 0),
-        (ModelConfig("tiny"), ModelConfig("tiny", refine=True), {("decoder", "not in the file"): 18}, 0),
-        (ModelConfig("tiny", refine=True), ModelConfig("tiny"), {}, 15),  # of batch norm without its counters
+        (ModelConfig("tiny"), ModelConfig("tiny", skip_conv=True), {("decoder", "not in the file"): 18}, 0),
+        (ModelConfig("tiny", skip_conv=True), ModelConfig("tiny"), {}, 15),  # of batch norm without its counters
         (ModelConfig("tiny"), ModelConfig("tiny", norm="frozen"), {}, 0),
     ],
 )
@@ -277,11 +277,11 @@ def test_a_layer_of_another_shape_is_left_random_as_a_whole(tmp_path):
 
 
 def test_file_of_another_backbone_is_refused(tmp_path):
-    for backbone, other in (("resnet18", "resnet50"), ("resnet34", "resnet18"), ("resnet18", "resnet34")):
+    for encoder, other in (("resnet18", "resnet50"), ("resnet34", "resnet18"), ("resnet18", "resnet34")):
         path = tmp_path / f"{other}.safetensors"
         save_file(plain_resnet(other).state_dict(), path)
         with pytest.raises(UserError) as error:
-            create_pretrained_model(ModelConfig(backbone, str(path)), seed=0)
+            create_pretrained_model(ModelConfig(encoder, str(path)), seed=0)
         assert_one_line(error, path, "do not fit")
 
 
@@ -408,12 +408,12 @@ def test_damaged_cached_file_is_refused(imagenet_file, content):
 # --- restoring ---
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_restore_gives_the_model_back(backbone):
-    model = create_pretrained_model(ModelConfig(backbone), seed=4).train()
+@pytest.mark.parametrize("encoder", BACKBONES)
+def test_restore_gives_the_model_back(encoder):
+    model = create_pretrained_model(ModelConfig(encoder), seed=4).train()
     model(image(2, 3, 64, 64))  # moves the batch statistics
     model.to(memory_format=torch.channels_last)  # as what is restored
-    metadata = {"config": {"model.backbone": backbone}}
+    metadata = {"config": {"model.encoder": encoder}}
     restored = load_model(metadata, model.state_dict())
     assert type(restored) is DepthModel
     x = image(1, 3, 45, 61, seed=1)
@@ -427,11 +427,11 @@ def test_restore_gives_the_model_back(backbone):
         {},
         {"config": {}},
         {"config": None},
-        {"config": {"model.backbone": "resnet7"}},
-        {"config": {"model.backbone": "vgg11"}},
-        {"config": {"model.backbone": 18}},
-        {"config": {"model.backbone": "resnet34"}},
-        {"config": {"model.backbone": "resnet18", "model.of_a_newer_version": "x"}},
+        {"config": {"model.encoder": "resnet7"}},
+        {"config": {"model.encoder": "vgg11"}},
+        {"config": {"model.encoder": 18}},
+        {"config": {"model.encoder": "resnet34"}},
+        {"config": {"model.encoder": "resnet18", "model.of_a_newer_version": "x"}},
     ],
 )
 def test_restore_refuses_metadata_that_do_not_fit(metadata):
@@ -442,7 +442,7 @@ def test_restore_refuses_metadata_that_do_not_fit(metadata):
 
 def test_restore_refuses_missing_extra_and_wrong_tensors():
     state = create_pretrained_model(ModelConfig(), seed=0).state_dict()
-    metadata = {"config": {"model.backbone": "resnet18"}}
+    metadata = {"config": {"model.encoder": "resnet18"}}
     without = {name: value for name, value in state.items() if name != "head.bias"}
     for wrong in (without, state | {"extra": torch.zeros(1)}, state | {"head.bias": torch.zeros(2)}, {}):
         with pytest.raises(UserError) as error:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 def train(directory: Path, shards: Path, *faults, processes=2, **changes):
-    given = small(data_shards=shards, train_samples=36, **changes) | {"run": directory / "run"}
+    given = small(data_shards=shards, train_total_samples=36, **changes) | {"run": directory / "run"}
     return warm_run("train", processes=processes, before=partial(together, without_pictures, *faults), **given)
 
 
@@ -64,14 +64,16 @@ def test_it_stops_all_ranks_before_the_optimizer_steps_and_names_the_batch(
 
 def test_what_the_device_did_before_the_host_heard_of_it_was_not_learned_from(room_shards, tmp_path):
     """Nothing is logged or saved between: the step after the bad one is done when the bad one is heard of."""
-    seldom = {"train_log_every": 36, "train_evaluate_every": 36, "optim_ema": 100}
+    seldom = {"train_log_every": 36, "train_evaluate_every": 36, "optim_ema_samples": 100}
     options = seldom | {"train_checkpoint_every": 36, "processes": 1}
     done = train(tmp_path / "struck", room_shards, partial(not_finite, 2, "loss"), **options)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the loss is not finite at sample 12" in errors(done.stderr)[0]
     failed = newest_checkpoint(tmp_path / "struck/run/failed")
     assert (failed.state.step, failed.state.samples_seen) == (1, 12)
-    done = train(tmp_path / "whole", room_shards, **options | {"train_checkpoint_every": 12, "train_keep": 9})
+    done = train(
+        tmp_path / "whole", room_shards, **options | {"train_checkpoint_every": 12, "train_keep_checkpoints": 9}
+    )
     assert done.returncode == 0, done.stderr
     for name, tensors in failed.tensors.items():
         whole = load_file(tmp_path / "whole/run/checkpoints/step-00000001" / name)
@@ -89,7 +91,12 @@ def test_what_does_not_come_again_is_no_obstacle(room_shards, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_batch_can_be_left_out_without_a_trace(room_shards, tmp_path, rank):
     """The loss of one rank is nan: the weights stay, and so do the statistics, which its forward pass has changed."""
-    options = {"train_nonfinite": "skip", "train_checkpoint_every": 12, "train_keep": 9, "train_evaluate_every": 36}
+    options = {
+        "train_nonfinite": "skip",
+        "train_checkpoint_every": 12,
+        "train_keep_checkpoints": 9,
+        "train_evaluate_every": 36,
+    }
     done = train(tmp_path, room_shards, partial(not_finite, 2, "loss", rank), **options)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -104,7 +111,13 @@ def test_a_batch_can_be_left_out_without_a_trace(room_shards, tmp_path, rank):
 
 def test_a_model_that_explodes_is_stopped_and_debug_mode_shows_where(room_shards, tmp_path):
     """No fault is injected here: a rate of 1e20 does it."""
-    options = {"optim_lr": 1e20, "optim_warmup": 0, "optim_clip": 0, "train_nonfinite": "skip", "train_max_skipped": 1}
+    options = {
+        "optim_lr": 1e20,
+        "optim_warmup_samples": 0,
+        "optim_grad_clip_norm": 0,
+        "train_nonfinite": "skip",
+        "train_max_skipped": 1,
+    }
     done = train(tmp_path, room_shards, processes=1, **options)
     assert done.returncode == 2
     (line,) = errors(done.stderr)

@@ -16,7 +16,7 @@ from mde_dist.utils.errors import UserError
 @pytest.mark.parametrize("norm", ["batch", "group", "frozen"])
 @pytest.mark.parametrize("refine", [False, True])
 def test_it_is_foretold_where_torch_refuses(norm, refine):
-    config = ModelConfig(backbone="tiny", norm=norm, head="full" if refine else "quarter", refine=refine)
+    config = ModelConfig(encoder="tiny", norm=norm, head="full" if refine else "quarter", skip_conv=refine)
     model, refused = create_model(config), set()
     for size in ((8, 8), (16, 32), (32, 32), (32, 33)):
         try:
@@ -31,7 +31,7 @@ def test_it_is_foretold_where_torch_refuses(norm, refine):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
 def test_the_other_backbones_are_alike(backbone):
-    assert [has_spread(ModelConfig(backbone=backbone), size) for size in ((32, 32), (33, 32))] == [False, True]
+    assert [has_spread(ModelConfig(encoder=backbone), size) for size in ((32, 32), (33, 32))] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_other_backbones_are_alike(backbone):
     [
         (1, "--data.size 32x32 --train.batch-size 1"),
         (2, "--data.size 32x32 --train.batch-size 2"),
-        (2, "--data.size 32x32 --train.batch-size 6 --train.accumulate 3"),
+        (2, "--data.size 32x32 --train.batch-size 6 --train.grad-accum-steps 3"),
         (2, "--data.size 240x320 --augment.crop 32x32 --train.batch-size 2"),
         (1, "--data.size 40x40 --augment.crop 32x32 --train.batch-size 1"),
         (1, "--data.size 64x64 --augment.border 0.25 --train.batch-size 1"),
@@ -51,8 +51,8 @@ def test_each_piece_of_advice_helps_by_itself(world, options):
     accelerator = SimpleNamespace(num_processes=world, device=torch.device("cpu"))
 
     def check(*more: str) -> None:
-        config = read_config(["--model.backbone", "tiny", *options.split(), *more])
-        assert config.train.batch_size % (world * config.train.accumulate) == 0
+        config = read_config(["--model.encoder", "tiny", *options.split(), *more])
+        assert config.train.batch_size % (world * config.train.grad_accum_steps) == 0
         check_statistics(config, accelerator, config.data.size)
 
     with pytest.raises(UserError, match=r"^1 image of .* one value per channel") as told:

@@ -42,44 +42,44 @@ def test_warm_up_rises_by_equal_steps_to_the_whole_rate():
 
 @pytest.mark.parametrize("batch", [1, 5, 7, 8, 100])
 def test_warm_up_is_over_the_same_samples_for_every_batch(batch):
-    config = OptimConfig(lr=1e-3, warmup=20, schedule="constant")
+    config = OptimConfig(lr=1e-3, warmup_samples=20, schedule="constant")
     for seen in range(0, 40, batch):
         # the share of the warm-up that is behind once the step is done
         assert learning_rate(config, seen, 1000, batch) == pytest.approx(1e-3 * min(seen + batch, 20) / 20)
 
 
 def test_cosine_golden_points():
-    config = OptimConfig(lr=2e-3, warmup=100)
+    config = OptimConfig(lr=2e-3, warmup_samples=100)
     # 100 .. 1100: half a cosine from lr to 1 % of it; halfway the mean of both, at a third 0.01 + 0.99 * 0.75
     assert learning_rate(config, 100, 1100, 8) == pytest.approx(2e-3)
     assert learning_rate(config, 600, 1100, 8) == pytest.approx(2e-3 * 0.505)
     assert learning_rate(config, 100 + 1000 // 4, 1100, 8) == pytest.approx(
         2e-3 * (0.01 + 0.99 * (2 + math.sqrt(2)) / 4)
     )
-    assert learning_rate(OptimConfig(lr=2e-3, warmup=0), 300, 900, 8) == pytest.approx(2e-3 * 0.7525)
+    assert learning_rate(OptimConfig(lr=2e-3, warmup_samples=0), 300, 900, 8) == pytest.approx(2e-3 * 0.7525)
     assert learning_rate(config, 1100, 1100, 8) == pytest.approx(2e-5)
     assert learning_rate(config, 5000, 1100, 8) == pytest.approx(2e-5)  # past the end it does not rise again
 
 
 def test_poly_golden_points():
-    config = OptimConfig(lr=2e-3, warmup=100, schedule="poly", power=0.9, final=0.0)
+    config = OptimConfig(lr=2e-3, warmup_samples=100, schedule="poly", poly_power=0.9, min_lr_ratio=0.0)
     assert learning_rate(config, 100, 1100, 8) == pytest.approx(2e-3)
     assert learning_rate(config, 600, 1100, 8) == pytest.approx(2e-3 * 0.5**0.9)
     assert learning_rate(config, 1100, 1100, 8) == 0
-    straight = OptimConfig(lr=1.0, warmup=0, schedule="poly", power=1, final=0.2)
+    straight = OptimConfig(lr=1.0, warmup_samples=0, schedule="poly", poly_power=1, min_lr_ratio=0.2)
     assert learning_rate(straight, 25, 100, 8) == pytest.approx(0.2 + 0.8 * 0.75)
     assert learning_rate(straight, 400, 100, 8) == pytest.approx(0.2)
 
 
 def test_cosine_falls_all_the_way():
-    config = OptimConfig(warmup=50)
+    config = OptimConfig(warmup_samples=50)
     rates = [learning_rate(config, seen, 2000, 8) for seen in range(50, 2001)]
     assert all(a > b for a, b in pairwise(rates))
     assert max(rates) == pytest.approx(config.lr)
 
 
 def test_constant_stays_after_warm_up():
-    config = OptimConfig(lr=5e-4, schedule="constant", warmup=4)
+    config = OptimConfig(lr=5e-4, schedule="constant", warmup_samples=4)
     assert learning_rate(config, 1, 100, 1) == pytest.approx(2.5e-4)
     assert {learning_rate(config, seen, 100, 1) for seen in (4, 50, 100, 10_000)} == {5e-4}
 
@@ -87,7 +87,7 @@ def test_constant_stays_after_warm_up():
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "poly"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 0), (10, 10), (10, 5)])
 def test_short_runs_have_a_rate(schedule, warmup, total):
-    config = OptimConfig(lr=1e-3, schedule=schedule, warmup=warmup)
+    config = OptimConfig(lr=1e-3, schedule=schedule, warmup_samples=warmup)
     for seen in range(12):
         assert 1e-5 * 0.999 <= learning_rate(config, seen, total, 8) <= 1e-3 * 1.001
     assert learning_rate(config, 0, total, 8) == pytest.approx(1e-3 if warmup == 0 else 8e-4)
@@ -208,7 +208,7 @@ def test_tensors_that_leave_parameters_out_are_refused():
 
 
 def test_another_batch_than_the_one_it_is_meant_for_changes_the_rate_by_the_root():
-    config = OptimConfig(lr=1e-3, lr_batch=8, schedule="constant", warmup=0)
+    config = OptimConfig(lr=1e-3, base_batch_size=8, schedule="constant", warmup_samples=0)
     rates = [learning_rate(config, 0, 100, batch) for batch in (8, 32, 2)]
     assert rates == pytest.approx([1e-3, 2e-3, 5e-4])
-    assert learning_rate(OptimConfig(lr=1e-3, schedule="constant", warmup=0), 0, 100, 32) == 1e-3
+    assert learning_rate(OptimConfig(lr=1e-3, schedule="constant", warmup_samples=0), 0, 100, 32) == 1e-3

@@ -35,7 +35,9 @@ def lose_output(how: str, handles: tuple[int, ...] = (1, 2)) -> None:
 @pytest.mark.parametrize("how", LOSSES)
 def test_a_training_outlives_its_output(room_shards, tmp_path, how):
     before = partial(together, without_pictures, partial(lose_output, how))
-    done = warm_run("train", before=before, run=tmp_path / "run", **small(data_shards=room_shards, train_samples=12))
+    done = warm_run(
+        "train", before=before, run=tmp_path / "run", **small(data_shards=room_shards, train_total_samples=12)
+    )
     log = (tmp_path / "run/logs/rank-0.log").read_text()
     assert done.returncode == 0, log
     assert (tmp_path / "run/model.safetensors").is_file()
@@ -45,7 +47,7 @@ def test_a_training_outlives_its_output(room_shards, tmp_path, how):
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
 def test_a_closed_window_leaves_a_checkpoint_or_under_nohup_the_run(room_shards, tmp_path, ignored):
-    given, directory = small(data_shards=room_shards, train_samples=48), tmp_path / "run"
+    given, directory = small(data_shards=room_shards, train_total_samples=48), tmp_path / "run"
     before = partial(together, without_pictures, *[partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)] * ignored)
     terminal = Terminal()
     with terminal.start("train", before=before, run=directory, **given) as process:
@@ -66,7 +68,7 @@ def test_a_command_whose_output_is_lost_says_so_where_somebody_may_want_it(how, 
 
 
 def test_an_error_that_nobody_hears_keeps_its_exit_code():
-    assert warm_run("config", "--train.samples", "-1", before=partial(lose_output, "its reader")).returncode == 2
+    assert warm_run("config", "--train.total-samples", "-1", before=partial(lose_output, "its reader")).returncode == 2
 
 
 def test_help_goes_into_a_pipe_that_closes_early():
@@ -131,7 +133,7 @@ def test_pictures_and_words_come_out_whatever_notebooks_locale_and_configuration
 @pytest.mark.slow
 def test_what_fails_after_the_weights_are_published_is_a_warning(room_shards, tmp_path):
     before = partial(patch, "pictures", raising)
-    options = small(data_shards=room_shards, train_samples=12)
+    options = small(data_shards=room_shards, train_total_samples=12)
     done = warm_run("train", before=before, run=tmp_path / "run", **options)
     assert done.returncode == 0, done.stderr
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("warning")]

@@ -14,6 +14,7 @@ from commands import environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mde_dist import config as show_config
 from mde_dist import shard
 from mde_dist.ablate import AblateCommand
 from mde_dist.evaluate import EvaluateCommand
@@ -27,9 +28,9 @@ from mde_dist.shard import ShardConfig
 from mde_dist.tools.ablation.table import read_table
 from mde_dist.tools.benchmarking import loader, peers, step
 from mde_dist.training.checkpoint import open_model
-from mde_dist.training.config import Config, as_json, flat, read_config, show_config, to_toml, with_whole_paths
+from mde_dist.training.config import Config, as_json, read_config, to_toml, with_whole_paths
 from mde_dist.training.run_dir import differences
-from mde_dist.utils.cli import LatePath, Place, parse
+from mde_dist.utils.cli import LatePath, Place, flatten, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, command_line, expanded, local_path, with_home
 
@@ -74,7 +75,7 @@ def test_every_path_of_every_command_is_expanded(tmp_path: Path, home: Path, com
         typed = f"~/$SCRATCH/{name} b"
         positional = (command, name) in ((PredictCommand, "images"), (AblateCommand, "table"))
         arguments += [*([] if positional else [f"--{name.replace('_', '-')}"]), *[typed] * (1 + (name == "compare"))]
-    found = dict(flat(parse(command, arguments, "prog")))
+    found = dict(flatten(parse(command, arguments, "prog")))
     for name, kind in options:
         for one in found[name] if isinstance(found[name], tuple) else [found[name]]:
             assert Path(with_home(one) if kind is LatePath else one) == Path(f"{home}/{tmp_path}/scratch/{name} b")
@@ -157,7 +158,7 @@ def test_a_resolved_config_holds_in_other_folders(tmp_path: Path, monkeypatch: p
 
 
 def test_a_job_script_is_told_the_run_directory_as_it_is(capsys: pytest.CaptureFixture[str], home: Path) -> None:
-    show_config(["run", f"--run=~/{as_typed(ODD)}", "--train.samples", "48"])
+    show_config.main(["run", f"--run=~/{as_typed(ODD)}", "--train.total-samples", "48"])
     assert capsys.readouterr().out == f"{home}/{ODD}\n"
 
 
@@ -208,7 +209,7 @@ def test_the_lines_that_shard_prints_can_be_pasted_elsewhere(
 
 def test_a_run_finds_its_shards_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights have places as they were typed; config.toml says from where. A place that has gone stays as typed."""
-    config = read_config(["--data.shards", as_typed(ODD), "--data.eval-shards", "gone", "--model.backbone", "tiny"])
+    config = read_config(["--data.shards", as_typed(ODD), "--data.eval-shards", "gone", "--model.encoder", "tiny"])
     weights = tmp_path / "run/checkpoints/step-00000001/model.safetensors"
     weights.parent.mkdir(parents=True)
     (tmp_path / ODD).mkdir()

@@ -34,7 +34,7 @@ def save_model(folder, size):
     tensors = create_pretrained_model(ModelConfig(), seed=3).state_dict()
     tensors["head.bias"] += 2.5
     path = folder / "model.safetensors"
-    path.write_bytes(serialize_model(tensors, {"config": {"model.backbone": "resnet18"}, "size": list(size)}))
+    path.write_bytes(serialize_model(tensors, {"config": {"model.encoder": "resnet18"}, "size": list(size)}))
     return path
 
 

@@ -37,7 +37,7 @@ def rooms():
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "model.safetensors"
-    metadata = {"config": {"model.backbone": "resnet18"}, "size": [48, 64]}
+    metadata = {"config": {"model.encoder": "resnet18"}, "size": [48, 64]}
     path.write_bytes(serialize_model(create_pretrained_model(ModelConfig(), seed=3).state_dict(), metadata))
     return path
 

@@ -10,7 +10,7 @@ from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 
-METADATA = {"config": {"model.backbone": "resnet18"}, "size": [48, 64]}
+METADATA = {"config": {"model.encoder": "resnet18"}, "size": [48, 64]}
 CPU = torch.device("cpu")
 
 

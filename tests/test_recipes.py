@@ -8,9 +8,9 @@ from mde_dist.tools.ablation.table import read_table
 from mde_dist.training.config import as_json, read_config
 
 ROOT = Path(__file__).parent.parent
-SCRATCH = {"model.weights", "optim.lr", "optim.warmup", "optim.ema"}
+SCRATCH = {"model.weights", "optim.lr", "optim.warmup_samples", "optim.ema_samples"}
 """What a start from scratch on few pairs needs otherwise."""
-SHORT = SCRATCH | {"augment.color", "augment.crop", "augment.cut_depth", "optim.weight_decay", "optim.lr_batch"}
+SHORT = SCRATCH | {"augment.color", "augment.crop", "augment.cut_depth", "optim.weight_decay", "optim.base_batch_size"}
 """And a few epochs, in which nothing is learned by heart."""
 
 

@@ -249,7 +249,7 @@ def test_predictions_in_another_order_are_noticed(many, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    config = {"model.backbone": "resnet18"}
+    config = {"model.encoder": "resnet18"}
     path.write_bytes(
         serialize_model(
             create_pretrained_model(ModelConfig(), seed=3).state_dict(), {"config": config, "size": [96, 128]}

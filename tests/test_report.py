@@ -439,7 +439,7 @@ def test_the_table_of_two_runs_has_both_and_the_difference(made, images, scratch
     for row in table.rows:
         one, other, gap = (float(cell.replace("−", "-")) for cell in row[-3:])
         assert gap == pytest.approx(other - one, abs=1.5e-4)
-    assert differing(runs) == [("train.samples", ["1200", "480"]), ("optim.lr", ["0.0006", "0.1"])]
+    assert differing(runs) == [("train.total_samples", ["1200", "480"]), ("optim.lr", ["0.0006", "0.1"])]
 
 
 def test_scenes_are_means_of_their_images_from_the_worst_to_the_best(made, images):

@@ -39,7 +39,12 @@ POINTS = [
 
 def options(shards: Path, **changes):
     """Five steps, an evaluation after the second, the fourth and the last; one checkpoint is kept."""
-    given = {"train_keep": 1, "optim_ema": 24, "optim_schedule": "constant", "evaluate_batch_size": 3}
+    given = {
+        "train_keep_checkpoints": 1,
+        "optim_ema_samples": 24,
+        "optim_schedule": "constant",
+        "evaluate_batch_size": 3,
+    }
     return small(data_shards=shards, **given | changes)
 
 
@@ -80,17 +85,17 @@ def test_a_finished_run_goes_on_with_more_samples_as_if_it_had_had_them_from_the
     """While nothing can be removed, as on NFS where somebody has a file open: that ends no run either."""
     given = {"cwd": tmp_path, "run": "run"}
     before = partial(together, without_pictures, partial(refused, "removal of a checkpoint", errno.ENOTEMPTY))
-    done = warm_run("train", before=before, **given, **options(room_shards, train_samples=24))
+    done = warm_run("train", before=before, **given, **options(room_shards, train_total_samples=24))
     assert done.returncode == 0, done.stderr
     assert "step-00000001-1.tmp cannot be removed (Directory not empty)" in done.stdout
     assert (tmp_path / "run/model.safetensors").is_file()
     done = warm_run("train", before=without_pictures, **given, **options(room_shards))
     assert done.returncode == 0, done.stderr
-    assert "note: train.samples was 24, is 60 from sample 24 on; the learning rate is constant" in done.stdout
+    assert "note: train.total_samples was 24, is 60 from sample 24 on; the learning rate is constant" in done.stdout
     assert end(tmp_path / "run") == end(undisturbed)
-    done = warm_run("train", **given, **options(room_shards, train_samples=36))
+    done = warm_run("train", **given, **options(room_shards, train_total_samples=36))
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: train.samples = 36: the run in run has seen 60 already")
+    assert done.stderr.startswith("error: train.total_samples = 36: the run in run has seen 60 already")
 
 
 def test_the_average_is_what_is_evaluated_and_published(undisturbed, tmp_path):

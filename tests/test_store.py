@@ -130,7 +130,7 @@ def test_s3_gives_what_the_directory_gives(bucket, room_shards, tmp_path):
 @pytest.mark.slow
 def test_training_from_s3_learns_the_same(bucket, room_shards, tmp_path):
     for name, place in (("local", room_shards), ("s3", bucket)):
-        given = small(data_shards=place, data_cache=tmp_path / "cache", train_samples=24)
+        given = small(data_shards=place, data_cache=tmp_path / "cache", train_total_samples=24)
         done = warm_run("train", before=without_pictures, run=tmp_path / name, **given)
         assert done.returncode == 0, done.stderr
     assert learned(tmp_path / "s3") == learned(tmp_path / "local")

@@ -22,14 +22,14 @@ SIZE = (24, 32)
 
 
 def config_of(batch, accumulate=1, threads=1, *more) -> Config:
-    flags = ["--train.batch-size", batch, "--train.accumulate", accumulate, "--data.threads", threads, *more]
+    flags = ["--train.batch-size", batch, "--train.grad-accum-steps", accumulate, "--data.threads", threads, *more]
     views = ["--augment.border", "0.05", "--augment.zoom", "1.5", "--augment.cut-depth", "0.5"]
-    return read_config([*map(str, flags), "--data.window", "2", "--data.size", "24x32", *views])
+    return read_config([*map(str, flags), "--data.shuffle-shards", "2", "--data.size", "24x32", *views])
 
 
 def shares(shards, config, samples_seen, steps, world):
     """Stream position -> (epoch, sample, view) as the ranks of a topology take them, one rank after another."""
-    accumulate, found = config.train.accumulate, {}
+    accumulate, found = config.train.grad_accum_steps, {}
     size = config.train.batch_size // (world * accumulate)
     for rank in range(world):
         topology = SimpleNamespace(num_processes=world, process_index=rank, device=CPU)
@@ -69,7 +69,7 @@ def test_every_topology_takes_the_same_views(room_shards, alone, world, accumula
 
 def test_accumulated_views_are_those_of_their_samples(room_shards):
     """The loader's buffers are reused: a view must not change when the next part of the batch is read."""
-    config = config_of(20, 5, 3, "--data.ahead", 1)
+    config = config_of(20, 5, 3, "--data.prefetch-batches", 1)
     topology = SimpleNamespace(num_processes=1, process_index=0, device=CPU)
     with open_split(room_shards, "train") as shards:
         with training_stream(config, shards, 40, topology, PreemptionHandler()) as loader:

@@ -16,7 +16,9 @@ from mde_dist.training.checkpoint import newest_checkpoint
 
 @pytest.mark.slow
 def test_a_training_is_to_be_looked_at_and_ctrl_c_leaves_terminal_and_run_whole(room_shards, tmp_path):
-    given = small(data_shards=room_shards, train_samples=1200, train_checkpoint_every=1200, train_evaluate_every=36)
+    given = small(
+        data_shards=room_shards, train_total_samples=1200, train_checkpoint_every=1200, train_evaluate_every=36
+    )
     with Terminal() as terminal:
         before = terminal.settings
         with terminal.start("train", run=tmp_path / "run", **given) as process:
@@ -52,7 +54,7 @@ def counts(terminal: Terminal) -> set[str]:
 
 @pytest.mark.slow
 def test_a_training_through_a_pipe_is_plain_lines(room_shards, tmp_path):
-    options = small(data_shards=room_shards, train_samples=24)
+    options = small(data_shards=room_shards, train_total_samples=24)
     done = warm_run("train", before=without_pictures, run=tmp_path / "run", **options)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and "\r" not in done.stdout and "━" not in done.stdout

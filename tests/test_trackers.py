@@ -19,7 +19,7 @@ def events(run) -> EventAccumulator:
 
 def test_a_run_killed_three_times_has_one_log_and_one_curve(room_shards, tmp_path):
     run = tmp_path / "run"
-    given = {"run": run, "log-with": "tensorboard", **small(data_shards=room_shards, train_samples=96)}
+    given = {"run": run, "log-with": "tensorboard", **small(data_shards=room_shards, train_total_samples=96)}
     fault = partial(together, without_pictures, partial(die, "optimizer", 3, "before"))
     for _ in range(3):
         assert warm_run("train", before=fault, **given).returncode == -9

@@ -126,7 +126,7 @@ def test_the_resolved_config_is_saved_and_starts_the_same_run(undisturbed, tmp_p
 
 def test_a_run_starts_from_the_whole_model_of_another_and_goes_on_without_its_file(room_shards, tmp_path):
     """Without a step that changes anything it scores to the digit what that one scored."""
-    options = small(data_shards=room_shards, train_samples=12, model_norm="group")
+    options = small(data_shards=room_shards, train_total_samples=12, model_norm="group")
     trained, started = tmp_path / "trained", tmp_path / "started"
     done = warm_run("train", run=trained, before=without_pictures, **options, **{"train.seed": 1})
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_a_run_starts_from_the_whole_model_of_another_and_goes_on_without_its_fi
     (first,) = (r["start"] for r in records(started) if "start" in r)
     assert first["weights"]["sha256"] == sha256_of(trained / "model.safetensors")
     shutil.rmtree(trained)
-    done = warm_run("train", run=started, before=without_pictures, **options | {"train.samples": 24})
+    done = warm_run("train", run=started, before=without_pictures, **options | {"train.total_samples": 24})
     assert done.returncode == 0, done.stderr
     assert "resumed at sample 12" in done.stdout
 
@@ -165,7 +165,7 @@ def test_a_run_of_another_config_is_refused_and_named(undisturbed, room_shards):
 
 def test_two_trainings_in_one_directory_are_refused(room_shards, tmp_path):
     directory = tmp_path / "run"
-    options = small(data_shards=room_shards, train_samples=100_000)
+    options = small(data_shards=room_shards, train_total_samples=100_000)
     with warm_start("train", run=directory, **options) as process:
         wait_for(lambda: checkpoints(directory), process)
         done = warm_run("train", run=directory, **options)
@@ -179,7 +179,7 @@ def test_the_batch_size_may_change_in_mid_run(room_shards, tmp_path):
     wait_for(lambda: "step-00000001" in checkpoints(directory), process)
     process.terminate()
     process.communicate(timeout=60)
-    changed = small(data_shards=room_shards, train_batch_size=8, train_accumulate=2, train_log_every=8)
+    changed = small(data_shards=room_shards, train_batch_size=8, train_grad_accum_steps=2, train_log_every=8)
     done = warm_run("train", run=directory, before=without_pictures, **changed)
     assert done.returncode == 0, done.stderr
     stopped = int(re.search(r"resumed at sample (\d+)", done.stdout)[1])
@@ -202,7 +202,7 @@ def test_a_run_that_failed_before_its_first_step_begins_anew_with_one_line_per_b
         data = bytearray(tar.read_bytes())
         data[700] ^= 1  # in the first depth map of each
         tar.write_bytes(data)
-    given = small(data_shards=shards, train_samples=12, train_batch_size=60)
+    given = small(data_shards=shards, train_total_samples=12, train_batch_size=60)
     done = warm_run("train", run=directory, **given, **{"data.max-bad-fraction": 0})
     assert done.returncode == 2
     assert "more than data.max_bad_fraction" in done.stderr
@@ -254,7 +254,7 @@ def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
     [
         ({"data.shards": "/nowhere"}, ("/nowhere", "mde_dist.shard")),
         ({"train.batch_sizes": 8}, ("train.batch", "--help")),
-        ({"train.accumulate": 5}, ("train.batch_size = 12", "does not divide", "--train.batch-size 10")),
+        ({"train.grad_accum_steps": 5}, ("train.batch_size = 12", "does not divide", "--train.batch-size 10")),
         ({"train.batch-size": 0}, ("train.batch_size = 0", "at least 1")),
         ({"data.max-bad-fraction": 2}, ("data.max_bad_fraction", "0 to 1")),
         ({"optim.lr": "nan"}, ("optim.lr", "at least 0")),

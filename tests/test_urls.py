@@ -110,7 +110,7 @@ def test_nothing_of_a_run_from_a_signed_url_holds_its_key(room_shards, tmp_path,
 
     quick = partial(command, before=without_pictures)
 
-    given = small(train_samples=24, train_log_every=24, data_cache=tmp_path / "cache")
+    given = small(train_total_samples=24, train_log_every=24, data_cache=tmp_path / "cache")
     with FileServer(room_shards.parent) as server:
         place = f"{server.url}/{room_shards.name}"
         server.key = FIRST

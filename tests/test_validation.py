@@ -353,7 +353,9 @@ def test_what_cannot_be_is_one_line(
 def test_a_training_is_evaluated_on_what_was_held_out(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     pack(open_source(tmp_path, "rooms"), shards, PackConfig(size=(48, 64), limit=12, validation=0.15), 2, silent)
-    done = warm_run("train", run=tmp_path / "run", **small(data_shards=shards, data_eval_split="val", train_samples=8))
+    done = warm_run(
+        "train", run=tmp_path / "run", **small(data_shards=shards, data_eval_split="val", train_total_samples=8)
+    )
     assert done.returncode == 0, done.stderr
     evaluated = json.loads((tmp_path / "run/evaluations/last.json").read_text())
     assert evaluated["ground_truth"]["split"] == "val"

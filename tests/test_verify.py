@@ -41,8 +41,8 @@ from trees import (
 from warm import warm_run
 
 from mde_dist.data.shards import ShardDataset, open_split
+from mde_dist.packing import examine as examine_module
 from mde_dist.packing import repair as repair_module
-from mde_dist.packing import validate_shard as examine_module
 from mde_dist.packing.examine import validate_shard
 from mde_dist.packing.index_tars import index_tars
 from mde_dist.packing.pack import PackConfig

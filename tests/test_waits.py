@@ -66,7 +66,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def config() -> Config:
-    return read_config(["--optim.ema", "1000", "--train.batch-size", "4", "--train.accumulate", "2"])
+    return read_config(["--optim.ema-samples", "1000", "--train.batch-size", "4", "--train.grad-accum-steps", "2"])
 
 
 def step_on(device: torch.device) -> None:

@@ -18,7 +18,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off"
 """As accelerate reads them, in any case."""
 _DECIDED_BY = {
     "ACCELERATE_MIXED_PRECISION": "--train.precision decides",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--train.accumulate decides",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--train.grad-accum-steps decides",
     "ACCELERATE_DYNAMO_BACKEND": "--train.compile decides",
     "ACCELERATE_TORCH_DEVICE": "CUDA_VISIBLE_DEVICES decides, or ACCELERATE_USE_CPU",
     "ACCELERATE_USE_FSDP": "ranks are trained by DDP",

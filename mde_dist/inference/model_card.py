@@ -100,7 +100,7 @@ def write_card(
 
 def front_matter(card: Card) -> str:
     """What the hub reads, as YAML."""
-    tags = [_TASK, "monocular-depth-estimation", "safetensors", card.config["model.backbone"]]
+    tags = [_TASK, "monocular-depth-estimation", "safetensors", card.config["model.encoder"]]
     tags += ["onnx"] if any(program.kind.file.endswith(".onnx") for program in card.programs) else []
     found = [result for scores in card.origin.scores for result in eval_results(scores, card.held_out)]
     data = ModelCardData(
@@ -141,7 +141,7 @@ def text(card: Card) -> str:
     about = f"""\
 # {code(card.name)}
 
-Depth in metres from one RGB image: a {code(card.config["model.backbone"])} encoder with a residual decoder, \
+Depth in metres from one RGB image: a {code(card.config["model.encoder"])} encoder with a residual decoder, \
 {card.parameters / 1e6:.1f} million parameters, {card.bytes / 1e6:.0f} MB as float32, trained at {height}x{width}.
 
 ## Use it

@@ -25,7 +25,7 @@ from mde_dist.models.initial_weights import Start, initialise
 from mde_dist.utils.cli import Weights
 from mde_dist.utils.errors import UserError
 
-Backbone = Literal["resnet18", "resnet34", "resnet50", "tiny"]
+Encoder = Literal["resnet18", "resnet34", "resnet50", "tiny"]
 Output = Literal["softplus", "sigmoid", "log"]
 
 
@@ -33,7 +33,7 @@ Output = Literal["softplus", "sigmoid", "log"]
 class ModelConfig:
     """Encoder and its starting weights."""
 
-    backbone: Backbone = "resnet18"
+    encoder: Encoder = "resnet18"
     """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
     learns little: to try things out."""
     weights: Weights = "none"
@@ -46,7 +46,7 @@ class ModelConfig:
     the decoder, frozen means group."""
     upsample: Upsample = "nearest"
     """How the decoder brings features to the next size: nearest or bilinear."""
-    refine: bool = False
+    skip_conv: bool = False
     """After each skip connection a 3x3 convolution with normalisation and ReLU."""
     head: Literal["quarter", "full"] = "quarter"
     """Depth is computed at a quarter of the image's size and enlarged, or at the full size, from finer features."""
@@ -79,7 +79,7 @@ class DepthModel(nn.Module):
         self.to_stem = nn.Identity() if channels[0] == stem else nn.Conv2d(channels[0], stem, 3, padding=1)
         self.head = QuarterHead(stem) if config.head == "quarter" else FullHead(stem, config.norm)
         self.refinements = nn.ModuleList(
-            refinement(width, config.norm) if config.refine else nn.Identity() for width in channels[:-1]
+            refinement(width, config.norm) if config.skip_conv else nn.Identity() for width in channels[:-1]
         )
         self._upsample, self._output, self._range = config.upsample, config.output, (config.min_depth, config.max_depth)
 
@@ -116,9 +116,9 @@ class TinyEncoder(nn.Module):
 def _make_encoder(config: ModelConfig) -> Any:
     """An encoder with random weights and the parts of torchvision's ResNets, but for the classifier."""
     norm = ENCODER_NORMS[config.norm]
-    if config.backbone == "tiny":
+    if config.encoder == "tiny":
         return TinyEncoder(norm)
-    encoder = torchvision.models.get_model(config.backbone, weights=None, norm_layer=norm)
+    encoder = torchvision.models.get_model(config.encoder, weights=None, norm_layer=norm)
     del encoder.fc  # what takes no part must not exist: DDP waits for the gradient of every parameter
     return encoder
 
@@ -143,7 +143,7 @@ def build_started(config: ModelConfig, seed: int) -> tuple[DepthModel, Start | N
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(config)
-    return model, initialise(model, config.weights, config.backbone, config.output)
+    return model, initialise(model, config.weights, config.encoder, config.output)
 
 
 def load_model(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> DepthModel:
@@ -160,7 +160,7 @@ def load_model(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 def _architecture(config: Mapping[str, Any]) -> ModelConfig:
     """From the flat config of a model.safetensors, which may be older than some fields. Raises ValueError."""
     values = {item.name: config.get(f"model.{item.name}", item.default) for item in fields(ModelConfig)}
-    values |= {"backbone": config["model.backbone"], "weights": "none"}
+    values |= {"encoder": config["model.encoder"], "weights": "none"}
     for name in config:
         if name.startswith("model.") and name.removeprefix("model.") not in values:
             raise ValueError(f"{name:.60} = {config[name]!r:.40} is not known to this version of mde_dist")

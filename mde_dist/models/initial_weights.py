@@ -104,7 +104,7 @@ def _reasons(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor],
 def _imagenet(backbone: str) -> dict[str, torch.Tensor]:
     """torchvision's published weights, downloaded once into torch's cache; unpickled as plain tensors only."""
     if backbone == "tiny":
-        raise UserError("model.weights imagenet: tiny has none; give none, or --model.backbone resnet18")
+        raise UserError("model.weights imagenet: tiny has none; give none, or --model.encoder resnet18")
     weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
     try:

@@ -82,7 +82,7 @@ class Run:
     @property
     def total(self) -> int | None:
         """Samples at which it ends."""
-        wanted = self.config.get("train.samples")
+        wanted = self.config.get("train.total_samples")
         return wanted if isinstance(wanted, int) and wanted > 0 else None
 
     @property

@@ -108,8 +108,8 @@ def starts(run: Run) -> list[dict[str, str]]:
 
 
 def _model(config: Mapping[str, Any]) -> Iterator[str]:
-    if "model.backbone" in config:
-        yield str(config["model.backbone"])
+    if "model.encoder" in config:
+        yield str(config["model.encoder"])
     if "model.weights" in config:
         yield "from scratch" if config["model.weights"] == "none" else f"{config['model.weights']} weights"
     if config.get("data.size", "None") != "None":

@@ -46,9 +46,9 @@ class DataConfig:
     """Training size, pixels; None = that of the shards. Images are resized on the device."""
     threads: int = 2
     """Decoding threads per rank; 0 = decode in the loop itself."""
-    ahead: int = 3
+    prefetch_batches: int = 3
     """Batches decoded ahead of the loop, at least 1."""
-    window: int = 4
+    shuffle_shards: int = 4
     """Shards whose samples are shuffled into one another: larger mixes better, smaller reads more in sequence."""
     max_bad_fraction: float = 0.01
     """Damaged samples are replaced and counted; past this share of the samples the run stops. 0..1."""
@@ -58,7 +58,7 @@ class DataConfig:
     """Where shards of a server are kept, whole: one directory per node for all its processes; best on a local disk."""
     cache_gb: float = 100
     """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
-    patience: float = PATIENCE
+    remote_timeout: float = PATIENCE
     """Seconds without a byte from the server, or with less than a kilobyte a second, after which the run ends; until
     then it is asked again and again."""
 
@@ -69,18 +69,18 @@ class DataConfig:
 
     @property
     def cache_options(self) -> CacheOptions:
-        return CacheOptions(self.cache, int(self.cache_gb * 1e9), self.patience)
+        return CacheOptions(self.cache, int(self.cache_gb * 1e9), self.remote_timeout)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
 
-    samples: int = 2400
+    total_samples: int = 2400
     """Samples to train on, over all ranks; training ends with the batch that reaches it. A run may go on with more."""
     batch_size: int = 24
     """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts of a rank's share of the batch that go through the model one after another, to save memory."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32. A CPU with bf16 instructions, too, is faster with bf16."""
@@ -88,10 +88,10 @@ class TrainConfig:
     """Memory layout of images and features with the channels innermost; auto = what is faster on the device: on."""
     compile: Switch = "auto"
     """torch.compile of the model, which takes a minute at the start; auto = off."""
-    gradients: Gradients = "fp32"
+    grad_comm_dtype: Gradients = "fp32"
     """In which precision gradients travel between the ranks: bf16 halves the bytes, and rounds what each rank adds to 8
     bits; for networks that cannot keep up with the step (see `python -m mde_dist.doctor`)."""
-    bucket_mb: float = 25
+    ddp_bucket_mb: float = 25
     """Megabytes (2^20 bytes) of gradients that travel together, while the backward pass goes on."""
     sync_bn: bool = True
     """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
@@ -101,7 +101,7 @@ class TrainConfig:
     """Samples between evaluations; there is one at the end in any case, and a checkpoint after each."""
     checkpoint_every: int = 800
     """Samples between checkpoints."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Newest checkpoints that stay; the best one stays as well."""
     log_every: int = 240
     """Samples between lines of metrics.jsonl."""
@@ -114,7 +114,7 @@ class TrainConfig:
     save_errors: Literal["stop", "continue"] = "stop"
     """When a checkpoint or metrics.jsonl cannot be written (disk full, read-only): stop, or say so, train on, and try
     again at the next one. What was written before stays whole."""
-    lost_after: float = 30
+    heartbeat_timeout: float = 30
     """Seconds without a sign of life after which a rank counts as lost, which ends the others. A rank whose process
     ends is noticed at once."""
     timeout: float = 600
@@ -123,7 +123,7 @@ class TrainConfig:
     @property
     def joining(self) -> tuple[Precision, int, float, Gradients, float]:
         """What `run.distributed.processes` has to know."""
-        return self.precision, self.cpu_threads, self.timeout, self.gradients, self.bucket_mb
+        return self.precision, self.cpu_threads, self.timeout, self.grad_comm_dtype, self.ddp_bucket_mb
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,14 @@ RESUMABLE_FIELDS = {
         "data.shards",
         "data.eval_shards",
         "data.threads",
-        "data.ahead",
+        "data.prefetch_batches",
         "data.read_timeout",
     ),
-    *("data.cache", "data.cache_gb", "data.patience", "data.max_bad_fraction"),
-    *("train.samples", "train.batch_size", "train.accumulate"),
-    *("train.keep", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
-    *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.lost_after"),
-    *("train.channels_last", "train.compile", "train.gradients", "train.bucket_mb"),
+    *("data.cache", "data.cache_gb", "data.remote_timeout", "data.max_bad_fraction"),
+    *("train.total_samples", "train.batch_size", "train.grad_accum_steps"),
+    *("train.keep_checkpoints", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
+    *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.heartbeat_timeout"),
+    *("train.channels_last", "train.compile", "train.grad_comm_dtype", "train.ddp_bucket_mb"),
 }
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
@@ -193,21 +193,50 @@ LOCAL_FIELDS = {"run", "debug_from", "data.shards", "data.eval_shards", "data.ca
 """Fields that may differ over the ranks: a node may have its own paths."""
 
 _AT_LEAST: dict[str, float] = {
-    **{"data.threads": 0, "data.ahead": 1, "data.window": 1, "train.samples": 1, "train.batch_size": 1},
-    **{"train.accumulate": 1, "train.evaluate_every": 1, "train.checkpoint_every": 1, "train.keep": 1},
+    **{
+        "data.threads": 0,
+        "data.prefetch_batches": 1,
+        "data.shuffle_shards": 1,
+        "train.total_samples": 1,
+        "train.batch_size": 1,
+    },
+    **{
+        "train.grad_accum_steps": 1,
+        "train.evaluate_every": 1,
+        "train.checkpoint_every": 1,
+        "train.keep_checkpoints": 1,
+    },
     **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
-    **{"optim.lr": 0, "optim.weight_decay": 0, "optim.warmup": 0, "optim.clip": 0, "data.max_bad_fraction": 0},
-    **{"optim.final": 0, "optim.power": 0, "optim.ema": 0, "optim.lr_batch": 0, "train.max_skipped": 0},
-    **{"train.lost_after": 3, "train.bucket_mb": 1, "loss.focus": 0, "loss.gradient": 0, "model.min_depth": 1e-3},
+    **{
+        "optim.lr": 0,
+        "optim.weight_decay": 0,
+        "optim.warmup_samples": 0,
+        "optim.grad_clip_norm": 0,
+        "data.max_bad_fraction": 0,
+    },
+    **{
+        "optim.min_lr_ratio": 0,
+        "optim.poly_power": 0,
+        "optim.ema_samples": 0,
+        "optim.base_batch_size": 0,
+        "train.max_skipped": 0,
+    },
+    **{
+        "train.heartbeat_timeout": 3,
+        "train.ddp_bucket_mb": 1,
+        "loss.silog_lambda": 0,
+        "loss.gradient_weight": 0,
+        "model.min_depth": 1e-3,
+    },
     **{"augment.border": 0, "augment.zoom": 1, "augment.cut_depth": 0},
-    **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.patience": 0},
+    **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.remote_timeout": 0},
 }
 _AT_MOST: dict[str, float] = {
-    **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.final": 1},
-    **{"loss.focus": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
+    **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.min_lr_ratio": 1},
+    **{"loss.silog_lambda": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
     # threads that a system can have, seconds that its clocks take, images and bytes that memories can hold
-    **{"data.threads": 1024, "train.cpu_threads": 1024, "train.timeout": 1e6, "train.lost_after": 1e6},
-    **{"data.ahead": 1024, "train.batch_size": 1e6, "evaluate.batch_size": 1e6, "train.bucket_mb": 1e6},
+    **{"data.threads": 1024, "train.cpu_threads": 1024, "train.timeout": 1e6, "train.heartbeat_timeout": 1e6},
+    **{"data.prefetch_batches": 1024, "train.batch_size": 1e6, "evaluate.batch_size": 1e6, "train.ddp_bucket_mb": 1e6},
     **{"data.cache_gb": 1e9, "train.seed": 2**64 - 1},
 }
 

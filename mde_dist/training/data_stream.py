@@ -29,7 +29,7 @@ def training_stream(
 ) -> Iterator[DataLoader]:
     """The loader of this rank's batches from `samples_seen` on, without end: one per accumulation step."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    batch, accumulate = config.train.batch_size, config.train.accumulate
+    batch, accumulate = config.train.batch_size, config.train.grad_accum_steps
     order = training_order(config, shards)
     windows = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(samples_seen))
     check_room(config, shards, order)
@@ -48,7 +48,7 @@ def training_stream(
             batch // (world * accumulate),
             accelerator.device,
             config.data.threads,
-            config.data.ahead,
+            config.data.prefetch_batches,
             replace=True,
             timeout=config.data.read_timeout,
             stop=lambda: bool(stop),
@@ -59,12 +59,12 @@ def training_stream(
 
 def training_order(config: Config, shards: ShardDataset) -> GlobalSampler:
     """Which sample stands at which place of the stream."""
-    return GlobalSampler(len(shards), shards.block, config.data.window, config.train.seed)
+    return GlobalSampler(len(shards), shards.block, config.data.shuffle_shards, config.train.seed)
 
 
 def batch_keys(config: Config, shards: ShardDataset, samples_seen: int, world: int, ranks: Sequence[int]) -> list[str]:
     """Keys of the samples that these ranks see of the global batch at `samples_seen`."""
-    batch, accumulate = config.train.batch_size, config.train.accumulate
+    batch, accumulate = config.train.batch_size, config.train.grad_accum_steps
     parts = [rank_indices(samples_seen, batch, accumulate, world, step, r) for r in ranks for step in range(accumulate)]
     _, samples = training_order(config, shards).at(np.concatenate(parts))
     return [shards.key(sample) for sample in samples.tolist()]
@@ -77,7 +77,7 @@ def check_room(config: Config, shards: ShardDataset, order: GlobalSampler) -> No
     if shards.remote and need > config.data.cache_options.limit:
         raise UserError(
             f"data.cache_gb = {config.data.cache_gb:g}: too small for the {need / 1e9:.3g} GB of shards that are on "
-            "their way at a time; raise it, or lower data.window"
+            "their way at a time; raise it, or lower data.shuffle_shards"
         )
 
 
@@ -103,7 +103,7 @@ def next_local_batch(loader: DataLoader, config: Config, size: tuple[int, int], 
     """
     rank_indices = LocalBatch()
     try:
-        for _ in range(config.train.accumulate):
+        for _ in range(config.train.grad_accum_steps):
             with meter.waiting():
                 batch = next(loader)
             with meter.working():

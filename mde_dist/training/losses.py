@@ -23,9 +23,9 @@ class LossConfig:
     logarithm, berhu = absolute error that is squared from a fifth of the image's largest one on (Laina et al., 2016).
     Per image, then over images: silog = root of the scale-invariant logarithmic error (Eigen et al., 2014; root and
     focus of BTS, Lee et al., 2019)."""
-    focus: float = 0.85
+    silog_lambda: float = 0.85
     """Of silog: how much of an image's mean error is forgiven, 0 = none, 1 = all, and with it the scale. 0..1."""
-    gradient: float = 0.0
+    gradient_weight: float = 0.0
     """Weight of the differences between neighbours, in logarithms, at four scales (Li and Snavely, 2018): edges."""
 
 
@@ -39,11 +39,11 @@ def depth_loss(
     """
     pixels, images = counted.clamp(min=1).float()
     if config.kind == "silog":
-        loss = silog(prediction, depth, config.focus) / images
+        loss = silog(prediction, depth, config.silog_lambda) / images
     else:
         loss = _OVER_PIXELS[config.kind](prediction, depth) / pixels
-    if config.gradient:
-        loss = loss + config.gradient * gradient(prediction, depth) / images
+    if config.gradient_weight:
+        loss = loss + config.gradient_weight * gradient(prediction, depth) / images
     return loss
 
 

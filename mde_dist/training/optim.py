@@ -15,22 +15,22 @@ class OptimConfig:
 
     lr: float = 6e-4
     """Highest learning rate."""
-    lr_batch: int = 0
+    base_batch_size: int = 0
     """Global batch that lr is meant for: another one multiplies it by the root of their ratio (the rule for Adam:
     Malladi et al., 2022). 0 = lr as it is."""
     weight_decay: float = 1e-2
     """Of the matrices and kernels; norms and biases are not decayed."""
     schedule: Literal["constant", "cosine", "poly"] = "cosine"
     """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
-    warmup: int = 240
+    warmup_samples: int = 240
     """Samples over which the rate rises linearly: each step has the share of them that is seen with its own batch."""
-    final: float = 0.01
+    min_lr_ratio: float = 0.01
     """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
-    power: float = 0.9
+    poly_power: float = 0.9
     """Of the schedule poly; 1 = a straight line."""
-    clip: float = 10.0
+    grad_clip_norm: float = 10.0
     """Largest norm of the whole gradient; 0 = no clipping."""
-    ema: int = 0
+    ema_samples: int = 0
     """Evaluate and publish a moving average of the weights: after so many samples an old one counts 1/e. 0 = none."""
 
 
@@ -48,14 +48,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 def learning_rate(config: OptimConfig, samples_seen: int, total: int, batch_size: int) -> float:
     """Rate for the step that starts after `samples_seen` of `total` samples, over a global batch."""
-    highest = config.lr * (math.sqrt(batch_size / config.lr_batch) if config.lr_batch else 1)
-    if samples_seen < config.warmup:
-        return highest * min(1.0, (samples_seen + batch_size) / config.warmup)
+    highest = config.lr * (math.sqrt(batch_size / config.base_batch_size) if config.base_batch_size else 1)
+    if samples_seen < config.warmup_samples:
+        return highest * min(1.0, (samples_seen + batch_size) / config.warmup_samples)
     if config.schedule == "constant":
         return highest
-    done = min(1.0, (samples_seen - config.warmup) / max(1, total - config.warmup))
-    fallen = (1 - done) ** config.power if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
-    return highest * (config.final + (1 - config.final) * fallen)
+    done = min(1.0, (samples_seen - config.warmup_samples) / max(1, total - config.warmup_samples))
+    fallen = (1 - done) ** config.poly_power if config.schedule == "poly" else 0.5 * (1 + math.cos(math.pi * done))
+    return highest * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fallen)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -95,11 +95,11 @@ class RunDirectory:
             tell(f"note: {change} from sample {checkpoint.state.samples_seen} on{then}")
 
     def refuse_less(self, checkpoint: Checkpoint, samples: int) -> None:
-        """Raises UserError where `train.samples` was lowered to less than the checkpoint has seen."""
-        seen, before = checkpoint.state.samples_seen, checkpoint.config.get("train.samples", samples)
+        """Raises UserError where `train.total_samples` was lowered to less than the checkpoint has seen."""
+        seen, before = checkpoint.state.samples_seen, checkpoint.config.get("train.total_samples", samples)
         if samples < seen and samples != before:
             raise UserError(
-                f"train.samples = {samples}: the run in {self.path} has seen {seen} already; give at least as many, or "
+                f"train.total_samples = {samples}: the run in {self.path} has seen {seen} already; give at least as many, or "
                 "choose another --run"
             )
 

@@ -24,7 +24,7 @@ from mde_dist.utils.locks import locked
 
 def check_batch(config: Config, world: int) -> None:
     """The global batch has to divide by ranks and accumulation steps. Raises UserError."""
-    batch, accumulate = config.train.batch_size, config.train.accumulate
+    batch, accumulate = config.train.batch_size, config.train.grad_accum_steps
     parts = world * accumulate
     if batch % parts:
         near = max(parts, round(batch / parts) * parts)
@@ -96,15 +96,17 @@ def describe(
 ) -> None:
     """What is about to happen, with everything that was derived."""
     manifest = shards.manifest
-    world, accumulate, device = accelerator.num_processes, config.train.accumulate, accelerator.device
+    world, accumulate, device = accelerator.num_processes, config.train.grad_accum_steps, accelerator.device
     height, width = view_size(config.data.size or manifest.size, config.augment)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    part, epochs = config.train.batch_size // (world * accumulate), config.train.samples / len(shards)
+    part, epochs = config.train.batch_size // (world * accumulate), config.train.total_samples / len(shards)
     monitor.say(f"run {config.run}, {'resumed at' if samples_seen else 'from'} sample {samples_seen}")
     monitor.say(f"  {world} x {device.type} ({name}), precision {precision}")
     monitor.say(f"  {part} per rank x {world} ranks x {accumulate} accumulated = batch of {config.train.batch_size}")
-    monitor.say(f"  {config.train.samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}")
+    monitor.say(
+        f"  {config.train.total_samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}"
+    )
     monitor.say(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
     for line in filter(None, to_toml(config).split("\n")):
         monitor.say(f"  | {line}")

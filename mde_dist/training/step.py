@@ -66,7 +66,7 @@ class TrainModule:
         """Memory format of the images."""
         self.bare.to(memory_format=self.layout)
         self.optimizer = make_optimizer(self.bare, config.optim)
-        self.ema = Ema(self.bare, config.optim.ema) if config.optim.ema else None
+        self.ema = Ema(self.bare, config.optim.ema_samples) if config.optim.ema_samples else None
         self.model = self.bare
         """What a training step calls: the model compiled and wrapped for its ranks."""
         self._guard = NonFiniteGuard(self.bare, device)
@@ -106,7 +106,7 @@ class TrainModule:
     def set_rate(self, samples_seen: int) -> float:
         """The learning rate of the step at this place of the stream."""
         train = self._config.train
-        rate = learning_rate(self._config.optim, samples_seen, train.samples, train.batch_size)
+        rate = learning_rate(self._config.optim, samples_seen, train.total_samples, train.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -144,7 +144,7 @@ class TrainModule:
 
         Where it is not finite, weights, statistics, average and optimizer stay as they were before `backward`.
         """
-        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self._config.optim.clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self._config.optim.grad_clip_norm or float("inf"))
         skipped = self._guard.should_skip(norm)
         self._guard.restore(skipped)
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
@@ -183,7 +183,7 @@ class TrainModule:
         the place in a bucket: without this, the first step of a run that goes on would differ in the last digits.
         """
         self._guard.snapshot_buffers()
-        parts = self._accelerator.num_processes * self._config.train.accumulate
+        parts = self._accelerator.num_processes * self._config.train.grad_accum_steps
         device = self._accelerator.device
         size = view_size(self._size, self._config.augment)
         image = torch.zeros(self._config.train.batch_size // parts, 3, *size, device=device)
@@ -205,12 +205,12 @@ def check_statistics(config: Config, accelerator: Accelerator, size: tuple[int, 
     The last features of an image of up to 32x32 are one value each, and batch norm needs a second image.
     """
     view, train = view_size(size, config.augment), config.train
-    parts = accelerator.num_processes * train.accumulate
+    parts = accelerator.num_processes * train.grad_accum_steps
     beside = config.model.norm == "batch" and (train.batch_size > parts or shares_statistics(config, accelerator))
     if max(view) > LEAST_CROP or beside or has_spread(config.model, view):
         return
     ways = [f"--train.batch-size {2 * parts} (2 at a time)"] if config.model.norm == "batch" else []
-    ways += ["--train.accumulate 1"] if train.accumulate > 1 and ways else []
+    ways += ["--train.grad-accum-steps 1"] if train.grad_accum_steps > 1 and ways else []
     side = 2 * LEAST_CROP if config.augment.border == 0 else 4 * LEAST_CROP  # a border leaves half of it at least
     crop = f"--augment.crop {2 * LEAST_CROP}x{2 * LEAST_CROP}" if config.augment.crop is not None else ""
     ways.append(crop if crop and min(size) >= side else f"--data.size {side}x{side} {crop}".strip())

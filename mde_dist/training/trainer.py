@@ -100,7 +100,9 @@ class Trainer:
             record, best = self._record(), self.state.best.get("step")
 
             def write(tensors: dict) -> None:
-                self.directory.save(self.train_module.as_files(tensors), record, self.config.train.keep, best)
+                self.directory.save(
+                    self.train_module.as_files(tensors), record, self.config.train.keep_checkpoints, best
+                )
 
             self.saver.submit((self.state.samples_seen, self.state.evaluated), self.train_module.snapshot, write)
 
@@ -285,7 +287,9 @@ def open_trainer(
         run_on_all_ranks(accelerator, lambda: opened.enter_context(directory))
         state = run_on_all_ranks(accelerator, lambda: resume(directory, config, train_module))
         assert_equal_across_ranks(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
-        total = state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.samples
+        total = (
+            state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.total_samples
+        )
         metrics = config.run / "metrics.jsonl" if writes else None
         places = (state.samples_seen, state.evaluated, total)
         monitor = run_on_all_ranks(
@@ -333,8 +337,10 @@ def resume(directory: RunDirectory, config: Config, train_module: TrainModule) -
     if checkpoint is not None:
         directory.note_change(checkpoint, {"train.batch_size": config.train.batch_size})
         if not config.debug:
-            directory.refuse_less(checkpoint, config.train.samples)
-            directory.note_change(checkpoint, {"train.samples": config.train.samples}, new_rate(checkpoint, config))
+            directory.refuse_less(checkpoint, config.train.total_samples)
+            directory.note_change(
+                checkpoint, {"train.total_samples": config.train.total_samples}, new_rate(checkpoint, config)
+            )
         train_module.load(checkpoint)
     directory.start()
     return State() if checkpoint is None else checkpoint.state
@@ -348,11 +354,11 @@ def run_id_of(config: Config, this_run: Mapping[str, Any]) -> str:
 
 
 def new_rate(checkpoint: Checkpoint, config: Config) -> str:
-    """Describe the effect of another `train.samples` than the checkpoint's on the learning rate, in words."""
+    """Describe the effect of another `train.total_samples` than the checkpoint's on the learning rate, in words."""
     if config.optim.schedule == "constant":
         return "; the learning rate is constant: it learns what it would have learned with them from the start"
     seen, batch_size = checkpoint.state.samples_seen, config.train.batch_size
-    totals = (int(checkpoint.config.get("train.samples", config.train.samples)), config.train.samples)
+    totals = (int(checkpoint.config.get("train.total_samples", config.train.total_samples)), config.train.total_samples)
     before, now = (learning_rate(config.optim, seen, total, batch_size) for total in totals)
     return (
         f"; optim.schedule {config.optim.schedule} ends there: the learning rate goes from {before:.3g} to {now:.3g}, "

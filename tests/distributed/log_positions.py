@@ -28,7 +28,7 @@ def crc(tensor: torch.Tensor) -> int:
 def log(shards, accelerator, job, out):
     default = Config()
     data = dataclasses.replace(default.data, threads=job["threads"], window=2, size=(32, 40))
-    train = dataclasses.replace(default.train, batch_size=job["batch_size"], accumulate=job["accumulate"], seed=5)
+    train = dataclasses.replace(default.train, batch_size=job["batch_size"], grad_accum_steps=job["accumulate"], seed=5)
     config = dataclasses.replace(default, data=data, train=train)
     world, rank, accumulate = accelerator.num_processes, accelerator.process_index, job["accumulate"]
     size = job["batch_size"] // (world * accumulate)

@@ -51,7 +51,7 @@ def test_what_befalls_one_rank_is_told_of_it_and_the_others_go_on(room_shards, t
     assert "ZeroDivisionError" in rows["devices"][1]
     assert rows["memory"][1].startswith("rank 1 (")
     assert "out of memory with 6 images" in rows["memory"][1]
-    assert "try --train.accumulate 2 (3 at a time" in rows["memory"][2]
+    assert "try --train.grad-accum-steps 2 (3 at a time" in rows["memory"][2]
     assert rows["disk"][0] == "ok"
 
 

@@ -14,14 +14,14 @@ from warm import warm_run, without_pictures
 pytestmark = pytest.mark.distributed
 
 ONE_STEP = {
-    **{"train_samples": 16, "train_batch_size": 16, "train_evaluate_every": 16, "evaluate_limit": 1},
-    **{"optim_clip": 0, "optim_warmup": 0, "optim_lr": 1e-3, "optim_weight_decay": 0.1},
+    **{"train_total_samples": 16, "train_batch_size": 16, "train_evaluate_every": 16, "evaluate_limit": 1},
+    **{"optim_grad_clip_norm": 0, "optim_warmup_samples": 0, "optim_lr": 1e-3, "optim_weight_decay": 0.1},
 }
 
 
 STRONG = {
     **{"model_norm": "group", "model_upsample": "bilinear", "model_head": "full", "model_output": "log"},
-    **{"loss_kind": "silog", "loss_gradient": 0.5, "augment_zoom": 1.5, "augment_cut_depth": 0.5},
+    **{"loss_kind": "silog", "loss_gradient_weight": 0.5, "augment_zoom": 1.5, "augment_cut_depth": 0.5},
 }
 
 
@@ -37,12 +37,12 @@ def train(directory: Path, shards: Path, processes: int, *flags, before=holes, *
 def steps(request, room_shards, scratch):
     """(ranks, accumulation) -> the checkpoint after one step; ranks and parts differ in their count of valid pixels."""
     root, case = scratch(request.param), request.param
-    flags, options = (["--model.refine"], STRONG) if case == "strong" else ([], {"model_norm": case})
+    flags, options = (["--model.skip-conv"], STRONG) if case == "strong" else ([], {"model_norm": case})
     shapes = [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)]
     found = {}
     for ranks, parts in shapes if case == "group" else [(1, 1), (2, 2), (4, 1)]:
         run = root / f"{ranks}x{parts}"
-        train(run, room_shards, ranks, *flags, train_accumulate=parts, **options, **ONE_STEP)
+        train(run, room_shards, ranks, *flags, train_grad_accum_steps=parts, **options, **ONE_STEP)
         found[ranks, parts] = run / "checkpoints/step-00000001"
     return found
 
@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_the_global_batch(steps):
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_killed_on_several_ranks_it_ends_bit_for_bit_as_undisturbed(room_shards, tmp_path, ranks):
     """With batch statistics, and on three ranks and more, where a sum depends on the order in which it is taken."""
-    options = {"train_samples": 36, "train_evaluate_every": 36}
+    options = {"train_total_samples": 36, "train_evaluate_every": 36}
     undisturbed = train(tmp_path / "undisturbed", room_shards, ranks, before=None, **options)
     given = small(data_shards=room_shards, **options) | {"run": tmp_path / "run"}
     done = warm_run("train", processes=ranks, before=partial(die, "backward", 4, "before"), **given)
@@ -113,7 +113,7 @@ def test_killed_it_goes_on_on_another_number_of_ranks_with_the_same_losses_to_ro
 
 def test_average_and_statistics_are_those_of_all_ranks(room_shards, tmp_path):
     """Rank 1 scores its images as rank 0 does: the same digits as one process that reads the published model."""
-    run = train(tmp_path / "run", room_shards, 2, "--evaluate.flip", before=None, optim_ema=24)
+    run = train(tmp_path / "run", room_shards, 2, "--evaluate.flip", before=None, optim_ema_samples=24)
     last = [line for line in records(run) if "evaluation" in line][-1]
     target = tmp_path / "scores.json"
     for flags in (["--flip"], []):
@@ -125,7 +125,7 @@ def test_average_and_statistics_are_those_of_all_ranks(room_shards, tmp_path):
 
 
 def test_nothing_reads_or_writes_a_pickle(room_shards, tmp_path):
-    given = small(data_shards=room_shards, train_samples=36) | {"run": tmp_path / "run"}
+    given = small(data_shards=room_shards, train_total_samples=36) | {"run": tmp_path / "run"}
     faults = partial(together, forbid_pickle, partial(die, "optimizer", 3, "before"))
     assert warm_run("train", processes=2, before=faults, **given).returncode == -9
     done = warm_run("train", processes=2, before=partial(together, without_pictures, forbid_pickle), **given)

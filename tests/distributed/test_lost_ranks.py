@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def options(shards: Path, directory: Path, **changes):
-    return small(data_shards=shards, train_lost_after=4, **changes) | {"run": directory / "run"}
+    return small(data_shards=shards, train_heartbeat_timeout=4, **changes) | {"run": directory / "run"}
 
 
 def errors(output: str) -> list[str]:
@@ -29,7 +29,7 @@ def begun(run: Path):
 @pytest.mark.parametrize(("victim", "speaker"), [(2, 0), (0, 1)])
 def test_a_rank_that_is_killed_ends_the_others_with_one_line(room_shards, tmp_path, victim, speaker):
     run = tmp_path / "run"
-    with warm_start("train", processes=3, **options(room_shards, tmp_path, train_samples=100_000)) as process:
+    with warm_start("train", processes=3, **options(room_shards, tmp_path, train_total_samples=100_000)) as process:
         wait_for(begun(run), process)
         process.ranks[victim].kill()
         process.wait(60)
@@ -76,7 +76,7 @@ def test_a_rank_that_fails_has_its_traceback_in_its_log_and_is_named(room_shards
 def test_every_rank_has_its_log_and_the_terminal_shows_rank_0(room_shards, tmp_path):
     run = tmp_path / "run"
     for samples in (12, 12):  # once more: appended
-        given = options(room_shards, tmp_path, train_samples=samples)
+        given = options(room_shards, tmp_path, train_total_samples=samples)
         with warm_start("train", processes=2, before=without_pictures, **given) as process:
             assert process.wait(120) == 0
             assert "evaluated at sample 12" in process.output(0) or "made: " in process.output(0)
@@ -89,7 +89,7 @@ def test_every_rank_has_its_log_and_the_terminal_shows_rank_0(room_shards, tmp_p
 
 
 def test_log_lines_tell_the_slowest_rank_the_memory_and_the_time_left(room_shards, tmp_path):
-    given = options(room_shards, tmp_path, train_samples=24)
+    given = options(room_shards, tmp_path, train_total_samples=24)
     done = warm_run("train", processes=2, before=partial(slow_forward, 1), **given)
     assert done.returncode == 0, done.stderr
     for record in (r for r in records(tmp_path / "run") if "loss" in r):

@@ -36,7 +36,7 @@ def places(tmp_path) -> tuple[Path, Path]:
 
 
 def write_model(path: Path) -> None:
-    config = Config(model=ModelConfig(backbone="tiny"))
+    config = Config(model=ModelConfig(encoder="tiny"))
     tensors = create_pretrained_model(config.model, seed=0).state_dict()
     path.write_bytes(serialize_model(tensors, {"config": as_json(config), "size": [32, 32]}))
 

@@ -22,7 +22,7 @@ SECONDS = 30  # a stop takes one or two on an idle machine
 
 def options(shards: Path, directory: Path, **changes):
     """Three steps on two ranks, long enough to hear of a signal in, and evaluations after the second and the last."""
-    given = small(data_shards=shards, model_backbone="resnet18", train_samples=36, **changes)
+    given = small(data_shards=shards, model_encoder="resnet18", train_total_samples=36, **changes)
     return given | {"run": directory / "run"}
 
 
@@ -93,7 +93,7 @@ def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_pat
     env = environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     script = Path(__file__).parents[2] / "launch/one_node.sh"
     process = subprocess.Popen(
-        [*nohup, script, "2", *flags, "--train.samples", "100000"],
+        [*nohup, script, "2", *flags, "--train.total-samples", "100000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -114,7 +114,7 @@ def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_pat
 @pytest.mark.parametrize("signalled_rank", [0, 1])
 def test_a_signal_ends_a_wait_for_data_on_another_rank(undisturbed, room_shards, tmp_path, signalled_rank):
     """Rank 1 waits for a disk that does not answer, rank 0 in a collective for rank 1; one of them is told to stop."""
-    given, mark = options(room_shards, tmp_path, data_threads=1, data_ahead=1), tmp_path / "waiting"
+    given, mark = options(room_shards, tmp_path, data_threads=1, data_prefetch_batches=1), tmp_path / "waiting"
     faults = partial(no_data, after=17, rank=1, mark=mark)  # eight for the baselines, six in a step
     with warm_start("train", processes=2, before=faults, **given) as process:
         end = time.monotonic() + 120

@@ -28,7 +28,7 @@ def many_shards(scratch):
 
 
 def options(**changes):
-    return small(**({"data_window": 1, "data_patience": 4, "train_samples": 120} | changes))
+    return small(**({"data_shuffle_shards": 1, "data_remote_timeout": 4, "train_total_samples": 120} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_server_that_is_slow_cuts_and_fails_now_and_then_changes_nothing(serve
         for shard in (number, number + 7, number + 14):
             server.fail(fault, path=f"rooms/train-{shard:06d}.tar", times=2)
     server.fail(Fault(rate=200_000))
-    given = remote(server, tmp_path / "cache", data_patience=30)
+    given = remote(server, tmp_path / "cache", data_remote_timeout=30)
     done = warm_run("train", processes=2, before=without_pictures, run=tmp_path / "run", **given)
     assert done.returncode == 0, done.stderr
     assert learned(tmp_path / "run") == local
@@ -95,7 +95,7 @@ def test_a_shard_that_was_changed_on_the_server_ends_the_run_with_one_line(serve
 def test_a_server_that_stays_away_ends_every_rank_with_one_line_and_the_run_goes_on_later(server, local, tmp_path):
     directory = tmp_path / "run"
     # little room, so that shards have to be fetched again and again: what is on its way, and little more
-    given = remote(server, tmp_path / "cache", data_cache_gb=0.0004, data_ahead=1)
+    given = remote(server, tmp_path / "cache", data_cache_gb=0.0004, data_prefetch_batches=1)
     process = start("train", processes=2, run=directory, **given)
     wait_for(lambda: (directory / "checkpoints/step-00000002").is_dir(), process)
     server.fail(Fault(status=503))
@@ -115,7 +115,7 @@ def test_a_server_that_stays_away_ends_every_rank_with_one_line_and_the_run_goes
 def test_a_server_that_is_not_there_at_all_is_one_line_too(tmp_path, many_shards):
     with FileServer(many_shards.parent) as server:
         url = server.url
-    given = options(data_shards=f"{url}/rooms", data_cache=tmp_path / "cache", data_patience=2)
+    given = options(data_shards=f"{url}/rooms", data_cache=tmp_path / "cache", data_remote_timeout=2)
     done = warm_run("train", processes=2, run=tmp_path / "run", **given)
     assert done.returncode == 2
     (said,) = errors(done.stderr)
@@ -132,7 +132,7 @@ def test_a_cache_without_room_for_what_is_on_its_way_is_refused(server, tmp_path
 
 def test_a_signal_ends_a_wait_for_a_silent_server_with_a_checkpoint(server, tmp_path):
     directory = tmp_path / "run"
-    given = remote(server, tmp_path / "cache", data_cache_gb=0.0004, data_ahead=1, data_patience=100)
+    given = remote(server, tmp_path / "cache", data_cache_gb=0.0004, data_prefetch_batches=1, data_remote_timeout=100)
     process = warm_start("train", run=directory, **given)
     wait_for(lambda: (directory / "checkpoints/step-00000002").is_dir(), process)
     server.fail(Fault(stall=True))
@@ -152,7 +152,7 @@ def test_a_signal_ends_a_wait_for_a_silent_server_with_a_checkpoint(server, tmp_
 
 def test_a_read_that_is_stuck_ends_every_rank_with_one_line_and_the_run_goes_on_later(local, many_shards, tmp_path):
     shards, directory = shutil.copytree(many_shards, tmp_path / "rooms"), tmp_path / "run"
-    given = options(data_shards=shards, data_ahead=1, data_read_timeout=2)
+    given = options(data_shards=shards, data_prefetch_batches=1, data_read_timeout=2)
     process = warm_start("train", processes=2, run=directory, **given)
     wait_for(lambda: (directory / "checkpoints/step-00000001").is_dir(), process)
     aside = tmp_path / "aside"

@@ -139,7 +139,7 @@ def check_cut_short(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def options(room_shards):
-    return small(data_shards=room_shards, train_samples=48, train_lost_after=5)
+    return small(data_shards=room_shards, train_total_samples=48, train_heartbeat_timeout=5)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def cost(trainings: Sequence[Training]) -> dict[str, float]:
     """What training took, the mean over some trainings of one row."""
     seconds = float(np.mean([training_seconds(training) for training in trainings]))
     config = trainings[0].config
-    found = {"seconds": seconds, "images_per_second": config.train.samples / seconds if seconds else 0.0}
+    found = {"seconds": seconds, "images_per_second": config.train.total_samples / seconds if seconds else 0.0}
     model = create_model(config.model)
     found["million_parameters"] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if config.data.size:

@@ -55,7 +55,7 @@ class Work:
 
     def samples(self) -> tuple[int, int]:
         """Samples that were trained on, and all that there are to be."""
-        return sum(map(_samples_seen, self.trainings)), sum(t.config.train.samples for t in self.trainings)
+        return sum(map(_samples_seen, self.trainings)), sum(t.config.train.total_samples for t in self.trainings)
 
 
 def run_all(

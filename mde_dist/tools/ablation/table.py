@@ -3,10 +3,10 @@
 base = "strong.toml"          # optional: a config file, relative to the table; where every row begins
 seeds = [0, 1, 2]             # train.seed of each training of a row
 [common]                      # values of all rows, as in a config file
-train.samples = 12000
+train.total_samples = 12000
 [rows.strong]                 # the first row is the reference that the others are compared with
 [rows."no EMA"]
-optim.ema = 0
+optim.ema_samples = 0
 [rows.seed]
 base = "seed.toml"            # optional: a row may begin elsewhere; common still holds over it
 """
@@ -37,11 +37,11 @@ FIXED = {
     "train.evaluate_every": "there is one evaluation, at the end",
 }
 """What a table may not set, and why; a base may, and is overruled."""
-_BESIDE = RESUMABLE_FIELDS - {"data.shards", "train.samples", "train.batch_size", "train.gradients"} | {
+_BESIDE = RESUMABLE_FIELDS - {"data.shards", "train.total_samples", "train.batch_size", "train.grad_comm_dtype"} | {
     "train.evaluate_every"
 }
 """Fields of which a table does not tell."""
-_LEARNED_FROM = {"data.shards", "data.eval_shards", "train.samples", "train.batch_size"}
+_LEARNED_FROM = {"data.shards", "data.eval_shards", "train.total_samples", "train.batch_size"}
 """May change when a run goes on, but not within a table."""
 _SAME = ("evaluate.protocol", "evaluate.limit", "data.eval_split")
 
@@ -159,7 +159,7 @@ def _config(path: Path, base: str | None, common: dict[str, Any], row: dict[str,
 
 
 def _training(row: str, seed: int, config: Config, output: Path) -> Training:
-    train = dataclasses.replace(config.train, seed=seed, evaluate_every=config.train.samples)
+    train = dataclasses.replace(config.train, seed=seed, evaluate_every=config.train.total_samples)
     run = output / _slug(row) / f"seed-{seed}"
     config = dataclasses.replace(config, run=run, train=train, debug=False, debug_from=None)
     return Training(row, seed, validate(config))

@@ -54,10 +54,10 @@ def bench(options: Options) -> Result:
         device, name = accelerator.device, device_name(accelerator.device)
     data = options.data
     with open_split(data.shards, data.train_split, data.cache_options) as shards:
-        place: dict[str, Any] = {"place": data.shards, "split": data.train_split, "window": data.window}
-        place |= {"cache": [str(data.cache), data.cache_options.limit, data.patience], "seed": options.train.seed}
-        batch = max(1, options.train.batch_size // options.train.accumulate)
-        how = {"batch": batch, "ahead": data.ahead, "device": str(device), "timeout": data.read_timeout}
+        place: dict[str, Any] = {"place": data.shards, "split": data.train_split, "window": data.shuffle_shards}
+        place |= {"cache": [str(data.cache), data.cache_options.limit, data.remote_timeout], "seed": options.train.seed}
+        batch = max(1, options.train.batch_size // options.train.grad_accum_steps)
+        how = {"batch": batch, "ahead": data.prefetch_batches, "device": str(device), "timeout": data.read_timeout}
         with contextlib.ExitStack() as opened:
             bare = opened.enter_context(pinned("reading", "limit", cores[:1], **place))
             loaders = [

@@ -145,9 +145,9 @@ class _Task:
 def _own(task: _Task) -> list[_Entry]:
     """The bare decoders, and this package's loader with depth in metres and in millimetres."""
     options, shards, data = task.options, task.shards, task.options.data
-    place: dict[str, Any] = {"place": data.shards, "split": data.train_split, "window": data.window}
-    place |= {"cache": [str(data.cache), data.cache_options.limit, data.patience], "seed": options.train.seed}
-    how = place | {"pairs": task.pairs, "batch": options.batch, "ahead": data.ahead}
+    place: dict[str, Any] = {"place": data.shards, "split": data.train_split, "window": data.shuffle_shards}
+    place |= {"cache": [str(data.cache), data.cache_options.limit, data.remote_timeout], "seed": options.train.seed}
+    how = place | {"pairs": task.pairs, "batch": options.batch, "ahead": data.prefetch_batches}
 
     def limit(cores: Sequence[int], workers: int, seconds: float) -> dict[str, Any]:
         with pinned("reading", "limit", cores, **place) as ask:

@@ -125,7 +125,7 @@ def bench(options: Options) -> Result:
         if options.profile is not None and variants[0].step is not None:
             notes += write_profile(variants[0].step, options.profile, accelerator.device)
         limit, advice = judge(variants, rows, seen)
-        title = f"step: {config.model.backbone} at {seen[0]}x{seen[1]}, {device_name(accelerator.device)}"
+        title = f"step: {config.model.encoder} at {seen[0]}x{seen[1]}, {device_name(accelerator.device)}"
         table = Table(title, COLUMNS, rows)
         return Result("step", {"step": table}, limit, advice, device_name(accelerator.device), config, notes)
 
@@ -151,14 +151,16 @@ def chosen(options: Options, device: torch.device) -> list[Variant]:
         found.append(other(f"--train.compile {compiled}", compile=compiled))
     found.append(Variant("AdamW foreach, not fused", base, foreach=True))
     for batch in options.batches or (_BATCHES if cuda else ()):
-        found.append(Variant(f"batch {batch}", replace(base, train=replace(train, batch_size=batch, accumulate=1))))
+        found.append(
+            Variant(f"batch {batch}", replace(base, train=replace(train, batch_size=batch, grad_accum_steps=1)))
+        )
     return found
 
 
 def set_up(variant: Variant, accelerator: Accelerator, size: tuple[int, int], stored: tuple[int, int]) -> None:
     """Build what it steps, and make the first steps. `stored`: size of the images in the shards."""
     config, device = variant.config, accelerator.device
-    part = config.train.batch_size // config.train.accumulate
+    part = config.train.batch_size // config.train.grad_accum_steps
     before = _allocated(device)
     try:
         batch = noise(part, stored, device)
@@ -252,7 +254,7 @@ def row(variant: Variant, base: Variant, flops: int, device: torch.device) -> di
     found["memory_gb"] = None if variant.memory is None else variant.memory / 1e9
     if not variant.times:
         return found | {"ms": None, "rate": None, "spread": variant.trouble, "error": variant.trouble}
-    parts = config.train.accumulate
+    parts = config.train.grad_accum_steps
     found |= over_rounds("ms", [1e3 * seconds * (parts if variant.prepare_only else 1) for seconds in variant.times])
     found["rate"] = 1e3 * batch / found["ms"]
     if variant.prepare_only:
@@ -275,7 +277,7 @@ def training_step(
     train_module: TrainModule, device: torch.device, config: Config, view: TrainBatch
 ) -> Callable[[], None]:
     """The trainer's optimizer step on one view, which stands for all parts of the batch; one process."""
-    views = [view] * config.train.accumulate
+    views = [view] * config.train.grad_accum_steps
     counted = len(views) * valid_counts(view[1])
 
     def precision() -> torch.autocast:
@@ -293,9 +295,9 @@ def described(variants: Sequence[Variant]) -> Iterator[str]:
     base, views = variants[0], variants[1]
     layout = "contiguous" if base.config.train.channels_last == "off" else "channels last"
     compiled = "compiled" if base.config.train.compile == "on" else "eager"
-    yield f"as it is: {base.precision}, {layout}, {compiled}, {base.config.train.accumulate} accumulated"
+    yield f"as it is: {base.precision}, {layout}, {compiled}, {base.config.train.grad_accum_steps} accumulated"
     if base.times and views.times:
-        share = base.config.train.accumulate * row_ms(views) / row_ms(base)
+        share = base.config.train.grad_accum_steps * row_ms(views) / row_ms(base)
         yield f"views (resize, flip, …, normalise) are not in the steps; they take {share:.0%} of one on top"
 
 
@@ -304,7 +306,7 @@ def judge(variants: Sequence[Variant], rows: Sequence[dict[str, Any]], size: tup
     base = rows[0]
     if base["rate"] is None:
         what = f"memory, a step of {base['batch']} images of {size[0]}x{size[1]} does not fit the device"
-        return what, "a higher --train.accumulate, which does the same batch in smaller parts"
+        return what, "a higher --train.grad-accum-steps, which does the same batch in smaller parts"
     used = "" if base["utilisation"] is None else f", {base['utilisation']:.0%} of the device's peak"
     limit = f"the step, {base['rate']:,.1f} images/s, {base['tflops']:.2f} TFLOP/s{used}"
     better = [row for row in rows[1:] if row.get("gain", 0) >= _GAIN and min(row["gain_rounds"]) > 1]

@@ -80,7 +80,7 @@ def bench(options: Options) -> Result | None:
     stop = PreemptionHandler()
     with (
         init_distributed(*train.joining, settings=for_all_ranks(config)) as accelerator,
-        monitor_ranks(accelerator, stop, train.lost_after) as explain_lost_ranks,
+        monitor_ranks(accelerator, stop, train.heartbeat_timeout) as explain_lost_ranks,
     ):
         check_batch(config, accelerator.num_processes)
         make_sample(config, accelerator)
@@ -104,7 +104,7 @@ def bench(options: Options) -> Result | None:
         rows[0]["all_reduce_share"] = ratio(reduce, rows[1]["ms"])
         limit, advice = judge(config, rows, accelerator.device.type)
         height, width = view_size(size, config.augment)
-        title = f"train: {world} x {train.batch_size // world} images of {height}x{width}, {config.model.backbone}"
+        title = f"train: {world} x {train.batch_size // world} images of {height}x{width}, {config.model.encoder}"
         tables = {"train": Table(f"{title}, {name}", COLUMNS, rows)}
         return Result("train", tables, limit, advice, name, config, notes(rows[0]))
 
@@ -177,7 +177,7 @@ class Fed:
         """The next batches alone."""
         if self._clock:
             return 0
-        for _ in range(self._config.train.accumulate):
+        for _ in range(self._config.train.grad_accum_steps):
             next(self._loader)
         return self._part
 
@@ -196,7 +196,7 @@ class Fed:
     def _measure(self, call: Callable[[], int], seconds: float) -> dict[str, Any]:
         """Call it for some seconds, at least once -> what came of it, over all ranks."""
         if call == self._load:
-            for _ in range(1 + self._config.data.ahead):  # which were decoded beforehand
+            for _ in range(1 + self._config.data.prefetch_batches):  # which were decoded beforehand
                 call()
         self._wait_for_all()
         self._account.restart()
@@ -284,7 +284,10 @@ def judge(config: Config, rows: Sequence[dict[str, Any]], device: str) -> tuple[
         )
     if both["data_wait"] > _WAITS:
         limit = f"the loader's unevenness, {both['data_wait']:.0%} of the time the device waits for data: {rates}"
-        return limit, f"--data.ahead {2 * config.data.ahead}, which evens out slow reads; or other jobs off these cores"
+        return (
+            limit,
+            f"--data.prefetch-batches {2 * config.data.prefetch_batches}, which evens out slow reads; or other jobs off these cores",
+        )
     if device == "cpu":
         limit = (
             f"the cores, which take {both['rate'] / load['rate']:.0%} of their time to decode, else compute: {rates}"
@@ -292,6 +295,9 @@ def judge(config: Config, rows: Sequence[dict[str, Any]], device: str) -> tuple[
         return limit, "a GPU; python -m mde_dist.bench step shows what other choices gain here"
     if exposed > _REDUCES:
         limit = f"the network, {exposed:.0%} of a step goes to summing gradients: {rates}"
-        return limit, "a larger --train.batch-size or --train.accumulate, a faster network (NCCL_DEBUG=INFO says which)"
+        return (
+            limit,
+            "a larger --train.batch-size or --train.grad-accum-steps, a faster network (NCCL_DEBUG=INFO says which)",
+        )
     limit = f"the step, for data it waits {both['data_wait']:.1%} of the time: {rates}"
     return limit, "python -m mde_dist.bench step, which shows what other choices gain"

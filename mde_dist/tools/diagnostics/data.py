@@ -30,7 +30,7 @@ _WARN, _FAIL = 1.0, 0.5  # what the loader gives, as a share of what the step ta
 
 def patience(config: Config) -> float:
     """Seconds after which a look at the shards has failed: longer than a server is waited for."""
-    return config.data.patience + 20
+    return config.data.remote_timeout + 20
 
 
 def check_shards(

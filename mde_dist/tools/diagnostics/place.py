@@ -40,7 +40,7 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
             return [0, any(run.glob("checkpoints/step-*"))]
         found = directory.resume(notes.append)
         if found:
-            directory.refuse_less(found, config.train.samples)
+            directory.refuse_less(found, config.train.total_samples)
         return [found.state.samples_seen if found else 0, found is not None]
 
     answers = panel.ask(look, "choose another --run", _LIMIT)
@@ -55,7 +55,9 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
     if resumed and splits is None:
         found, result = f"{config.run} holds a run; whether of this config only the shards can tell", "warn"
     elif resumed:
-        found = f"{config.run} holds a run of this config; it goes on at sample {start:,} of {config.train.samples:,}"
+        found = (
+            f"{config.run} holds a run of this config; it goes on at sample {start:,} of {config.train.total_samples:,}"
+        )
     else:
         found = f"{config.run} is new" if not config.run.exists() else f"{config.run} has no checkpoint yet"
     advice = "look again once the shards are there" if result == "warn" else ""
@@ -117,7 +119,7 @@ def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool
     if panel.failed("disk", answers):
         return
     free, there, lacks = answers[0].value
-    keep = config.train.keep
+    keep = config.train.keep_checkpoints
     need = max(checkpoint, checkpoint * (keep + _SPARE) - there)  # what is there makes room as it goes
     found = f"{in_words(free)} free at {folders[-1]}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
     found += in_words(checkpoint)
@@ -126,7 +128,7 @@ def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool
     found = "\n".join([found, *lacks])
     blind = [rank for rank, answer in enumerate(seen) if rank in panel.nodes and not answer.value]
     if free < need:
-        panel.add(Row("disk", "fail", found, "free some, lower --train.keep, or choose another --run"))
+        panel.add(Row("disk", "fail", found, "free some, lower --train.keep-checkpoints, or choose another --run"))
     elif blind:
         found += f"\n{panel.named(blind)}: does not see what rank 0 writes there"
         panel.add(Row("disk", "warn", found, "put --run on a shared file system: it could not be resumed"))

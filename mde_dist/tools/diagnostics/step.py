@@ -33,7 +33,7 @@ _REDUCE_SHARE = 0.3  # of the time of a step
 def check_divides(panel: RankSurvey, config: Config) -> Config:
     """-> the config itself, or where its batch does not divide one whose batch does: for the checks to come."""
     panel.begin("batch")
-    accumulate, batch = config.train.accumulate, config.train.batch_size
+    accumulate, batch = config.train.grad_accum_steps, config.train.batch_size
     answers = panel.ask(lambda: check_batch(config, panel.world), "another --train.batch-size")
     if panel.failed("batch", answers):
         parts = panel.world * accumulate
@@ -73,7 +73,7 @@ def measure_step(panel: RankSurvey, config: Config, size: tuple[int, int], batch
     accelerator, measured = panel.accelerator, Measured()
     if panel.failed("views", panel.ask(lambda: [*view_size(size, config.augment)], "a smaller --augment.crop")):
         return measured
-    parts = panel.world * config.train.accumulate
+    parts = panel.world * config.train.grad_accum_steps
     part = config.train.batch_size // parts
     if (
         part == 1
@@ -131,7 +131,7 @@ def _timed_steps(
     """[seconds of a step of all parts, bytes at its peak, whether the first loss was finite] of this rank."""
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    parts = config.train.accumulate
+    parts = config.train.grad_accum_steps
 
     def one_part() -> torch.Tensor:
         view = prepare(batch, size, config.augment, config.train.seed)
@@ -170,12 +170,12 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _too_large(config: Config, world: int, part: int, size: tuple[int, int]) -> str:
-    accumulate, batch = config.train.accumulate, config.train.batch_size
+    accumulate, batch = config.train.grad_accum_steps, config.train.batch_size
     what = f"out of memory with {part} images of {size[0]}x{size[1]} at a time"
     finer = next((n for n in range(accumulate + 1, batch // world + 1) if batch % (world * n) == 0), None)
     if finer is None:
         return f"{what}; try a smaller --data.size, or one rank per device"
-    return f"{what}; try --train.accumulate {finer} ({batch // (world * finer)} at a time, the same batch)"
+    return f"{what}; try --train.grad-accum-steps {finer} ({batch // (world * finer)} at a time, the same batch)"
 
 
 def _judge_memory(panel: RankSurvey, config: Config, values: list[list[float]]) -> None:
@@ -202,7 +202,7 @@ def _judge_memory(panel: RankSurvey, config: Config, values: list[list[float]]) 
         advice.append("see what else runs on that device; the slowest one sets the pace")
     if full:
         found += f"; {panel.named(full)}: {taken[full[0]] / totals[full[0]]:.0%} of the memory is taken"
-        advice.append("a higher --train.accumulate leaves more room")
+        advice.append("a higher --train.grad-accum-steps leaves more room")
     if bad:
         found = f"{panel.named(bad)}: the loss of the first batch is not finite"
         advice = ["look inside with: python -m mde_dist.train --debug and the same options"]
@@ -237,6 +237,6 @@ def check_network(panel: RankSurvey, measured: Measured) -> None:
     share = measured.reduce / measured.seconds
     found += f"; {share:.0%} of forward and backward"
     slow = share > _REDUCE_SHARE
-    advice = "it may overlap with the backward pass, but slows it down: a larger batch or --train.accumulate, a faster "
+    advice = "it may overlap with the backward pass, but slows it down: a larger batch or --train.grad-accum-steps, a faster "
     advice += "network (NCCL_DEBUG=INFO says which one is used)"
     panel.add(Row("network", "warn" if slow else "ok", found, advice if slow else ""))
