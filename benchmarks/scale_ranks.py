@@ -15,7 +15,7 @@ from turns import in_ranks
 
 
 def reduce(folder: str, size: int) -> dict[str, Any]:
-    """Sums over ranks of gloo: seconds of a gradient, of what reduce_batch_info tells, and of batch statistics gathered."""
+    """Sums over ranks of gloo: seconds of a gradient, of `reduce_batch_info`, and of batch statistics gathered."""
     import torch
     from torch import distributed
 
@@ -51,7 +51,8 @@ def show_reduce(_: argparse.Namespace) -> None:
         print(f", half of it {said(its['half'], 1e-3, 'ms')}")
         print(f"    from 2 ranks: {1e3 * own:.0f} ms were each to have a core, {1e3 * shared:.0f} ms on two cores")
         print(
-            f"    reduce_batch_info {said(its['news'], 1e-6, 'µs')}; all-gather of 4 KB {said(its['gather'], 1e-6, 'µs')}",
+            f"    reduce_batch_info {said(its['news'], 1e-6, 'µs')}; "
+            f"all-gather of 4 KB {said(its['gather'], 1e-6, 'µs')}",
             flush=True,
         )
 

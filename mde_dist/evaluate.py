@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 
+from mde_dist.data.augmentation import depth_counts
 from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.images import stray_in_words
@@ -46,11 +47,11 @@ from mde_dist.evaluation.evaluator import (
     ImageMetric,
     Predict,
     breakdown_metric,
+    constant_baselines,
     evaluate_split,
     model_predict,
     protocol_metric,
     score_baselines,
-    score_mean,
 )
 from mde_dist.evaluation.metrics import PROTOCOLS, Protocol, resize_to, summarise
 from mde_dist.evaluation.predictions import Match, Predictions, open_predictions
@@ -300,28 +301,30 @@ def evaluate(
     split: str,
     train: ShardDataset | None,
 ) -> tuple[dict[str, Any], list[torch.Tensor], GroundTruth]:
-    """Score everything in one pass, and what predicts without looking in others. Called by every rank, same result.
+    """Score the predictions and the constant baselines in one pass. Called by every rank, same result.
 
     -> (record, `score` rows by protocol, what was predicted). Raises UserError.
     """
     protocols = [PROTOCOLS[name] for name in command.protocols]
+    maps = constant_baselines(train, accelerator.device) if train else {}
     metrics = [breakdown_metric(protocols[0]), *map(protocol_metric, protocols[1:])]
-    metrics += [
-        ImageMetric(N_STATISTICS, partial(image_statistics, per_metre=COUNTS_PER_METRE)),
-        ImageMetric(N_HASH_COLUMNS, target_hashes),
-    ]
+    metrics += [ImageMetric(N_STATISTICS, partial(image_statistics, per_metre=COUNTS_PER_METRE))]
+    metrics += [ImageMetric(N_HASH_COLUMNS, target_hashes), *score_baselines(maps, protocols)]
+    options: dict[str, Any] = {"batch_size": command.batch_size, "threads": command.threads}
     with progress_of("scoring", accelerator) as progress:
-        options = (command.batch_size, command.threads)
-        first, *others, signs, hashes = evaluate_split(
-            accelerator, source_of_predictions.predict, samples, metrics, *options, progress=progress
+        found = evaluate_split(
+            accelerator, source_of_predictions.predict, samples, metrics, progress=progress, **options
         )
-    first, where = split_breakdown(first)
-    rows = [first, *others]
-    with progress_of("baselines", accelerator) as progress:
-        if train:
-            baselines = score_baselines(accelerator, samples, train, protocols, progress=progress)
-        else:
-            baselines = score_mean(accelerator, samples, mean_depth(signs), protocols, progress)
+    first, where = split_breakdown(found[0])
+    rows = [first, *found[1 : len(protocols)]]
+    signs, hashes, *scored = found[len(protocols) :]
+    if not train:  # nothing else is known of the depth than the very truth that is scored: read it again
+        mean = torch.full(samples.size, mean_depth(signs) * COUNTS_PER_METRE, dtype=torch.float64)
+        maps = {"mean of this truth everywhere": mean.to(accelerator.device)}
+        with progress_of("baselines", accelerator) as progress:
+            metrics = score_baselines(maps, protocols)
+            scored = evaluate_split(accelerator, depth_counts, samples, metrics, progress=progress, **options)
+    baselines = {name: scored[k * len(protocols) : (k + 1) * len(protocols)] for k, name in enumerate(maps)}
     truth = ground_truth_of(samples, split, hashes)
     findings = detect_failures(signs, scale_matters=any(protocol.align == "none" for protocol in protocols))
     findings += worse_than_baseline(rows, baselines, protocols)

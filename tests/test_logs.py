@@ -11,7 +11,10 @@ from mde_dist.utils.errors import UserError
 
 
 def run(code: str, *arguments) -> subprocess.CompletedProcess[str]:
-    head = "import os, sys\nfrom pathlib import Path\nfrom mde_dist.distributed.redirect_to_rank_log import redirect_to_rank_log, emergency_print\n"
+    head = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from mde_dist.distributed.rank_log import emergency_print, redirect_to_rank_log\n"
+    )
     line = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=60)
 

@@ -17,7 +17,8 @@ import os, sys, torch
 from mde_dist.distributed.process_group import all_reduce_sum, init_distributed
 with init_distributed(cpu_threads=2) as accelerator:
     rank = accelerator.process_index
-    print(f"rank {rank}", float(all_reduce_sum(accelerator, (torch.ones(64, 64) @ torch.ones(64, 64))[0, 0] * (rank + 1))))
+    product = (torch.ones(64, 64) @ torch.ones(64, 64))[0, 0]
+    print(f"rank {rank}", float(all_reduce_sum(accelerator, product * (rank + 1))))
 print(" ".join(sorted(name for name in os.environ if name.startswith(("MASTER", "TORCHELASTIC", "ACCELERATE")))))
 sys.exit(40 + rank)
 """

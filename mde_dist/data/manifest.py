@@ -23,6 +23,8 @@ from mde_dist.utils.urls import is_remote
 FORMAT = "mde_dist.shards"
 VERSION = 2
 NAME = "manifest.json"
+PACKING = ".packing"
+"""Hidden folder in a directory of shards: what is packed stays there until all is."""
 MAX_SIDE = 8192
 """Pixels that an image is high or wide at most."""
 TAR_BLOCK = 512

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mde_dist.data.manifest import NAME, FileInfo, Manifest, command_for, parse_manifest
+from mde_dist.data.manifest import NAME, PACKING, FileInfo, Manifest, command_for, parse_manifest
 from mde_dist.data.storage.cache import Cache
 from mde_dist.data.storage.remote import PATIENCE, Remote, open_remote, read_whole
-from mde_dist.packing.claim import WORK
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.folders import left_behind
 from mde_dist.utils.paths import command_line, with_home
@@ -112,7 +111,7 @@ def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Mani
         data = (directory / NAME).read_bytes()
     except FileNotFoundError:
         advice = f"pack a data set into it with: {command_line('shard', '--output', directory, then='--source DIR')}"
-        if (directory / WORK).is_dir():
+        if (directory / PACKING).is_dir():
             advice = "their packing is at work, or was cut off: the command that packs them goes on with it"
         elif tars_in(directory):
             advice = f"index the tars in it with: {command_for('index', str(directory))}"

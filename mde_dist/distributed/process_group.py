@@ -283,7 +283,10 @@ def raise_on_all_ranks(accelerator: Accelerator, error: Exception | None) -> Non
 
 
 def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], T]) -> T:
-    """The action's result; an error of it on one rank ends all ranks, see `raise_on_all_ranks`. No collective may be in it."""
+    """Run the action on every rank -> its result; an error on one rank ends all, see `raise_on_all_ranks`.
+
+    No collective may be in it.
+    """
     error, result = None, None
     try:
         result = action()

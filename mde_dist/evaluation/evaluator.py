@@ -140,60 +140,19 @@ def evaluate_split(
     return list(table[:, :-1].split(widths, dim=1))
 
 
-def score_baselines(
-    accelerator: Accelerator,
-    samples: DepthDataset,
-    train: ShardDataset,
-    protocols: Sequence[Protocol],
-    limit: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] = lambda done, images: None,
-) -> dict[str, list[torch.Tensor]]:
-    """Per baseline and protocol the rows of predicting without looking: the training mean, and its mean map.
-
-    An image counts once per baseline for `progress(done, images)`.
-    """
-    mean_map = torch.from_numpy(train.mean_map().astype(np.float64)).to(accelerator.device)
-    maps = {
+def constant_baselines(train: ShardDataset, device: torch.device) -> dict[str, torch.Tensor]:
+    """Name -> a map that a model has to beat, the same for every image: float64 (height, width), in counts."""
+    mean_map = torch.from_numpy(train.mean_map().astype(np.float64)).to(device)
+    return {
         "training mean everywhere": torch.full_like(mean_map, train.info.depth["mean"] * COUNTS_PER_METRE),
         "mean map of training": mean_map,
     }
-    return _score_blind(accelerator, samples, maps, protocols, limit, stop, progress)
 
 
-def score_mean(
-    accelerator: Accelerator,
-    samples: DepthDataset,
-    metres: float,
-    protocols: Sequence[Protocol],
-    progress: Callable[[int, int], None] = lambda done, images: None,
-) -> dict[str, list[torch.Tensor]]:
-    """As `score_baselines` where no training data are at hand: the mean of the very truth that is scored."""
-    mean = torch.full(samples.size, metres * COUNTS_PER_METRE, dtype=torch.float64, device=accelerator.device)
-    return _score_blind(accelerator, samples, {"mean of this truth everywhere": mean}, protocols, progress=progress)
+def score_baselines(maps: Mapping[str, torch.Tensor], protocols: Sequence[Protocol]) -> list[ImageMetric]:
+    """Metrics that score a constant map in place of the prediction: for each map, one for each protocol."""
 
+    def constant(metric: ImageMetric, baseline: torch.Tensor) -> ImageMetric:
+        return ImageMetric(metric.columns, lambda _, target: metric.of(baseline.expand(len(target), -1, -1), target))
 
-def _score_blind(
-    accelerator: Accelerator,
-    samples: DepthDataset,
-    maps: Mapping[str, torch.Tensor],
-    protocols: Sequence[Protocol],
-    limit: int | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] = lambda done, images: None,
-) -> dict[str, list[torch.Tensor]]:
-    """Per name and protocol the rows of predicting one map, (height, width) in counts, for every image."""
-    metrics = [protocol_metric(protocol) for protocol in protocols]
-    tables: dict[str, list[torch.Tensor]] = {}
-    for name, blind in maps.items():
-
-        def count(done: int, images: int, before: int = len(tables)) -> None:
-            progress(before * images + done, len(maps) * images)
-
-        options = (partial(_blind, blind), samples, metrics)
-        tables[name] = evaluate_split(accelerator, *options, 4, 1, limit, stop, progress=count)
-    return tables
-
-
-def _blind(depth: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return depth.expand(len(batch.sample), -1, -1)
+    return [constant(protocol_metric(protocol), baseline) for baseline in maps.values() for protocol in protocols]

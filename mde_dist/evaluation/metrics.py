@@ -5,7 +5,7 @@ abs_rel = mean |p-g|/g; sq_rel = mean (p-g)^2/g; rmse = sqrt(mean (p-g)^2); rmse
 log10 = mean |log10 p - log10 g|; silog = 100 sqrt(mean d^2 - (mean d)^2); delta_k = mean [max(p/g, g/p) < 1.25^k].
 The score of a split is the mean over its images, or over all its pixels where the protocol pools them.
 
-Every metric is a function of a few means over pixels (`SUFFICIENT_STATISTICS`): these are kept per image, and all else follows.
+Every metric is a function of a few means over pixels (`SUFFICIENT_STATISTICS`), which are kept per image.
 
 Depth comes in any unit, of which a metre has `per_metre`. It is scored in the unit of the stored counts: 1.1 m has no
 exact float, so that a ratio of exactly 5/4 would fall to either side of 1.25; 1100 mm has one.

@@ -104,7 +104,7 @@ def mean_depth(rows: torch.Tensor) -> float:
 
 
 def detect_failures(rows: torch.Tensor, scale_matters: bool = True) -> list[str]:
-    """What is wrong with predictions, in words, from the `image_statistics` of all images; empty where nothing is recognised.
+    """Name the known failures of predictions, from the `image_statistics` of all images; empty where there are none.
 
     `scale_matters`: off for predictions that are scored up to scale and shift only.
     """

@@ -10,13 +10,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mde_dist.data.manifest import PACKING
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic
 from mde_dist.utils.locks import locked
 from mde_dist.utils.publish import is_free, take_back, work_folder
 
-WORK = ".packing"
-"""Hidden folder in an output: what is packed stays there until all is."""
 Part = tuple[int, int]
 """K of N, from 0."""
 
@@ -29,7 +28,7 @@ def claimed(output: Path, about: Mapping[str, Any], part: Part | None) -> Iterat
     where another command is at work at it, where a part was packed with other options, or where the output is there
     meanwhile; and OSError.
     """
-    with work_folder(output, WORK) as partial, ExitStack() as locks:
+    with work_folder(output, PACKING) as partial, ExitStack() as locks:
         for each in [part] if part is not None else _records(partial):
             taken = f"--output {output}: its part {_name(each)} is being packed"
             locks.enter_context(locked(partial / f".{_file(each)}.lock", taken))
@@ -51,7 +50,7 @@ def claimed(output: Path, about: Mapping[str, Any], part: Part | None) -> Iterat
 
 def refuse_full(output: Path) -> None:
     """Raises UserError where an output is there that shards would have to be mixed with."""
-    if not is_free(output, output / WORK):
+    if not is_free(output, output / PACKING):
         raise UserError(f"--output {output} is there already and not empty; choose another, or remove it first")
 
 

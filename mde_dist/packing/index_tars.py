@@ -6,10 +6,9 @@ from pathlib import Path
 
 import simplejpeg
 
-from mde_dist.data.manifest import MAX_SIDE, NAME, Manifest, check_name, command_for, write_manifest
+from mde_dist.data.manifest import MAX_SIDE, NAME, PACKING, Manifest, check_name, command_for, write_manifest
 from mde_dist.data.store import tars_in
 from mde_dist.data.tar import DEPTH_CODECS, scan
-from mde_dist.packing.claim import WORK
 from mde_dist.packing.examine import Report, drop_duplicate_keys, record, relative, statistics_of, validate_shards
 from mde_dist.packing.pool import Progress
 from mde_dist.packing.repair import LOCK, REVISION
@@ -66,10 +65,10 @@ def _refuse_indexed(directory: Path) -> None:
     """Raises UserError where the tars have a manifest, or are some of a set that gets one when all are there."""
     if (directory / NAME).exists():
         raise UserError(f"{directory / NAME} is there already; check it with: {command_for('verify', str(directory))}")
-    if (directory / WORK).exists():
+    if (directory / PACKING).exists():
         raise UserError(
             f"{directory}: its packing is not finished; give the command that packs it again, or remove "
-            f"{directory / WORK} to index what is there"
+            f"{directory / PACKING} to index what is there"
         )
 
 

@@ -21,10 +21,20 @@ from safetensors.numpy import save
 
 from mde_dist import __version__
 from mde_dist.data import depth
-from mde_dist.data.manifest import FORMAT, INDEX, NAME, VERSION, Manifest, ShardInfo, write_manifest, write_split
+from mde_dist.data.manifest import (
+    FORMAT,
+    INDEX,
+    NAME,
+    PACKING,
+    VERSION,
+    Manifest,
+    ShardInfo,
+    write_manifest,
+    write_split,
+)
 from mde_dist.data.statistics import Statistics
 from mde_dist.data.tar import index_rows, scan
-from mde_dist.packing.claim import WORK, claimed, refuse_full
+from mde_dist.packing.claim import claimed, refuse_full
 from mde_dist.packing.holdout import VAL, make_val_split
 from mde_dist.packing.pool import Progress, WorkerLost, count, run_jobs
 from mde_dist.packing.probe import Probe, probe
@@ -159,7 +169,7 @@ def _prepare(
     source = held_out.source if held_out else source
     jobs, missing = plan(source, options)
     record = {VAL: {"held_out": held_out.record()}} if held_out else {}
-    return PackContext(_without_pairs(source), options, size, output / WORK, record), jobs, missing
+    return PackContext(_without_pairs(source), options, size, output / PACKING, record), jobs, missing
 
 
 def _about(work: PackContext) -> dict[str, Any]:

@@ -145,7 +145,8 @@ def training_charts(runs: Sequence[RunPoint]) -> list[Chart]:
 def _loss_of(run: Run) -> tuple[str, str]:
     """The loss of a run in words, and its unit. A config from before a field has its default."""
     kind, focus, gradient = (
-        run.config.get(f"loss.{name}", getattr(LossConfig, name)) for name in ("kind", "focus", "gradient")
+        run.config.get(f"loss.{name}", getattr(LossConfig, name))
+        for name in ("kind", "silog_lambda", "gradient_weight")
     )
     words = f"{kind}, focus {focus}" if kind == "silog" else str(kind)
     return (f"{words}, gradient {gradient}", "") if gradient else (words, UNITS.get(str(kind), ""))

@@ -189,6 +189,7 @@ RESUMABLE_FIELDS = {
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
+
 LOCAL_FIELDS = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
 """Fields that may differ over the ranks: a node may have its own paths."""
 
@@ -251,7 +252,7 @@ def validate(config: C) -> C:
     check_ranges(
         config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flatten(config)}
     )
-    for name in ("read_timeout", "patience"):
+    for name in ("read_timeout", "remote_timeout"):
         if getattr(config.data, name) >= config.train.timeout:
             raise UserError(
                 f"data.{name} = {getattr(config.data, name):g}: must be less than train.timeout = "

@@ -143,9 +143,9 @@ def reduce_batch_info(accelerator: Accelerator, rank_indices: LocalBatch, stop: 
 
 
 def check_bad_sample_quota(config: Config, replaced: int, samples_seen: int, shards: ShardDataset) -> UserError | None:
-    """What ends a run on a stream of which too much is damaged.
+    """The error that ends a run on a stream of which too much is damaged.
 
-    The local_batch is of the samples that came so far, or of the split where those are fewer; so it does not depend on the
+    The share is of the samples that came so far, or of the split where those are fewer. So it does not depend on the
     number of ranks, and a few early finds do not end a run.
     """
     allowed = config.data.max_bad_fraction * max(samples_seen, len(shards))

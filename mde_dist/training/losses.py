@@ -34,8 +34,8 @@ def depth_loss(
 ) -> torch.Tensor:
     """This part's share of the loss of a global batch, scalar: the shares of all parts add up to it.
 
-    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `valid_counts` of the whole
-    global batch.
+    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `valid_counts` of the
+    whole global batch.
     """
     pixels, images = counted.clamp(min=1).float()
     if config.kind == "silog":

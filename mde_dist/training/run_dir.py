@@ -99,8 +99,8 @@ class RunDirectory:
         seen, before = checkpoint.state.samples_seen, checkpoint.config.get("train.total_samples", samples)
         if samples < seen and samples != before:
             raise UserError(
-                f"train.total_samples = {samples}: the run in {self.path} has seen {seen} already; give at least as many, or "
-                "choose another --run"
+                f"train.total_samples = {samples}: the run in {self.path} has seen {seen} already; give at least as "
+                "many, or choose another --run"
             )
 
     def start(self) -> None:

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from mde_dist.distributed.process_group import assert_equal_across_ranks, gather
 from mde_dist.distributed.signals import PreemptionHandler, unless_stopped
 from mde_dist.training.config import SAMPLE_SHARDS, Config, to_toml
 from mde_dist.training.monitor import ProgressMonitor
+from mde_dist.training.step import TrainModule
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
@@ -121,3 +125,22 @@ def describe_batch(monitor: ProgressMonitor, samples: np.ndarray, image: torch.T
         )
     holes = (depth == 0).float().mean()
     monitor.say(f"  (epoch, sample): {samples.tolist()}; holes {holes:.1%}")
+
+
+def describe_start(config: Config, accelerator: Accelerator, train_module: TrainModule) -> dict[str, Any]:
+    """On what the run goes on from here, for metrics.jsonl."""
+    device = accelerator.device
+    return {
+        "time": now(),
+        "ranks": accelerator.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "batch_size": config.train.batch_size,
+        "host": socket.gethostname(),
+        **({"weights": train_module.start.record()} if train_module.start else {}),
+    }
+
+
+def now() -> float:
+    """Seconds since 1970, to the millisecond."""
+    return round(time.time(), 3)

@@ -1,5 +1,7 @@
 """TensorBoard, Weights & Biases and what else accelerate knows, for a run that is stopped and goes on: one log each."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 
+from mde_dist.training.config import Config, as_json
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 
@@ -88,3 +91,10 @@ def open_trackers(
         yield trackers
     finally:
         trackers.finish()
+
+
+def run_id_of(config: Config, this_run: Mapping[str, Any]) -> str:
+    """A name for trackers that stays as long as the run: a field that a later version adds does not change it."""
+    defaults = as_json(Config())
+    told = {name: value for name, value in this_run.items() if name not in defaults or value != defaults[name]}
+    return hashlib.sha256(json.dumps([str(config.run.resolve()), told]).encode()).hexdigest()[:16]

@@ -1,52 +1,44 @@
-"""What a training holds open, and what it does beside its steps: go on, evaluate, log, save, reject, finish."""
+"""The trainer: the loop, and its parts train_step, evaluate, log, save. The step on the device is step.py."""
 
 import contextlib
-import hashlib
-import json
-import socket
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mde_dist.data.crops import view_size
 from mde_dist.data.shards import ShardDataset
 from mde_dist.distributed.process_group import (
-    assert_equal_across_ranks,
-    broadcast_buffers_of,
     gather_rows,
+    raise_on_all_ranks,
     run_on_all_ranks,
 )
-from mde_dist.distributed.rank_log import redirect_to_rank_log
 from mde_dist.distributed.signals import PreemptionHandler
-from mde_dist.evaluation.breakdown import split_breakdown
-from mde_dist.evaluation.evaluator import ImageMetric, breakdown_metric, evaluate_split, model_predict, score_baselines
-from mde_dist.evaluation.metrics import PROTOCOLS, summarise
-from mde_dist.evaluation.results import EVALUATIONS, N_HASH_COLUMNS, ground_truth_of, target_hashes, to_json, write_json
-from mde_dist.models.flops import training_flops
-from mde_dist.training.checkpoint import Checkpoint, newest_checkpoint, newest_record, versions
+from mde_dist.evaluation.evaluator import Interrupted
+from mde_dist.training.checkpoint import versions
 from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
-from mde_dist.training.config import Config, as_json, resume_key, to_toml, with_whole_paths
-from mde_dist.training.data_stream import GlobalBatchInfo, batch_keys
+from mde_dist.training.config import Config, as_json
+from mde_dist.training.data_stream import (
+    GlobalBatchInfo,
+    LocalBatch,
+    batch_keys,
+    check_bad_sample_quota,
+    next_local_batch,
+    reduce_batch_info,
+    training_stream,
+)
 from mde_dist.training.monitor import ProgressMonitor
-from mde_dist.training.optim import learning_rate
 from mde_dist.training.run_dir import RunDirectory
-from mde_dist.training.snapshots import PredictionRecorder, make_image_strips, write_snapshots
+from mde_dist.training.setup import describe, describe_batch, now
 from mde_dist.training.state import State
 from mde_dist.training.step import StepResult, TrainModule
-from mde_dist.training.throughput import ThroughputMeter, peak_flops
-from mde_dist.training.trackers import Trackers, open_trackers
-from mde_dist.utils.console import say
+from mde_dist.training.throughput import ThroughputMeter
+from mde_dist.training.trackers import Trackers
+from mde_dist.training.validation import Validator
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
 
-DEBUG_STEPS = 4
 _KEYS_SAID = 16
 
 
@@ -56,14 +48,15 @@ class Trainer:
 
     config: Config
     accelerator: Accelerator
+    stop: PreemptionHandler
     shards: ShardDataset
-    eval_set: ShardDataset
     size: tuple[int, int]
     """Of the whole training images, pixels."""
     end_sample: int
     """samples_seen at which training ends."""
     directory: RunDirectory
     train_module: TrainModule
+    validator: Validator
     state: State
     monitor: ProgressMonitor
     saver: AsyncCheckpointWriter
@@ -76,15 +69,82 @@ class Trainer:
     pending_steps: deque[tuple[StepResult, State]] = field(default_factory=deque)
     """Steps of which the loop does not know yet whether they were learned from, and the state before each."""
 
+    def train(self) -> bool:
+        """Train to the end, or until a signal; returns whether it was the end. Raises UserError on every rank."""
+        config, state = self.config, self.state
+        with (
+            contextlib.suppress(Interrupted),
+            training_stream(config, self.shards, state.samples_seen, self.accelerator, self.stop) as loader,
+        ):
+            describe(self.monitor, config, self.accelerator, self.shards, state.samples_seen)
+            self.meter.restart()
+            while True:
+                if self.evaluation_due():
+                    self.evaluate()
+                if state.samples_seen >= self.end_sample:
+                    break
+                # this rank's part of the global batch at samples_seen
+                batch = next_local_batch(loader, config, self.size, self.meter)
+                if config.debug and batch.views:
+                    describe_batch(self.monitor, batch.samples, *batch.views[0])
+                info = self.agree_on(batch)
+                if info.stopped:
+                    break
+                self.train_step(batch, info)
+        finished = state.samples_seen >= self.end_sample and not self.evaluation_due()
+        if not finished:
+            self.save()
+        self.finish()
+        if not finished:
+            self.directory.mark_preempted(f"stopped at sample {state.samples_seen}")
+            self.monitor.say(
+                f"stopped at sample {state.samples_seen} by a signal; the same command continues from there"
+            )
+        return finished
+
+    def agree_on(self, batch: LocalBatch) -> GlobalBatchInfo:
+        """Tell all ranks of this rank's part of a global batch -> what all know of the whole. Called by every rank.
+
+        Raises UserError on every rank where the stream of one has failed, or too much of it is damaged.
+        """
+        batch.error = batch.error or next(iter(self.io_errors), None)
+        info = reduce_batch_info(self.accelerator, batch, self.stop)
+        if not info.stopped:
+            replaced, seen = self.state.replaced + info.replaced, self.state.samples_seen + self.batch_size
+            error = batch.error or check_bad_sample_quota(self.config, replaced, seen, self.shards)
+            if info.failed or error is not None:
+                self.save()  # what was learned so far is whole
+                raise_on_all_ranks(self.accelerator, error)
+        return info
+
+    def train_step(self, batch: LocalBatch, info: GlobalBatchInfo) -> None:
+        """One optimizer step over a global batch; logs and saves where that is due. Called by every rank."""
+        config, state, before = self.config, self.state, replace(self.state)
+        rate = self.train_module.set_rate(state.samples_seen)
+        losses = self.train_module.backward(batch.views, info.counted, self.meter.working)
+        result = self.train_module.step(losses, self.batch_size, state.step + 1)
+        state.samples_seen += self.batch_size
+        state.replaced += info.replaced
+        state.step += 1
+        # of the step before this one the device knows by now how it went: it has this one to do meanwhile
+        self.pending_steps.append((result, before))
+        self.resolve_pending(leave=1)
+        self.meter.step(self.batch_size)
+        self.monitor.moved(state.samples_seen)
+        if state.samples_seen >= self.end_sample or state.due(config.train.log_every, before.samples_seen):
+            self.log(result, rate, info)
+        if state.due(config.train.checkpoint_every, before.samples_seen) and not self.evaluation_due():
+            self.save()
+
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the rank that writes."""
+        """True for the rank that writes."""
         return self.accelerator.is_main_process
 
-    def on_step(self, result: StepResult, before: State) -> None:
-        """Note a step, and hear how the one before it went: then the device has this one to do meanwhile."""
-        self.pending_steps.append((result, before))
-        self.resolve_pending(1)
+    @property
+    def batch_size(self) -> int:
+        """Samples of a global batch."""
+        return self.config.train.batch_size
 
     def resolve_pending(self, leave: int = 0) -> None:
         """Hear how all steps but the last `leave` went. Called by every rank; raises UserError as `reject` does."""
@@ -112,93 +172,45 @@ class Trainer:
         wanted = state.samples_seen >= self.end_sample or state.due(self.config.train.evaluate_every, state.evaluated)
         return wanted and state.evaluated < state.samples_seen
 
-    def evaluate(self, stop: PreemptionHandler) -> None:
-        """Score the held-out split, note it, remember it if it is the best so far, and save. Raises Interrupted."""
+    def evaluate(self) -> None:
+        """Score the evaluation split, log it, remember it if it is the best so far, and save. Raises Interrupted."""
         self.resolve_pending()
-        config, state, model = self.config, self.state, self.train_module.scored
-        protocol = PROTOCOLS[config.evaluate.protocol]
-        options = (config.evaluate.batch_size, config.data.threads, config.evaluate.limit)
-        measures = [breakdown_metric(protocol), ImageMetric(N_HASH_COLUMNS, target_hashes)]
-        recorder = PredictionRecorder(
-            min(len(self.eval_set), config.evaluate.limit or len(self.eval_set)), self.eval_set.size
-        )
-        broadcast_buffers_of(self.accelerator, model)
-        model.eval()
+        state = self.state
+        first = state.evaluated == 0
         try:
-            # forward, not the call: a compiled model would be compiled again for these batches
-            predict = recorder.wrap(model_predict(model.forward, self.size, self.accelerator, config.evaluate.flip))
-            scored, hashes = evaluate_split(
-                *(self.accelerator, predict, self.eval_set, measures, *options),
-                stop=lambda: bool(stop),
-                progress=self.monitor.phase("evaluating"),
+            found = self.validator.run(
+                self.train_module.scored, first, lambda: bool(self.stop), self.monitor.phase("evaluating")
             )
         except UserError:
             self.save()  # what was learned is whole, what it was to be scored on is not
             raise
-        model.train()
-        rows, where = split_breakdown(scored)
-        summary = summarise(rows, protocol)
-        score = summary.metrics["abs_rel"]
-        best = score < state.best.get("abs_rel", float("inf"))
+        for name, baseline in found.baselines.items():
+            self.monitor.record(
+                samples=0,
+                baseline=name,
+                evaluation=baseline.protocol,
+                images=baseline.images,
+                **baseline.metrics,
+            )
+        protocol, metrics = found.summary.protocol, found.summary.metrics
+        best = metrics["abs_rel"] < state.best.get("abs_rel", float("inf"))
         if best:
-            state.best = {"abs_rel": score, "samples": state.samples_seen, "step": state.step}
+            state.best = {"abs_rel": metrics["abs_rel"], "samples": state.samples_seen, "step": state.step}
         state.evaluated = state.samples_seen
-        self.monitor.record(
-            samples=state.samples_seen,
-            evaluation=protocol.name,
-            images=summary.images,
-            **summary.metrics,
-            time=_now(),
-        )
+        images = found.summary.images
+        self.monitor.record(samples=state.samples_seen, evaluation=protocol, images=images, **metrics, time=now())
         self.monitor.say(
-            f"evaluated at sample {state.samples_seen}: {protocol.name} abs_rel {score:.4f}, "
-            f"delta1 {summary.metrics['delta1']:.4f}{' (best so far)' if best else ''}"
+            f"evaluated at sample {state.samples_seen}: {protocol} abs_rel {metrics['abs_rel']:.4f}, "
+            f"delta1 {metrics['delta1']:.4f}{' (best so far)' if best else ''}"
         )
-        self.trackers.log(state.samples_seen, protocol.name, summary.metrics)
-        maps = recorder.all_gather(self.accelerator)
+        self.trackers.log(state.samples_seen, protocol, metrics)
         if self.is_main_process:
-            self._keep_evaluation(rows, where, hashes, best)
-            self._keep_panels(recorder.chosen, *maps)
+            try:
+                self.validator.write(found, state.samples_seen, best, self.trackers)
+            except UserError as error:
+                self.on_io_error(error)
         self.save()
         self.meter.restart()
-
-    def _keep_evaluation(self, rows: torch.Tensor, where: torch.Tensor, hashes: torch.Tensor, best: bool) -> None:
-        """Every image's numbers, as `evaluate --json` has them: for the report, and to compare runs by."""
-        protocol = PROTOCOLS[self.config.evaluate.protocol]
-        truth = ground_truth_of(self.eval_set, self.config.data.eval_split, hashes)
-        about = {"path": str(self.config.run), "samples": self.state.samples_seen, "size": list(self.size)}
-        about |= {"flip": self.config.evaluate.flip, "precision": self.accelerator.mixed_precision}
-        try:
-            record = to_json({"model": [rows]}, [protocol], truth, about, [], where)
-            for name in ("last", "best") if best else ("last",):
-                write_json(self.config.run / EVALUATIONS / f"{name}.json", record)
-        except UserError as error:
-            self.on_io_error(error)
-
-    def _keep_panels(self, chosen: list[int], *maps: np.ndarray) -> None:
-        """How a few images are predicted now, for the report and for trackers."""
-        keys = [self.eval_set.key(sample) for sample in chosen]
-        try:
-            write_snapshots(self.config.run, self.state.samples_seen, keys, *maps)
-            if self.trackers:
-                pictures = {f"held-out/{key}": strip for key, strip in zip(keys, make_image_strips(*maps), strict=True)}
-                self.trackers.show(self.state.samples_seen, pictures)
-        except UserError as error:
-            self.on_io_error(error)
-
-    def record_baselines(self, stop: PreemptionHandler) -> None:
-        """What predicting without looking scores: the line that the model has to beat. Raises Interrupted."""
-        protocol, limit = PROTOCOLS[self.config.evaluate.protocol], self.config.evaluate.limit
-        tables = score_baselines(
-            *(self.accelerator, self.eval_set, self.shards, [protocol], limit),
-            stop=lambda: bool(stop),
-            progress=self.monitor.phase("baselines"),
-        )
-        for name, (rows,) in tables.items():
-            summary = summarise(rows, protocol)
-            self.monitor.record(
-                samples=0, baseline=name, evaluation=protocol.name, images=summary.images, **summary.metrics
-            )
 
     def log(self, result: StepResult, rate: float, info: GlobalBatchInfo) -> None:
         """A line about the step that was just done and about the speed since the last one. Called by every rank."""
@@ -208,7 +220,7 @@ class Trainer:
         values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(result.norm)}
         values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
         rates = self.meter.rates(rows[:, 1:], self.end_sample - state.samples_seen)
-        self.monitor.step(state.samples_seen, **values, batch=f"{info.batch_hash:x}", **rates, time=_now())
+        self.monitor.step(state.samples_seen, **values, batch=f"{info.batch_hash:x}", **rates, time=now())
         self.trackers.log(state.samples_seen, "train", values | rates)
         self.meter.restart()
 
@@ -258,132 +270,6 @@ class Trainer:
 
     def _record(self) -> dict:
         return {**vars(self.state), "config": as_json(self.config), **versions()}
-
-
-@contextmanager
-def open_trainer(
-    config: Config, accelerator: Accelerator, shards: ShardDataset, eval_set: ShardDataset
-) -> Iterator[Trainer]:
-    """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
-    size = config.data.size or shards.size
-    flops = run_on_all_ranks(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
-    rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    begun = bool(config.debug_from or newest_record(config.run))
-    train_module = run_on_all_ranks(accelerator, lambda: TrainModule(config, accelerator, size, resumes=begun))
-    if train_module.start and writes:
-        say(train_module.start.in_words())
-    this_run = resume_key(config, shards.manifest.sha256, eval_set.manifest.sha256)
-    toml = to_toml(with_whole_paths(config))
-    directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()))
-    io_errors: list[UserError] = []
-
-    def on_io_error(error: UserError) -> None:
-        if config.train.save_errors == "stop":
-            io_errors.append(error)
-        else:
-            say(f"warning: {error}; training goes on")
-
-    with contextlib.ExitStack() as opened:
-        run_on_all_ranks(accelerator, lambda: opened.enter_context(directory))
-        state = run_on_all_ranks(accelerator, lambda: resume(directory, config, train_module))
-        assert_equal_across_ranks(accelerator, "the checkpoints to go on from", f"sample {state.samples_seen}")
-        total = (
-            state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.total_samples
-        )
-        metrics = config.run / "metrics.jsonl" if writes else None
-        places = (state.samples_seen, state.evaluated, total)
-        monitor = run_on_all_ranks(
-            accelerator, lambda: ProgressMonitor(metrics, *places, on_io_error, live=not config.debug)
-        )
-        opened.enter_context(monitor)
-        if not config.debug:  # a debugger wants the terminal itself
-            run_on_all_ranks(accelerator, lambda: opened.enter_context(redirect_to_rank_log(config.run, rank, world)))
-        skip = config.train.nonfinite == "skip"
-        train_module.wrap(max(0, config.train.max_skipped - state.skipped) if skip else 0)
-        meter = ThroughputMeter(accelerator.device, flops, peak_flops(accelerator.device, accelerator.mixed_precision))
-        saver = opened.enter_context(AsyncCheckpointWriter(on_io_error))
-        about = as_json(config)
-        run_id = run_id_of(config, this_run)
-        trackers = run_on_all_ranks(
-            accelerator,
-            lambda: opened.enter_context(
-                open_trackers(accelerator, config.log_with, config.run, run_id, about, state.samples_seen)
-            ),
-        )
-        if state.samples_seen < total:
-            monitor.record(samples=state.samples_seen, start=describe_start(config, accelerator, train_module))
-        yield Trainer(
-            *(
-                config,
-                accelerator,
-                shards,
-                eval_set,
-                size,
-                total,
-                directory,
-                train_module,
-                state,
-                monitor,
-                saver,
-                meter,
-            ),
-            *(trackers, on_io_error, io_errors),
-        )
-
-
-def resume(directory: RunDirectory, config: Config, train_module: TrainModule) -> State:
-    """Put back the newest whole checkpoint, if there is one. Raises UserError."""
-    checkpoint = newest_checkpoint(config.debug_from) if config.debug_from else directory.resume()
-    if checkpoint is not None:
-        directory.note_change(checkpoint, {"train.batch_size": config.train.batch_size})
-        if not config.debug:
-            directory.refuse_less(checkpoint, config.train.total_samples)
-            directory.note_change(
-                checkpoint, {"train.total_samples": config.train.total_samples}, new_rate(checkpoint, config)
-            )
-        train_module.load(checkpoint)
-    directory.start()
-    return State() if checkpoint is None else checkpoint.state
-
-
-def run_id_of(config: Config, this_run: Mapping[str, Any]) -> str:
-    """A name for trackers that stays as long as the run: a field that a later version adds does not change it."""
-    defaults = as_json(Config())
-    told = {name: value for name, value in this_run.items() if name not in defaults or value != defaults[name]}
-    return hashlib.sha256(json.dumps([str(config.run.resolve()), told]).encode()).hexdigest()[:16]
-
-
-def new_rate(checkpoint: Checkpoint, config: Config) -> str:
-    """Describe the effect of another `train.total_samples` than the checkpoint's on the learning rate, in words."""
-    if config.optim.schedule == "constant":
-        return "; the learning rate is constant: it learns what it would have learned with them from the start"
-    seen, batch_size = checkpoint.state.samples_seen, config.train.batch_size
-    totals = (int(checkpoint.config.get("train.total_samples", config.train.total_samples)), config.train.total_samples)
-    before, now = (learning_rate(config.optim, seen, total, batch_size) for total in totals)
-    return (
-        f"; optim.schedule {config.optim.schedule} ends there: the learning rate goes from {before:.3g} to {now:.3g}, "
-        "and what is learned is not what it would have been with them from the start"
-    )
-
-
-def describe_start(config: Config, accelerator: Accelerator, train_module: TrainModule) -> dict[str, Any]:
-    """On what the run goes on from here, for metrics.jsonl."""
-    device = accelerator.device
-    return {
-        "time": _now(),
-        "ranks": accelerator.num_processes,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": accelerator.mixed_precision.replace("no", "fp32"),
-        "batch_size": config.train.batch_size,
-        "host": socket.gethostname(),
-        **versions(),
-        **({"weights": train_module.start.record()} if train_module.start else {}),
-    }
-
-
-def _now() -> float:
-    """Seconds since 1970, to the millisecond."""
-    return round(time.time(), 3)
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -15,7 +15,7 @@ from warm import warm_run
 from mde_dist.distributed.rendezvous import _compare
 from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
 from mde_dist.models.weights import serialize_model
-from mde_dist.training import trainer
+from mde_dist.training import build
 from mde_dist.training.config import Config, as_json
 from mde_dist.utils.errors import UserError
 
@@ -155,7 +155,7 @@ def broken(place: str, name: str, rank: int, owner: str = "") -> None:
 
 
 def test_what_nobody_expects_while_the_model_is_built(places, room_shards):
-    fault = partial(broken, "mde_dist.training.trainer", "TrainModule", 1)
+    fault = partial(broken, "mde_dist.training.build", "TrainModule", 1)
     done = start("train", places, fault, processes=3, run=places[0] / "run", **small(data_shards=room_shards))
     assert done.returncode == 2
     assert errors(done.stderr) == ["error (rank 1): OSError: the library is another one here"]
@@ -182,7 +182,7 @@ def test_a_rank_that_dies_before_it_has_a_log(places, room_shards):
 
 def dying(rank: int) -> None:
     if mine(rank):
-        trainer.training_flops = lambda *_: os._exit(3)
+        build.training_flops = lambda *_: os._exit(3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -35,6 +35,9 @@ class FileInfo:
     """The loader reports a file that does not come; of others the cache does."""
 
 
+_POLL = 0.1  # seconds between looks at a lock that somebody else holds
+
+
 class Cache:
     """A directory of whole files. Threads may share it, and processes the directory."""
 

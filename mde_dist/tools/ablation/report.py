@@ -145,7 +145,8 @@ def _notes(found: AblationResult, table: Table) -> list[str]:
     images = found.mark["images"]
     seeds = {len(figures.seeds) for figures in found.figures.values()}
     return [
-        f"protocol {found.protocol.name}, {images} images, fingerprint {short_hash(found.mark)}, mde_dist {__version__}; "
+        f"protocol {found.protocol.name}, {images} images, fingerprint {short_hash(found.mark)}, "
+        f"mde_dist {__version__}; "
         f"each training was scored once, at its end, after {config.train.total_samples:,} samples in the first row",
         f"in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {SEED}), of the mean over "
         f"{'/'.join(map(str, sorted(seeds)))} seeds; {NOTE}; ± is the standard deviation of {SHOWN[0]} over seeds",

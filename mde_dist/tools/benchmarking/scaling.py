@@ -157,5 +157,6 @@ def judge(rows: Sequence[dict[str, Any]], gpus: bool) -> tuple[str, str]:
             f"the loaders, {most['data_wait']:.0%} of the time a device waits: {what}",
             "python -m mde_dist.bench loader",
         )
-    advice = "a larger --train.batch-size or --train.grad-accum-steps, a faster link between the devices (nvidia-smi topo -m)"
+    advice = "a larger --train.batch-size or --train.grad-accum-steps, a faster link between the devices"
+    advice += " (nvidia-smi topo -m)"
     return f"summing gradients, {most['exposed'] or 0:.0%} of a step: {what}", advice

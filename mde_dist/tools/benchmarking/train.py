@@ -284,10 +284,8 @@ def judge(config: Config, rows: Sequence[dict[str, Any]], device: str) -> tuple[
         )
     if both["data_wait"] > _WAITS:
         limit = f"the loader's unevenness, {both['data_wait']:.0%} of the time the device waits for data: {rates}"
-        return (
-            limit,
-            f"--data.prefetch-batches {2 * config.data.prefetch_batches}, which evens out slow reads; or other jobs off these cores",
-        )
+        more = f"--data.prefetch-batches {2 * config.data.prefetch_batches}"
+        return limit, f"{more}, which evens out slow reads; or other jobs off these cores"
     if device == "cpu":
         limit = (
             f"the cores, which take {both['rate'] / load['rate']:.0%} of their time to decode, else compute: {rates}"

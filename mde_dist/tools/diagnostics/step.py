@@ -237,6 +237,6 @@ def check_network(panel: RankSurvey, measured: Measured) -> None:
     share = measured.reduce / measured.seconds
     found += f"; {share:.0%} of forward and backward"
     slow = share > _REDUCE_SHARE
-    advice = "it may overlap with the backward pass, but slows it down: a larger batch or --train.grad-accum-steps, a faster "
-    advice += "network (NCCL_DEBUG=INFO says which one is used)"
+    advice = "it may overlap with the backward pass, but slows it down: a larger batch or --train.grad-accum-steps, "
+    advice += "a faster network (NCCL_DEBUG=INFO says which one is used)"
     panel.add(Row("network", "warn" if slow else "ok", found, advice if slow else ""))
