@@ -1,10 +1,9 @@
 """Which sample comes when, and to whom: pure integer arithmetic, no I/O, no torch, no table of samples.
 
 Samples 0..n-1 are cut into blocks of about one shard. Per epoch the blocks are permuted, and the samples are shuffled
-inside windows of a few permuted blocks: reading stays near-sequential, and both the sample at a position and the way
-back to any position cost the same wherever it lies. Blocks are equal but for the last, whatever the sizes of shards:
-that makes the position -> sample arithmetic closed. A block touches two shards at most where shards are equal. The
-memory is that of the window that is laid out, however many samples there are.
+inside windows of a few permuted blocks: reading stays near-sequential, and the sample at any position costs the same
+wherever it lies. A block touches two shards at most where shards are equal. The memory is that of the window that is
+laid out and 24 bytes a block, however many samples there are.
 """
 
 import itertools
@@ -15,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 _U64 = np.uint64
-_ROUNDS = 8  # with fewer, places over keys are uneven for a handful of blocks
+_BLOCKS, _WINDOW = 1, 2  # what a key is for
 
 
 def hash64(*words: int | np.ndarray) -> np.ndarray:
@@ -40,28 +39,9 @@ def hash_uniform(*words: int | np.ndarray) -> np.ndarray:
     return (hash64(*words) >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def keyed_permutation(index: np.ndarray, n: int, key: int, inverse: bool = False) -> np.ndarray:
-    """The images of `index` (int64, each in 0..n-1) under the key's permutation of 0..n-1, or its inverse: O(1) memory.
-
-    A Feistel network over the smallest even number of bits that holds n; what falls outside 0..n-1 walks on along its
-    cycle until it is inside (at most four steps on average).
-    """
-    if n <= 1:
-        return np.zeros_like(index)
-    half = _U64(((n - 1).bit_length() + 1) // 2)
-    mask = (_U64(1) << half) - _U64(1)
-    value = index.astype(_U64)
-    outside = np.ones(value.shape, dtype=bool)
-    while outside.any():
-        left, right = value[outside] >> half, value[outside] & mask
-        for round_ in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):
-            if inverse:
-                left, right = right ^ (hash64(key, round_, left) & mask), left
-            else:
-                left, right = right, left ^ (hash64(key, round_, right) & mask)
-        value[outside] = (left << half) | right
-        outside[outside] = value[outside] >= _U64(n)
-    return value.astype(np.int64)
+def shuffled(n: int, *key: int) -> np.ndarray:
+    """The numbers 0..n-1 in an order that is a pure function of n and the key: sorted by their hashes. int64 (n,)."""
+    return np.argsort(hash64(*key, np.arange(n)), kind="stable")  # equal hashes keep their order on every machine
 
 
 @dataclass(frozen=True)
@@ -82,8 +62,7 @@ class GlobalSampler:
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 stream positions (any shape, >= 0) -> (epoch, sample index), both int64 of the same shape."""
-        positions = np.asarray(positions, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.samples)
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
         samples = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             windows = np.where(epochs == epoch, _epoch(self, epoch).slot_of(places) // self.window, -1)
@@ -100,45 +79,35 @@ class GlobalSampler:
         """
         for epoch in itertools.count(position // self.samples):
             start, plan = epoch * self.samples, _epoch(self, epoch)
-            first = int(plan.slot_of(np.array(max(position - start, 0)))) // self.window
-            for slot in range(first * self.window, plan.blocks, self.window):
-                slots = np.arange(slot, min(slot + self.window, plan.blocks))
-                samples = plan.block_in(slots) * self.block
-                end = int(plan.start_of(slots[-1:] + 1)[0])
-                yield start + end, np.stack([samples, np.minimum(samples + self.block, self.samples)], axis=1)
+            first = int(plan.slot_of(np.array(max(position - start, 0)))) // self.window * self.window
+            for slot in range(first, len(plan.ranges), self.window):
+                end = min(slot + self.window, len(plan.ranges))
+                yield start + int(plan.starts[end]), plan.ranges[slot:end]
 
 
+@dataclass(frozen=True)
 class _Epoch:
-    """How the blocks lie in one epoch: slot s holds block `block_in(s)`; the last block may be short."""
+    """How the blocks lie in one epoch."""
 
-    def __init__(self, order: GlobalSampler, epoch: int):
-        self._size = order.block
-        self.blocks = -(-order.samples // order.block)
-        self._missing = self.blocks * order.block - order.samples
-        self.key = int(hash64(order.seed, epoch))
-        last = np.array([self.blocks - 1])
-        self._short = int(keyed_permutation(last, self.blocks, self.key ^ 1)[0]) if self._missing else self.blocks
-
-    def block_in(self, slot: np.ndarray) -> np.ndarray:
-        return keyed_permutation(slot, self.blocks, self.key ^ 1, inverse=True)
-
-    def start_of(self, slot: np.ndarray) -> np.ndarray:
-        """Place in the epoch of the first sample of a slot."""
-        return slot * self._size - np.where(slot > self._short, self._missing, 0)
+    ranges: np.ndarray
+    """int64 (blocks, 2): first and end sample of the block at each slot."""
+    starts: np.ndarray
+    """int64 (blocks + 1,): place in the epoch of the first sample of each slot, and the end of the last."""
 
     def slot_of(self, place: np.ndarray) -> np.ndarray:
-        behind = place >= (self._short + 1) * self._size - self._missing
-        return np.where(behind, place + self._missing, place) // self._size
+        return np.searchsorted(self.starts, place, side="right") - 1
 
 
-@lru_cache(maxsize=8)
-def _epoch(order: GlobalSampler, epoch: int) -> _Epoch:
-    return _Epoch(order, epoch)
+@lru_cache(maxsize=2)  # a batch may straddle two
+def _epoch(sampler: GlobalSampler, epoch: int) -> _Epoch:
+    first = shuffled(-(-sampler.samples // sampler.block), sampler.seed, epoch, _BLOCKS) * sampler.block
+    ranges = np.stack([first, np.minimum(first + sampler.block, sampler.samples)], axis=1)
+    return _Epoch(ranges, np.concatenate([[0], np.cumsum(ranges[:, 1] - ranges[:, 0])]))
 
 
 @dataclass(frozen=True)
 class _Window:
-    """A stretch of an epoch, laid out: all that is ever held of the order."""
+    """A stretch of an epoch, laid out."""
 
     first: int
     """Its place in the epoch."""
@@ -147,14 +116,10 @@ class _Window:
 
 
 @lru_cache(maxsize=4)  # batches come from one window, and from the next where they straddle
-def _window(order: GlobalSampler, epoch: int, number: int) -> _Window:
-    plan = _epoch(order, epoch)
-    slots = np.arange(number * order.window, min((number + 1) * order.window, plan.blocks))
-    starts = plan.start_of(slots)
-    first, end = int(starts[0]), int(plan.start_of(slots[-1:] + 1)[0])
-    shuffled = keyed_permutation(np.arange(end - first), end - first, int(hash64(plan.key, number, 2)))
-    slot = np.searchsorted(starts - first, shuffled, side="right") - 1
-    return _Window(first, plan.block_in(slots)[slot] * order.block + shuffled - (starts - first)[slot])
+def _window(sampler: GlobalSampler, epoch: int, number: int) -> _Window:
+    plan, slot = _epoch(sampler, epoch), number * sampler.window
+    samples = np.concatenate([np.arange(first, end) for first, end in plan.ranges[slot : slot + sampler.window]])
+    return _Window(int(plan.starts[slot]), samples[shuffled(len(samples), sampler.seed, epoch, _WINDOW, number)])
 
 
 def rank_indices(first: int, batch: int, accumulate: int, world: int, step: int, rank: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.models.flops import training_flops
 from mde_dist.training.checkpoint import Checkpoint, newest_checkpoint, newest_record, versions
 from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
-from mde_dist.training.config import Config, as_json, resume_key, to_toml, with_whole_paths
+from mde_dist.training.config import ORDER, Config, as_json, resume_key, to_toml, with_whole_paths
 from mde_dist.training.monitor import ProgressMonitor
 from mde_dist.training.optim import learning_rate
 from mde_dist.training.run_dir import RunDirectory
@@ -52,7 +52,7 @@ def open_trainer(
         say(train_module.start.in_words())
     this_run = resume_key(config, shards.manifest.sha256, eval_set.manifest.sha256)
     toml = to_toml(with_whole_paths(config))
-    directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()))
+    directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()) | {ORDER: 1})
     io_errors: list[UserError] = []
 
     def on_io_error(error: UserError) -> None:

@@ -189,6 +189,9 @@ RESUMABLE_FIELDS = {
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
+ORDER = "order of samples"
+ORDER_VERSION = 2
+"""Of `GlobalSampler`; mde_dist 0.1 had an order of its own, which it did not number: 1."""
 
 LOCAL_FIELDS = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
 """Fields that may differ over the ranks: a node may have its own paths."""
@@ -288,7 +291,7 @@ def as_json(config: Config) -> dict[str, Any]:
 def resume_key(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
     """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
     values = {name: value for name, value in as_json(config).items() if name not in RESUMABLE_FIELDS}
-    return values | {"manifest": manifest, "eval_manifest": eval_manifest}
+    return values | {ORDER: ORDER_VERSION, "manifest": manifest, "eval_manifest": eval_manifest}
 
 
 def for_all_ranks(config: Config) -> dict[str, Any]:

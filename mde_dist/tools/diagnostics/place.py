@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mde_dist.data.shards import ShardDataset
 from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
-from mde_dist.training.config import Config, as_json, resume_key, to_toml
+from mde_dist.training.config import ORDER, Config, as_json, resume_key, to_toml
 from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sync, sync_directory
@@ -29,7 +29,7 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
         hashes = [split.manifest.sha256 for split in splits] if splits else ["", ""]
         # as one that writes it tells what is not whole; it is not entered, so it takes no lock
         this_run = resume_key(config, *hashes)
-        directory = RunDirectory(run, this_run, to_toml(config), writes=True, defaults=as_json(Config()))
+        directory = RunDirectory(run, this_run, to_toml(config), writes=True, defaults=as_json(Config()) | {ORDER: 1})
         directory.refuse_foreign()
         holder = lock_holder(run / ".lock")
         if holder is not None:
