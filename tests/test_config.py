@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run
 
+from mde_dist.models.weights import MODEL, read_model, read_tensors, serialize_model
 from mde_dist.training.config import RESUMABLE_FIELDS, Config, TrainConfig, as_json, read_config, resume_key, to_toml
 from mde_dist.utils.cli import flatten, toml_arguments
 from mde_dist.utils.errors import UserError
+from mde_dist.utils.renamed import RENAMED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -100,7 +103,9 @@ def test_impossible_values_are_one_line_that_names_them(arguments, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("text", ["[train\n", "train = \xff", "[train]\nsamples = 'x'\n", "[trains]\nsamples = 3\n"])
+@pytest.mark.parametrize(
+    "text", ["[train\n", "train = \xff", "[train]\ntotal_samples = 'x'\n", "[trains]\nsamples = 3\n"]
+)
 def test_a_bad_file_is_named(tmp_path, text):
     file = tmp_path / "mine.toml"
     file.write_text(text, encoding="latin-1")
@@ -125,7 +130,26 @@ def test_the_module_prints_what_a_command_line_comes_to():
     done = run("config", "--train.total-samples", "48", run="runs/x")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('run = "runs/x"\n')
-    assert tomllib.loads(done.stdout)["train"]["samples"] == 48
+    assert tomllib.loads(done.stdout)["train"]["total_samples"] == 48
     wrong = run("config", "--train.total-samples", "0")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: train.total_samples = 0: must be at least 1\n"
+
+
+def test_a_field_that_has_a_new_name_is_one_line_that_says_it(tmp_path):
+    fields = set(as_json(Config()))
+    assert set(RENAMED.values()) <= fields and not fields & set(RENAMED)
+    file = tmp_path / "of_before.toml"
+    file.write_text("[optim]\nlr = 1e-3\nlr_batch = 8\n")
+    for arguments in (["--config", str(file)], ["--optim.lr-batch", "8"], ["--optim.lr_batch=8"]):
+        with pytest.raises(UserError) as error:
+            read_config(arguments)
+        assert "optim.lr_batch" in str(error.value) and "optim.base_batch_size" in str(error.value)
+
+
+def test_a_model_of_before_is_read_by_the_names_of_today(tmp_path):
+    config = {"model.backbone": "tiny", "model.refine": True, "optim.lr": 1.0, "data.shards": "s"}
+    path = tmp_path / MODEL
+    path.write_bytes(serialize_model({"x": torch.zeros(2)}, {"config": config, "size": [64, 64]}))
+    expected = {"model.encoder": "tiny", "model.skip_conv": True, "optim.lr": 1.0, "data.shards": "s"}
+    assert read_model(path)[0]["config"] == read_tensors(path)[0] == expected

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from mde_dist import __version__
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import UNSEALED, is_sealed, sealed
+from mde_dist.utils.renamed import with_new_names
 from mde_dist.utils.urls import public_url
 
 FORMAT, VERSION = "mde_dist.checkpoint", 2
@@ -38,8 +39,8 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     text, tensors = _read(path)
     try:
         metadata = json.loads(text)
+        metadata["config"] = _as_of_today(metadata["config"])
         _check_metadata(metadata)
-        _hide_keys(metadata["config"])
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path}: a safetensors file, but not a model of mde_dist (no metadata of its)") from None
     metadata.pop("sha256", None)
@@ -50,8 +51,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(config, tensors) of any safetensors file; one of ours is checked, others have no config. Raises UserError."""
     text, tensors = _read(path)
     try:
-        return dict(json.loads(text)["config"]), tensors
-    except (KeyError, TypeError, ValueError, RecursionError):
+        return _as_of_today(json.loads(text)["config"]), tensors
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return {}, tensors
 
 
@@ -73,8 +74,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     for name in ("config", "identity", "files"):
         if not isinstance(record[name], dict):
             raise ValueError(f"{name} is no table")
-    _hide_keys(record["config"])
-    return record
+    return record | {name: _as_of_today(record[name]) for name in ("config", "identity")}
 
 
 def check_bytes(name: str, data: bytes, about: Mapping[str, Any]) -> None:
@@ -135,6 +135,6 @@ def _check_metadata(metadata: Mapping[str, Any]) -> None:
         raise ValueError("an impossible size")
 
 
-def _hide_keys(config: dict[str, Any]) -> None:
-    """Older versions wrote signed URLs down as they were given."""
-    config |= {name: public_url(value) for name, value in config.items() if isinstance(value, str)}
+def _as_of_today(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that an older version stored: signed URLs as they were given, fields by other names."""
+    return {k: public_url(v) if isinstance(v, str) else v for k, v in with_new_names(config).items()}

@@ -326,7 +326,9 @@ def _is_path(name: str, value: Any) -> bool:
 
 def to_toml(config: Config) -> str:
     """The resolved config as a file that `--config` reads back."""
-    return dump_toml((name, as_typed(value) if _is_path(name, value) else value) for name, value in flatten(config))
+    defaults = dict(flatten(type(config)()))
+    values = ((name, as_typed(value) if _is_path(name, value) else value) for name, value in flatten(config))
+    return dump_toml((name, value) for name, value in values if value is not None or defaults[name] is not None)
 
 
 def eval_shards_of(config: dict[str, Any]) -> str:

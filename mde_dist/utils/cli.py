@@ -19,6 +19,7 @@ from mde_dist.utils.console import alone, lasting, own_place, say
 from mde_dist.utils.errors import OtherRankError, RankError, UserError
 from mde_dist.utils.io import decode_text
 from mde_dist.utils.paths import expanded, local_path
+from mde_dist.utils.renamed import check_names
 from mde_dist.utils.urls import without_keys
 
 T = TypeVar("T")
@@ -241,9 +242,10 @@ def _call(kind: type[T], arguments: list[str], prog: str, where: str, default: A
     """tyro, with its boxed message folded into one line."""
     complaint = io.StringIO()
     try:
+        check_names(arguments)
         with contextlib.redirect_stderr(complaint), _registry:
             return tyro.cli(kind, args=arguments, prog=prog, default=default)
-    except UserError as error:  # of a path
+    except UserError as error:  # of a name or a path
         raise UserError(f"{where}{error}") from None
     except SystemExit as stop:
         if stop.code in (0, None):  # --help was printed

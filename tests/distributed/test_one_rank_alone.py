@@ -49,7 +49,7 @@ def start(command: str, places: tuple[Path, Path], *faults, processes: int = 2, 
 
 
 def test_a_file_of_options_that_is_on_one_node_only(places):
-    (places[0] / "options.toml").write_text("[train]\nkeep = 3\n")
+    (places[0] / "options.toml").write_text("[train]\nkeep_checkpoints = 3\n")
     done = start("train", places, processes=3, config="options.toml")
     assert done.returncode == 2
     (said,) = errors(done.stderr)
