@@ -192,7 +192,7 @@ def batches(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[list[Fram
     """Frames that the model sees at one size, together. Where sizes are many, few wait for others of theirs."""
     waiting: dict[tuple[int, int], list[Frame]] = {}
     for frame in frames:
-        size = predictor.seen(*frame.image.shape[:2])
+        size = predictor.input_size(*frame.image.shape[:2])
         waiting.setdefault(size, []).append(frame)
         if len(waiting[size]) >= predictor.batch_size:
             yield waiting.pop(size)

@@ -191,7 +191,7 @@ def test_of_many_sizes_few_images_wait_for_others_of_theirs(checkpoint):
             yield Frame(Path(str(number)), np.zeros((60, width, 3), np.uint8))
 
     for batch in predict.batches(predictor, frames()):
-        assert len({predictor.seen(*frame.image.shape[:2]) for frame in batch}) == 1
+        assert len({predictor.input_size(*frame.image.shape[:2]) for frame in batch}) == 1
         assert len(pulled) - len(given) <= 6
         given += [int(str(frame.name)) for frame in batch]
     assert given[:2] == [0, 1]  # of one size

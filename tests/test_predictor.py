@@ -46,7 +46,7 @@ class Crowded(nn.Module):
 )
 def test_images_are_seen_at_the_area_of_training_with_their_aspect(model, size, seen):
     predictor = Predictor(model, METADATA, CPU)
-    assert predictor.seen(*size) == seen
+    assert predictor.input_size(*size) == seen
     assert predictor(render_room(1, size)[0]).shape == size
 
 

@@ -1,4 +1,4 @@
-"""Which part of an image a training view shows, and what is pasted into it: geometry, on the device.
+"""Geometry of augmentation, on the device: the part of an image that a training view shows, and what is pasted into it.
 
 All places are drawn and computed on the host in float64; the device only gathers.
 """
@@ -109,15 +109,16 @@ def random_crop_zoom(
 
 
 def _places(draw: np.ndarray, source: int, target: int, zoom: np.ndarray, between: bool) -> np.ndarray:
-    """Where the centres of a window's pixels lie along one side, float64 (batch, target), from 0 at the first pixel's
-    outer edge to `source`. `between`: the window may begin between pixels."""
+    """Positions of the centres of a window's pixels along one side, float64 (batch, target), from 0 at the first
+    pixel's outer edge to `source`. `between`: the window may begin between pixels."""
     room = source - target / zoom
     first = draw * room if between else np.floor(draw * (room + 1))
     return first[:, None] + (np.arange(target) + 0.5) / zoom[:, None]
 
 
 def rectangles(draw: np.ndarray, size: tuple[int, int], augment: AugmentConfig) -> np.ndarray:
-    """Where depth is pasted: float64 (batch, 4) of (top, bottom, left, right) in whole pixels, empty where it is not.
+    """Rectangles into which depth is pasted: float64 (batch, 4) of (top, bottom, left, right) in whole pixels, empty
+    where nothing is.
 
     `draw` (batch, 5) in [0, 1): whether, top, left, height, width. With W the image's width and a, c drawn: left = a W
     and width = max((W - a W) c p, 1), p = 0.75; height likewise (Ishii and Yamashita, 2021).

@@ -1,4 +1,5 @@
-"""What a loader reads: the pairs of one split, by their number. Shards are one kind, a source folder is another."""
+"""Interface of everything a loader reads: the pairs of one split, by their number. Shards are one kind, a source folder
+is another."""
 
 import queue
 import threading
@@ -23,11 +24,11 @@ class DepthDataset(ABC):
     size: tuple[int, int]
     """Height and width of every image and depth map, pixels."""
     place: str
-    """Where they lie: a directory, a file or a URL."""
+    """Location of the pairs: a directory, a file or a URL."""
     advice: str
-    """What a user can do about damage."""
+    """Advice to the user about damage."""
     remote = False
-    """Whether they come from a server."""
+    """True where the pairs come from a server."""
 
     def __init__(self) -> None:
         self._closing = threading.Event()
@@ -80,7 +81,7 @@ class DepthDataset(ABC):
         return 1
 
     def damaged(self, sample: int, error: object) -> DamagedSample:
-        """What is wrong with a sample, in words."""
+        """Error that names a damaged sample and says what is wrong with it."""
         return DamagedSample(f"{self.file_of(sample)}, key {self.key(sample)}: {error}")
 
     @abstractmethod

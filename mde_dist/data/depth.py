@@ -16,7 +16,7 @@ from numcodecs import blosc, zstd
 from PIL import Image, UnidentifiedImageError
 
 COUNTS_PER_METRE = 1000
-"""Of the uint16 that a shard and a batch hold."""
+"""Resolution of the uint16 depth that a shard and a batch hold."""
 CODECS = ("blosc", "zst", "png")
 _LZ4HC_LEVEL = 4  # sizes hardly fall beyond it, packing times double with every two levels
 _ZSTD_LEVEL = 3  # levels 1 to 9 decode at the same speed; 3 packs fast
@@ -27,7 +27,7 @@ _MAX_MILLIMETRES = np.iinfo(np.uint16).max
 
 @dataclass(frozen=True)
 class DepthScale:
-    """How a source's stored values become metres: metres = (value + offset) * metres_per_unit; value 0 is a hole."""
+    """Rule from a source's stored values to metres: metres = (value + offset) * metres_per_unit; value 0 is a hole."""
 
     metres_per_unit: float
     """Metres that one stored unit stands for."""
@@ -38,7 +38,7 @@ class DepthScale:
     bits: int = 0
     """Bits of a stored value that the source declares: 8, 16, or 32 for floats of any width; 0 = not declared."""
     reason: str = "declared by the layout"
-    """Why this scale, in words, for the user to check."""
+    """Reason for this scale, in words, for the user to check."""
 
     def __str__(self) -> str:
         shown = f"(v + {self.offset:g})" if self.offset else "v"
@@ -64,7 +64,7 @@ def to_millimetres(stored: np.ndarray, scale: DepthScale) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _table(dtype: np.dtype, scale: DepthScale) -> np.ndarray:
-    """What each stored value of a small type becomes."""
+    """Table from each stored value of a small type to its depth."""
     return _computed(np.arange(np.iinfo(dtype).max + 1), scale)
 
 
@@ -158,7 +158,8 @@ def _decode_zstd(data: bytes | memoryview, out: np.ndarray) -> None:
 
 
 def _zstd_content_size(frame: bytes | memoryview) -> int | None:
-    """What the header of a zstd frame says that it holds, bytes; None where it does not say (RFC 8878, 3.1.1.1)."""
+    """Size of the content that the header of a zstd frame names, bytes; None where it names none (RFC 8878,
+    3.1.1.1)."""
     descriptor = frame[4] if len(frame) > 4 else 0
     single_segment, dictionary = descriptor >> 5 & 1, (0, 1, 2, 4)[descriptor & 3]
     width = (single_segment, 2, 4, 8)[descriptor >> 6]
@@ -200,7 +201,7 @@ def footprints(source: tuple[int, int], target: tuple[int, int]) -> tuple[tuple[
 
 
 class _Footprints:
-    """Which source cells lie under each target cell, along one side; in integers, so rounding loses no edge."""
+    """Source cells under each target cell, along one side; in integers, so rounding loses no edge."""
 
     def __init__(self, source: int, target: int):
         index = np.arange(target)

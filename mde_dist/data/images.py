@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """PIL's names of what an image may be, whatever its suffix. JPEG includes MPO, the JPEGs of many phones."""
 DEPTH_FORMATS = ("PNG", "TIFF")
-"""Of a depth map: those that hold 16 bits as they were stored; PIL stretches the values of a PGM."""
+"""Formats of a depth map: those that hold 16 bits as they were stored; PIL stretches the values of a PGM."""
 
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda image: image,
@@ -41,8 +41,8 @@ _STRAY = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
 """libjpeg's words about bytes between the last pixel and the end marker. They are of its first warning, and nothing is
 read behind that marker: where it says this, nothing else is wrong."""
 _MOST_STRAY = 16
-"""Of such bytes. They are what cameras and tools leave behind; in the middle of a picture a damaged byte makes libjpeg
-lose its place, and the tail that it then has no use for is longer in nearly all cases."""
+"""Most of such bytes that are tolerated. Cameras and tools leave them behind; in the middle of a picture a damaged byte
+makes libjpeg lose its place, and the tail that it then has no use for is longer in nearly all cases."""
 # what PIL prints of damaged EXIF data, with a place in its own source, concerns no pixel; too large is an error here
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -209,7 +209,7 @@ def _reasons() -> Iterator[None]:
 
 
 def _unknown(data: bytes, formats: tuple[str, ...]) -> str:
-    """Why bytes are none of the formats."""
+    """Reason why bytes are in none of the formats."""
     for head, whose in _POINTERS.items():
         if data.startswith(head):
             return f"it only stands for a file of {whose} that was not fetched"

@@ -58,7 +58,7 @@ class Index:
         return self._file.tell()
 
     def _fits(self, shards: Sequence[ShardInfo]) -> bool:
-        """Whether every row lies within its shard, and every shard has its number of rows, in order."""
+        """Check that every row lies within its shard, and that every shard has its number of rows, in order."""
         ends = np.cumsum([shard.samples for shard in shards])
         sizes = np.array([shard.bytes for shard in shards])
         for start in range(0, self._samples, _ROWS):
@@ -74,7 +74,7 @@ class Index:
 
 
 def _within(rows: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether all members lie within shards of these sizes; only a record may be missing."""
+    """Check that all members lie within shards of these sizes; only a record may be missing."""
     for member in MEMBERS:
         offset, size = rows[f"{member}_offset"].astype(np.int64), rows[f"{member}_bytes"].astype(np.int64)
         there = (offset >= TAR_BLOCK) & (offset + size <= sizes) & (size > 0)

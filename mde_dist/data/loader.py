@@ -22,7 +22,7 @@ from mde_dist.data.dataset import DamagedSample, DepthDataset
 from mde_dist.utils.errors import RankError
 
 BatchIndices = tuple[np.ndarray, np.ndarray]
-"""What a batch consists of: (epochs, samples), int64 (batch,)."""
+"""Epochs and samples of a batch, int64 (batch,) each."""
 
 _SUBSTITUTES = 8  # samples tried in place of a damaged one before giving up
 _NAMED = 100  # damaged samples that are remembered by name

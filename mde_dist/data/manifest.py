@@ -50,7 +50,7 @@ class ShardInfo(FileInfo):
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What the manifest says of one split."""
+    """Entry of one split in the manifest."""
 
     name: str
     samples: int
@@ -66,14 +66,14 @@ class Manifest:
     place: str
     """The directory or URL of the shards."""
     sha256: str
-    """Of manifest.json: two runs with one hash saw the same data."""
+    """Hash of manifest.json: two runs with one hash saw the same data."""
     codec: str
     size: tuple[int, int]
     """Height and width of every image and depth map, pixels."""
     layout: str
     splits: Mapping[str, SplitInfo]
     raw: Mapping[str, Any]
-    """As it was read."""
+    """Content of manifest.json as it was read."""
 
     @property
     def files(self) -> set[str]:

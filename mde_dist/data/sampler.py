@@ -1,4 +1,4 @@
-"""Which sample comes when, and to whom: pure integer arithmetic, no I/O, no torch, no table of samples.
+"""Order of the samples, and each rank's part of it: pure integer arithmetic, no I/O, no torch, no table of samples.
 
 Samples 0..n-1 are cut into blocks of about one shard. Per epoch the blocks are permuted, and the samples are shuffled
 inside windows of a few permuted blocks: reading stays near-sequential, and the sample at any position costs the same
@@ -87,7 +87,7 @@ class GlobalSampler:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """How the blocks lie in one epoch."""
+    """Order of the blocks in one epoch."""
 
     ranges: np.ndarray
     """int64 (blocks, 2): first and end sample of the block at each slot."""

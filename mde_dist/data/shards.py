@@ -130,7 +130,7 @@ class ShardDataset(DepthDataset):
         return max(shard.samples for shard in self.info.shards)
 
     def read_into(self, sample: int, image: np.ndarray, target: np.ndarray) -> None:
-        """As declared. Raises DamagedSample where the bytes are not what was packed."""
+        """Read one pair into the given arrays. Raises DamagedSample where the bytes are not those that were packed."""
 
         def read() -> None:
             row = self._index[sample]

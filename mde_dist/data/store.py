@@ -1,4 +1,4 @@
-"""Where the files of a directory of shards lie: on this machine, or on a server with a cache on this machine."""
+"""Access to the files of a directory of shards: on this machine, or on a server with a cache on this machine."""
 
 import os
 import stat
@@ -20,7 +20,7 @@ _MAX_MANIFEST = 2**28  # bytes; that of 48,000 samples has 40 KB
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Where whole files of remote shards are kept."""
+    """Options of the cache of whole remote shards."""
 
     directory: Path = Path("~/.cache/mde_dist")
     """One per node, for all its processes; best on a local disk."""

@@ -1,4 +1,5 @@
-"""What an ordinary WebDataset tar holds: its samples, where their members lie, and what is wrong with it as a tar."""
+"""Content of an ordinary WebDataset tar: its samples, the positions of their members, and the faults that it has as a
+tar."""
 
 import errno
 import os
@@ -29,7 +30,7 @@ class TarSample:
     key: str
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     codec: str = ""
-    """Of the depth map."""
+    """Codec of the depth map."""
 
     def read(self, file: int, member: str) -> bytes:
         """A member's payload from the open tar."""
@@ -49,7 +50,7 @@ class Contents:
     samples: list[TarSample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     extensions: set[str] = field(default_factory=set)
-    """All that occur."""
+    """All extensions that occur."""
 
 
 def scan(path: Path) -> Contents:
@@ -119,7 +120,7 @@ def members(path: Path, problems: list[str]) -> Iterator[tarfile.TarInfo]:
 
 
 def _zeros(file: BinaryIO, start: int, end: int) -> bool:
-    """Whether the bytes between two members are padding."""
+    """Check that the bytes between two members are padding."""
     while start < end:
         piece = os.pread(file.fileno(), min(end - start, 2**20), start)
         if piece.strip(b"\0"):

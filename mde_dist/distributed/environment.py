@@ -15,7 +15,7 @@ _KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL"
 """They change nothing of what is learned: where a run computes, what is shown; precision is passed to accelerate, and
 that it stands there tells of a launcher."""
 _TRUE, _FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f", "")
-"""As accelerate reads them, in any case."""
+"""Words that accelerate reads as true and as false, in upper or lower case."""
 _DECIDED_BY = {
     "ACCELERATE_MIXED_PRECISION": "--train.precision decides",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--train.grad-accum-steps decides",

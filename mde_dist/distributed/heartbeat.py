@@ -1,4 +1,4 @@
-"""What ranks tell one another beside their collectives, which wait for ever: who was signalled, and who is gone.
+"""Messages between ranks beside their collectives, which wait for ever: who was signalled, and who is gone.
 
 Every rank holds one TCP connection to rank 0. A process that dies closes it at once; a machine that dies, a link that
 is cut and a process that is stopped fall silent. Rank 0 tells the others, and each ends within seconds instead of
@@ -118,9 +118,9 @@ class _Connection:
 
     socket: socket.socket
     heard: float
-    """When it last gave a sign of life; time.monotonic()."""
+    """Time of the last sign of life; time.monotonic()."""
     rest: bytes = b""
-    """Of a message that has come in part."""
+    """Bytes of a message that has come in part."""
     open: bool = True
     """False once the other rank has said goodbye or is lost."""
 
@@ -132,7 +132,7 @@ class _Heartbeat:
         self, rank: int, sockets: dict[int, socket.socket], stop: PreemptionHandler, silence: float, run: Path | None
     ):
         self.goodbye = False
-        """Whether this rank leaves in good order."""
+        """True once this rank leaves in good order."""
         self._leaving = False  # the main thread is on its way out, however long that takes, and hangs nowhere
         self._rank, self._stop, self._silence, self._run = rank, stop, silence, run
         self._lines = {peer: _Connection(line, time.monotonic()) for peer, line in sockets.items()}
@@ -227,7 +227,7 @@ class _Heartbeat:
                     line.socket.send(_MESSAGE.pack(event, number))
 
     def _speaks(self) -> bool:
-        """Whether this rank is the one on its node whose word goes to the terminal."""
+        """Say whether this rank is the one of its node that writes to the terminal."""
         local, here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         first = self._rank - local
         return self._rank == min(rank for rank in range(first, first + here) if rank not in self._lost)

@@ -40,7 +40,7 @@ Gradients = Literal["fp32", "bf16"]
 T = TypeVar("T")
 
 _hosts: distributed.ProcessGroup | None = None
-"""All ranks over gloo, where the default group is that of their GPUs."""
+"""Group of all ranks over gloo, where the default group is that of their GPUs."""
 
 _PATIENCE = 60.0  # seconds that a rank which has failed waits for the others, to tell them
 
@@ -153,7 +153,8 @@ def _not_met(failure: Exception) -> str:
 
 
 def promised_processes() -> int:
-    """How many processes the launcher says this training has. Raises UserError where it says so to a lone process."""
+    """Number of processes that the launcher announces. Raises UserError where it announces several to a lone
+    process."""
     promised = check_ranks()
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # what `accelerate launch --cpu --num_processes N` leaves behind: it starts one process whatever N is
@@ -193,7 +194,7 @@ def all_reduce_sum(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tens
 
 
 def hosts_group(timeout: float) -> distributed.ProcessGroup:
-    """All ranks over gloo. Called by every rank."""
+    """Group of all ranks over gloo. Called by every rank."""
     return cast(distributed.ProcessGroup, distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
 
@@ -266,7 +267,7 @@ def clock_offsets(accelerator: Accelerator) -> list[float]:
 
 
 def raise_on_all_ranks(accelerator: Accelerator, error: Exception | None) -> None:
-    """Where one rank has an error, end all of them: the first such rank raises its own, the others OtherRankError.
+    """End all ranks where one has an error: the first such rank raises its own, the others OtherRankError.
 
     To be called by every rank. Without it the others would wait in their next collective for one that is gone.
     """
@@ -316,7 +317,7 @@ def broadcast_buffers_of(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def mixed_precision(precision: Precision, on_cuda: bool) -> str:
-    """What accelerate calls it: bf16, or no for float32 throughout."""
+    """Accelerate's name of a precision: bf16, or no for float32 throughout."""
     if precision == "auto":
         return "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "no"
     return "bf16" if precision == "bf16" else "no"

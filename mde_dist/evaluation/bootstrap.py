@@ -1,4 +1,4 @@
-"""How far a mean over images would swing with other images: the percentile bootstrap (Efron and Tibshirani, 1993)."""
+"""Confidence interval of a mean over images: the percentile bootstrap (Efron and Tibshirani, 1993)."""
 
 from collections.abc import Iterator
 

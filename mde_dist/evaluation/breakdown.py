@@ -1,4 +1,4 @@
-"""Where the errors are: by distance and by place in the image, over all pixels of a split, in float64."""
+"""Errors by distance and by position in the image, over all pixels of a split, in float64."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from mde_dist.evaluation.metrics import N_COLUMNS, Protocol, image_terms, valid_pairs
 
 EDGES = tuple(range(11))
-"""Of the bins of distance, metres; the last one takes what is beyond as well."""
+"""Edges of the bins of distance, metres; the last bin takes everything beyond as well."""
 GRID = (12, 16)
 """Cells of the image, rows by columns."""
 _BINS, _CELLS = len(EDGES) - 1, GRID[0] * GRID[1]

@@ -32,7 +32,8 @@ N_COLUMNS = 1 + len(SUFFICIENT_STATISTICS)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared: which pixels, what is done to the prediction before, and how pixels become one number."""
+    """Rules of a comparison: the pixels, the treatment of the prediction before, and the mean over pixels and
+    images."""
 
     name: str
     metrics: tuple[str, ...] = METRICS
@@ -45,9 +46,9 @@ class Protocol:
     crop: tuple[int, int, int, int] | None = None
     """Top, bottom, left, right of the scored rectangle, in pixels of a 480x640 map; other sizes in proportion."""
     mean_over: Literal["images", "pixels"] = "images"
-    """What has equal weight: every image, or every pixel of all images."""
+    """Unit of equal weight: every image, or every pixel of all images."""
     resize: str = "bilinear, half-pixel centres"
-    """How a prediction is brought to the size of the ground truth."""
+    """Method by which a prediction is resized to the ground truth."""
 
 
 EIGEN_CROP = (45, 471, 41, 601)  # of Eigen et al., as in BTS, AdaBins, NeWCRFs, ZoeDepth
@@ -82,9 +83,9 @@ def score(prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per
 def valid_pairs(
     prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """What a protocol compares in each image: predictions, as it holds them, and truths of the scored pixels, float64
-    (pixels,) in the unit of the arguments, which are those of `score`; and where these pixels are, bool (height,
-    width)."""
+    """Yield for each image the pairs that the protocol scores: predictions, clamped as the protocol says, and ground
+    truth, float64 (pixels,) in the unit of the arguments, which are those of `score`; and the mask of these pixels,
+    bool (height, width)."""
     # compared in the depth's own precision: 1 mm as float32 metres is a hair above 1e-3 as float64
     low, high = (metres * per_metre for metres in protocol.valid)
     scored = (depth > low) & (depth < high)

@@ -42,7 +42,7 @@ _NAMED = "depth"  # the array of a .npz that holds others as well, as Depth Pro 
 
 @dataclass(frozen=True)
 class _Map:
-    """Where one depth map lies."""
+    """Location of one depth map."""
 
     file: Path
     row: int | None = None
@@ -63,7 +63,7 @@ class Predictions:
         self._counts = Fraction(str(metres)) * COUNTS_PER_METRE
         why = "given by --prediction-scale" if scale else "usual for 16-bit PNG; --prediction-scale says otherwise"
         self.units = "floats, taken as metres" if metres == 1 else f"metres = v * {metres:.6g} ({why})"
-        """How stored values become metres, in words."""
+        """Rule from stored values to metres, in words."""
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -126,7 +126,7 @@ def open_predictions(
 
 
 def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
-    """Why a map of `size` cannot be the whole image, scaled and its sides rounded; empty where it can."""
+    """Reason why a map of `size` cannot be the whole image, scaled and its sides rounded; empty where it can."""
     (height, width), (rows, columns) = size, whole
     if crop := _CROPS.get((whole, (height, width))):
         return f"that is {crop}"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a record that can be shown, written, read again, and told from another's."""
+"""Result of an evaluation, as a record that can be shown, written, read again, and told from another."""
 
 import csv
 import hashlib
@@ -41,7 +41,7 @@ N_HASH_COLUMNS = 4
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What was predicted: the ground truth of a split."""
+    """Ground truth of a split."""
 
     place: str
     split: str
@@ -50,10 +50,10 @@ class GroundTruth:
     manifest: str | None
     """sha256 of the shards' manifest; None where a source folder was read."""
     keys: list[str]
-    """Of the images, in the split's order."""
+    """Keys of the images, in the split's order."""
     scenes: list[str]
     sha256: str
-    """Of all keys and depth maps, whichever way they are stored: equal where the same truth was scored."""
+    """Hash of all keys and depth maps, whichever way they are stored: equal where the same ground truth was scored."""
 
 
 def target_hashes(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:

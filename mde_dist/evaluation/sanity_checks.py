@@ -188,7 +188,8 @@ class _Order:
 
 
 def _shuffled(rows: torch.Tensor) -> str:
-    """Whether each prediction is nearer to its own image's truth than chance would have it, or to those of an order."""
+    """Name the order in which predictions fit better than their own; empty where each is nearest to its own ground
+    truth."""
     rows = rows[:_MOST]
     count = len(rows)
     if count < _FEWEST:

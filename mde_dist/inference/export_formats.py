@@ -20,7 +20,7 @@ from mde_dist.utils.io import write_atomic
 OLDEST_TORCH = "2.9"
 """Its exporters do what is asked of them here; 2.5 writes its programs as pickle, and no ONNX of this model."""
 OPSET = 18
-"""Of ONNX; runtimes know it since 2023."""
+"""Operator set of ONNX; runtimes know it since 2023."""
 Run = Callable[[torch.Tensor], torch.Tensor]
 """RGB 0..1 float32 (batch, 3, height, width) -> depth float32 (batch, height, width), metres."""
 
@@ -56,15 +56,16 @@ def trace(
     return exported
 
 
-def write_torch(exported: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]) -> None:
-    """As torch.export.load reads it: a ZIP of JSON and of the bytes of the weights. `about` goes into it.
+def write_torch(exported: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a program as torch.export.load reads it: a ZIP of JSON and of the bytes of the weights, with `metadata`
+    inside.
 
     Raises UserError where this torch would write a pickle.
     """
     archive = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No complete tensor")  # of weights that are channels last; all are written
-        torch.export.save(exported, archive, extra_files={"mde_dist.json": json.dumps(about, indent=1)})
+        torch.export.save(exported, archive, extra_files={"mde_dist.json": json.dumps(metadata, indent=1)})
     pickles = _pickles(archive)
     if pickles:
         raise UserError(
@@ -90,8 +91,8 @@ def open_torch(path: Path) -> Run:
     return run
 
 
-def write_onnx(exported: torch.export.ExportedProgram, path: Path, about: Mapping[str, str]) -> None:
-    """As ONNX, one file with the weights inside. `about` becomes its metadata."""
+def write_onnx(exported: torch.export.ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a program as ONNX, one file with the weights inside. `metadata` becomes that of the file."""
     (image,) = (node.meta["val"] for node in exported.graph.nodes if node.name == "image")
     program = torch.onnx.export(
         exported,
@@ -104,7 +105,7 @@ def write_onnx(exported: torch.export.ExportedProgram, path: Path, about: Mappin
         dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
     )
     assert program is not None
-    program.model.metadata_props.update(about)
+    program.model.metadata_props.update(metadata)
     write_atomic(path, program.model_proto.SerializeToString())
 
 
@@ -123,7 +124,7 @@ class Format:
     write: Callable[[torch.export.ExportedProgram, Path, Mapping[str, str]], None]
     open: Callable[[Path], Run]
     about: str
-    """What it is and what it needs, in a sentence that ends in a colon."""
+    """Description of the format and its needs, in a sentence that ends in a colon."""
     usage: str
     """Python that runs it on `image`, RGB uint8 (height, width, 3) of its size."""
 

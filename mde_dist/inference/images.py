@@ -13,7 +13,7 @@ class Unreadable(Exception):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """As `open_image`, the pixels only."""
+    """Read an image as `open_image` does; returns the pixels only."""
     return open_image(path)[0]
 
 
@@ -32,7 +32,7 @@ def open_image(path: Path) -> tuple[np.ndarray, bool]:
 
 
 def is_depth_map(path: Path) -> bool:
-    """Whether a file is a PNG of 16-bit grey: in a folder of images a depth map rather than one of them."""
+    """Say whether a file is a PNG of 16-bit grey: in a folder of images a depth map rather than one of them."""
     if path.suffix.lower() != ".png":
         return False
     try:

@@ -23,7 +23,7 @@ class Frame:
     """An image to predict."""
 
     name: Path
-    """Of its results, below the output, without what tells them apart."""
+    """Name of its results below the output, without their endings."""
     image: np.ndarray
     """RGB uint8 (height, width, 3)."""
     stray_bytes: bool = False
@@ -40,7 +40,7 @@ class ReadError:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found; nothing is read yet."""
+    """Files to predict; nothing is read yet."""
 
     entries: tuple[tuple[Path, Path], ...]
     """(file, its name below the output without suffix), in the order in which they were named; of folders in natural
@@ -53,12 +53,13 @@ class Inputs:
         return [file for file, _ in self.entries if is_video(file)]
 
     def expected(self, every: int) -> int:
-        """How many frames there will be, as far as the heads of videos tell."""
+        """Number of frames to expect, as far as the heads of videos tell."""
         videos = self.videos
         return len(self.entries) - len(videos) + sum(count_frames(video, every) for video in videos)
 
     def frames(self, every: int, pool: Executor, ahead: int) -> Generator[Frame | ReadError, None, None]:
-        """All of them, in order, read by `pool` up to `ahead` in advance. Close it when it is left early.
+        """Yield all frames in order, read by `pool` up to `ahead` in advance. Close the generator when it is left
+        early.
 
         `every`: of videos one of so many frames.
         """

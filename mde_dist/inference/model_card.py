@@ -42,22 +42,22 @@ class Program:
 
 @dataclass(frozen=True)
 class Card:
-    """All that a card tells."""
+    """Content of a model card."""
 
     name: str
     metadata: Mapping[str, Any]
-    """Of the model.safetensors."""
+    """Metadata of the model.safetensors."""
     parameters: int
     bytes: int
-    """Of the model.safetensors."""
+    """Size of the model.safetensors."""
     origin: Origin
     train: Manifest | None
-    """Of the shards that it was trained on, where they are at hand."""
+    """Manifest of the shards that it was trained on, where they can be read."""
     held_out: Manifest | None
-    """Of those that it was scored on."""
+    """Manifest of the shards that it was scored on."""
     programs: Sequence[Program]
     checked_on: str
-    """What the programs were compared with the model on, in words."""
+    """Images on which the programs were compared with the model, in words."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -99,7 +99,7 @@ def write_card(
 
 
 def front_matter(card: Card) -> str:
-    """What the hub reads, as YAML."""
+    """Front matter for the hub, as YAML."""
     tags = [_TASK, "monocular-depth-estimation", "safetensors", card.config["model.encoder"]]
     tags += ["onnx"] if any(program.kind.file.endswith(".onnx") for program in card.programs) else []
     found = [result for scores in card.origin.scores for result in eval_results(scores, card.held_out)]
@@ -115,7 +115,7 @@ def front_matter(card: Card) -> str:
 
 
 def eval_results(scores: Scores, shards: Manifest | None) -> Iterator[EvalResult]:
-    """What was measured of the model, in the hub's terms. `shards`: that it was measured on, where they are at hand."""
+    """Scores of the model in the hub's terms. `shards`: those that it was measured on, where they can be read."""
     kind, name = "other", f"shards {plain(scores.manifest)[:12]}"
     if _is_nyu(shards):
         kind, name = "nyu_depth_v2", "NYU Depth v2"
@@ -212,7 +212,7 @@ def _scores(card: Card) -> Iterator[str]:
 
 
 def _limits(card: Card) -> Iterator[str]:
-    """What the numbers do not promise."""
+    """Limits of the numbers."""
     lines = [
         "Metres are those of the camera and the rooms that it learned from: with another field of view, or outdoors, "
         "the scale is wrong even where the shapes look right.",
@@ -237,7 +237,7 @@ def _listed(title: str, lines: Sequence[str]) -> str:
 
 
 def _is_nyu(shards: Manifest | None) -> bool:
-    """Whether they were packed from NYU Depth v2; of shards that are not at hand nothing is claimed."""
+    """Say whether they were packed from NYU Depth v2; false where they cannot be read."""
     return shards is not None and shards.layout in NYU_LAYOUTS
 
 

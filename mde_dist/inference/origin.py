@@ -1,4 +1,4 @@
-"""Where a model.safetensors comes from, as far as its run can tell: how far it was trained, on what, how it scores."""
+"""Origin of a model.safetensors, as far as its run tells: how long it was trained, on which data, and its scores."""
 
 import hashlib
 import math
@@ -38,7 +38,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of some weights; a run that is not at hand says nothing."""
+    """Facts about some weights; empty where their run cannot be read."""
 
     samples: int | None = None
     """Samples that they were trained on."""
@@ -50,7 +50,8 @@ class Origin:
 
 
 def find_origin(weights: Path, run: Path) -> Origin:
-    """What the directory `run` knows of the model at `weights`. Whatever is missing or damaged there is passed over.
+    """Collect what the directory `run` tells of the model at `weights`. Files that are missing or damaged are passed
+    over.
 
     A checkpoint with the same tensors says how far they were trained; an evaluation counts where it was made there.
     """
@@ -90,7 +91,7 @@ def _tensor_digest(path: Path) -> str:
 
 
 def _scores(run: Path, samples: int) -> Iterator[Scores]:
-    """What the run found when it was at this sample."""
+    """Scores of the run's evaluations at this sample."""
     for name in ("last.json", "best.json"):
         try:
             record = read_record(run / EVALUATIONS / name)
@@ -117,7 +118,7 @@ def _score(record: Mapping[str, Any], protocol: str, baselines: list[dict[str, A
 
 
 def _baselines(run: Path) -> list[dict[str, Any]]:
-    """What predicting without looking scored, as the run noted it down."""
+    """Scores of the constant baselines, as the run logged them."""
     try:
         return [record for record in read_records(run / "metrics.jsonl") if "baseline" in record]
     except _DAMAGE:

@@ -25,7 +25,7 @@ _LEVEL = 1  # of compression: higher ones cost a multiple of the time for a tent
 
 @dataclass(frozen=True)
 class Results:
-    """Where predictions go, and as what. Serves several threads at once."""
+    """Folder and formats of the predictions. Serves several threads at once."""
 
     folder: Path
     pictures: bool = True
@@ -37,10 +37,10 @@ class Results:
     ply: bool = False
     """NAME_points.ply: a coloured point cloud."""
     camera: Intrinsics | None = None
-    """Of every image; None = a usual one."""
+    """Camera of every image; None = a usual one."""
 
     def kinds(self) -> dict[str, str]:
-        """What is made of each image: the ends of the names, and what it is in words."""
+        """Formats that are written of each image: the ends of the names, and their descriptions."""
         chosen = {"_depth.png": True, "_color.png": self.pictures, "_depth.npy": self.npy, "_points.ply": self.ply}
         return {kind: words for kind, words in _KINDS.items() if chosen[kind]}
 

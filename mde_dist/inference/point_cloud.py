@@ -17,9 +17,9 @@ class Intrinsics:
     fy: float
     """Focal length, along the height."""
     cx: float
-    """Where the axis meets the image, along the width."""
+    """Position at which the axis meets the image, along the width."""
     cy: float
-    """Where the axis meets the image, along the height."""
+    """Position at which the axis meets the image, along the height."""
 
     def __str__(self) -> str:
         return f"fx {self.fx:g}, fy {self.fy:g}, cx {self.cx:g}, cy {self.cy:g}"

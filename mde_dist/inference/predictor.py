@@ -46,7 +46,7 @@ class Predictor:
         self._model, self._flip = model.to(device).eval(), flip
         self._area = metadata["size"][0] * metadata["size"][1]
 
-    def seen(self, height: int, width: int) -> tuple[int, int]:
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
         """The size at which the model is shown an image of height x width, pixels."""
         scale = (self._area / (height * width)) ** 0.5
         return max(SMALLEST, round(height * scale)), max(SMALLEST, round(width * scale))
@@ -56,7 +56,7 @@ class Predictor:
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """As for one image, for some that are `seen` at one size, whatever their own.
+        """Predict several images that the model is shown at one size (`input_size`), whatever sizes they have.
 
         Where the device's memory runs out, `batch_size` becomes half of their number, and they are done in halves.
         Raises UserError where not even one image fits.
@@ -75,7 +75,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _at_once(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        size = self.seen(*images[0].shape[:2])
+        size = self.input_size(*images[0].shape[:2])
         # one by one down to what the model sees: a few photographs at their own size would be gigabytes of floats
         shown = torch.cat([resize_image(self._upload(image), size) for image in images])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):

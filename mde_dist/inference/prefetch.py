@@ -20,8 +20,8 @@ def threads(number: int) -> Iterator[Executor]:
 
 
 def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> Iterator[T]:
-    """What each call returns, in their order, while up to `ahead` more are at work or done. What one raises is raised
-    here."""
+    """Yield the result of each call, in order, while up to `ahead` more are running or done. An error of a call is
+    raised here."""
     waiting: deque[Future[T]] = deque()
     for call in calls:
         waiting.append(pool.submit(call))

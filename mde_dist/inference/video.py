@@ -34,7 +34,7 @@ def import_av(path: Path) -> Any:
 
 
 def count_frames(path: Path, every: int) -> int:
-    """How many frames a video seems to have, one of `every` counted; 1 where it cannot be opened."""
+    """Number of frames that a video seems to have, one of `every` counted; 1 where it cannot be opened."""
     av = import_av(path)
     try:
         with av.open(str(path)) as container:
@@ -96,7 +96,7 @@ def _upright(frame: Any) -> np.ndarray:
 
 
 def _seconds(container: Any, video: Any) -> float | None:
-    """How long a video says it is; None where it does not say."""
+    """Length of a video as it says itself, seconds; None where it does not say."""
     if video.duration and video.time_base:
         return float(video.duration * video.time_base)
     if container.duration and len(container.streams) == 1:  # with sound beside it, that may be the sound's

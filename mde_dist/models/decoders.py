@@ -31,12 +31,13 @@ def resize(x: torch.Tensor, like: torch.Tensor, mode: Upsample) -> torch.Tensor:
 
 
 def refinement(channels: int, norm: Norm) -> nn.Module:
-    """What makes one feature of a sum of two: convolution, normalisation, ReLU."""
+    """Block that follows each sum of two features: convolution, normalisation, ReLU."""
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), _norm(channels, norm), nn.ReLU(True))
 
 
 def _norm(channels: int, norm: Norm) -> nn.Module:
-    """Of the decoder, which has no statistics to freeze: 32 groups, or fewer where they would be of one channel."""
+    """Normalisation of the decoder, which has no statistics to freeze: 32 groups, or fewer where they would be of one
+    channel."""
     return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(min(32, channels // 2), channels)
 
 

@@ -139,7 +139,8 @@ def create_pretrained_model(config: ModelConfig, seed: int) -> DepthModel:
 
 
 def build_started(config: ModelConfig, seed: int) -> tuple[DepthModel, Start | None]:
-    """As `create_pretrained_model`, and what was taken of the weights; the rest is random, drawn from `seed`."""
+    """Create the model as `create_pretrained_model` does, and say which weights were taken; the rest is random, drawn
+    from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = create_model(config)

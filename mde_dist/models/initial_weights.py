@@ -24,7 +24,7 @@ class Start:
     source: str
     """The path of a file, or torchvision's weights in words."""
     sha256: str
-    """Of the file; empty for torchvision's, which has it in its name."""
+    """Hash of the file; empty for torchvision's, which has it in its name."""
     taken: Mapping[str, tuple[int, int]]
     """Part of the model -> tensors and parameters that were taken."""
     random: Mapping[tuple[str, str], int]

@@ -1,4 +1,5 @@
-"""Who may write into an output that is being packed: one command alone, or the parts of a job array side by side.
+"""Exclusive right to write into an output that is being packed: for one command alone, or for the parts of a job array
+side by side.
 
 The locks and the records of the parts lie in the work folder and go with it when the shards are published.
 """

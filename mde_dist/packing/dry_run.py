@@ -1,4 +1,4 @@
-"""What packing a data set would do, without packing it: all that was recognised, a picture of it, and what is wrong."""
+"""Plan of a packing, without packing: everything that was recognised, a picture of it, and the problems."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,7 +92,7 @@ def thumbnails(source: Source) -> Iterator[Thumbnail]:
 
 
 def packing_problems(source: Source, probes: Mapping[str, Probe], options: PackConfig) -> list[str]:
-    """What would stop the packing: missing files of all pairs, bad pairs and sizes of those that were tried."""
+    """List the reasons not to pack: missing files of all pairs, and the faults of the pairs that were tried."""
     problems = []
     try:
         plan(source, options)

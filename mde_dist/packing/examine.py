@@ -19,19 +19,19 @@ from mde_dist.utils.io import sha256_of
 
 @dataclass
 class Report:
-    """What a shard holds."""
+    """Content of a shard, and its problems."""
 
     path: Path
     problems: list[str] = field(default_factory=list)
     """One line each: shard, key, what."""
     keys: list[str] = field(default_factory=list)
-    """Of the whole samples."""
+    """Keys of the whole samples."""
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX))
-    """Of the whole samples."""
+    """Index rows of the whole samples."""
     bytes: int = 0
     sha256: str = ""
     statistics: Statistics | None = None
-    """Of the whole samples; None where the file cannot be read."""
+    """Statistics of the whole samples; None where the file cannot be read."""
 
     @property
     def info(self) -> ShardInfo:
@@ -74,7 +74,7 @@ def validate_shard(path: Path, codec: str, size: tuple[int, int], expected: np.n
 
 
 def _differs(row: np.ndarray, expected: np.ndarray | None) -> str | None:
-    """What a sample's row disagrees on with the index."""
+    """First difference between a sample's row and the index; None where they agree."""
     if expected is None:
         return None
     for member in MEMBERS:
@@ -86,7 +86,7 @@ def _differs(row: np.ndarray, expected: np.ndarray | None) -> str | None:
 
 
 def _unreadable(file: int, sample: TarSample, codec: str, size: tuple[int, int], statistics: Statistics) -> str | None:
-    """Why a sample cannot be used; if it can, it goes into the statistics."""
+    """Reason why a sample cannot be used; if it can, it goes into the statistics."""
     image, target = np.empty((*size, 3), np.uint8), np.empty(size, np.uint16)
     try:
         jpeg = sample.read(file, "image")
@@ -131,7 +131,7 @@ def record(directory: Path, split: str, reports: Sequence[Report], codec: str, r
 
 
 def statistics_of(reports: Sequence[Report]) -> Statistics:
-    """Of all whole samples."""
+    """Statistics of all whole samples."""
     parts = [report.statistics for report in reports if report.statistics is not None]
     total = Statistics.empty(parts[0].total.shape)
     for part in parts:

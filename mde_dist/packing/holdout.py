@@ -17,7 +17,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class ValSplit:
-    """What was held out of `train`, and of how much."""
+    """Split `val` that was made from whole rooms of `train`."""
 
     source: Source
     """With the split `val` behind `train`; the pairs of both are in the order of the data set."""
@@ -32,7 +32,7 @@ class ValSplit:
         return {"of": TRAIN, "share": self.share, "places": list(self.places)}
 
     def in_words(self) -> list[str]:
-        """How many pairs and scenes each split has now, a line each."""
+        """Lines with the number of pairs and scenes that each split has now."""
         lines = []
         for name, split in self.source.splits.items():
             pairs, scenes = len(split.pairs), len({pair.scene for pair in split.pairs})
@@ -42,7 +42,7 @@ class ValSplit:
 
 
 def place_of(scene: str) -> str:
-    """What a scene shows a part of: `living_room_0001a`, `living_room_0001b_out` -> `living_room_0001`."""
+    """Room that a scene shows a part of: `living_room_0001a`, `living_room_0001b_out` -> `living_room_0001`."""
     return re.sub(r"(?<=\d)[a-zA-Z]$", "", scene.removesuffix("_out"))
 
 

@@ -58,7 +58,7 @@ def sizes_in_words(found: Probe) -> str:
 
 
 def warnings(source: Source, probes: Mapping[str, Probe]) -> list[str]:
-    """What is no reason to stop, but for a look."""
+    """Warnings that do not stop packing."""
     found = []
     for name, split in source.splits.items():
         median, (low, high) = probes[name].median, USUAL_METRES

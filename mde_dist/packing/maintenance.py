@@ -103,7 +103,7 @@ def say_stray(count: int) -> None:
 
 
 def training_command(shards: Path) -> str:
-    """What to do with shards that are there."""
+    """Line with the command that trains on these shards."""
     return f"next: {command_line('train', '--data.shards', shards, launcher='accelerate launch')}"
 
 

@@ -55,7 +55,7 @@ class PackConfig:
     samples_per_shard: int = 256
     codec: str = "blosc"
     jpeg_quality: int = 95
-    """Of images that are resized, turned, or are no baseline JPEG; the others keep their own bytes."""
+    """Quality of images that are resized, turned, or are no baseline JPEG; the others keep their own bytes."""
     limit: int | None = None
     """Pairs per split, the first ones of the source."""
     skip_bad: bool = False
@@ -104,7 +104,7 @@ def _why_absent(pair: Pair, path: Path) -> str:
 
 @dataclass(frozen=True)
 class PackContext:
-    """What every worker has to know."""
+    """Context that every worker gets."""
 
     source: Source
     options: PackConfig
@@ -112,7 +112,7 @@ class PackContext:
     partial: Path
     """Hidden folder where shards and parts stand until all are there."""
     records: Mapping[str, dict[str, Any]]
-    """What the manifest says of a split beside what its shards hold."""
+    """Entries of the manifest about a split, besides those of its shards."""
     packed_in: Mapping[str, str] = field(default_factory=dict)
     """Name of a shard -> K/N, the part of a job array that packs it: one that differs is refused, not replaced."""
 
@@ -163,7 +163,7 @@ def pack_part(
 def _prepare(
     source: Source, output: Path, options: PackConfig, probes: Mapping[str, Probe] | None
 ) -> tuple[PackContext, list[ShardJob], dict[str, list[str]]]:
-    """What there is to do, and the pairs left out because a file is missing. Raises UserError."""
+    """Plan the shards to pack, and list the pairs left out because a file is missing. Raises UserError."""
     size = options.size or next(iter((probes or probe(source)).values())).size
     held_out = make_val_split(source, options.validation) if options.validation else None
     source = held_out.source if held_out else source
@@ -181,7 +181,7 @@ def _about(work: PackContext) -> dict[str, Any]:
 
 @contextmanager
 def _errors_as_one_line(output: Path) -> Iterator[None]:
-    """What a disk or a dying process brings about is one line: raises UserError."""
+    """Turn errors of a disk or a dying process into one line: raises UserError."""
     try:
         yield
     except OSError as error:
@@ -259,7 +259,8 @@ def _write_tar(work: PackContext, job: ShardJob, tar: Path, statistics: Statisti
 
 
 def _fingerprint(work: PackContext, job: ShardJob) -> str:
-    """What a shard is a function of, so that one packed before a change of source or options is not taken for it."""
+    """Hash of everything that determines a shard, so that one packed before a change of source or options is not taken
+    for it."""
     options = [work.size, work.options.codec, work.options.jpeg_quality]
     pairs = [[pair.key, pair.scene, *work.source.stamp(pair)] for pair in job.pairs]
     scale = repr(work.source.splits[job.split].scale)

@@ -10,9 +10,9 @@ from mde_dist.packing.sources import BadPair, Source
 from mde_dist.utils.errors import UserError
 
 INDOOR_METRES = (0.8, 10.0)
-"""Where the median of an indoor depth map lies, generously; outside, the scale is wrong."""
+"""Plausible range of an indoor data set's median depth, generously; outside, the scale is wrong."""
 USUAL_METRES = (1.0, 6.0)
-"""Where the medians of NYU Depth v2 lie; between here and there a scale may be wrong, and the user is told."""
+"""Range of the medians of NYU Depth v2; between here and there a scale may be wrong, and the user is told."""
 MAX_MEDIAN_RATIO = 3.0
 """Medians of two splits of one data set that differ by more than this speak of different units."""
 _PROBES = 16  # pairs per split that are read
@@ -20,7 +20,7 @@ _PROBES = 16  # pairs per split that are read
 
 @dataclass(frozen=True)
 class Probe:
-    """What a look at a few pairs of a split shows."""
+    """Facts from reading a few pairs of a split."""
 
     size: tuple[int, int]
     """The most frequent height and width, pixels."""
@@ -31,13 +31,13 @@ class Probe:
     low: float
     high: float
     sizes: tuple[tuple[int, int], ...]
-    """All that occur, sorted."""
+    """All sizes that occur, sorted."""
     image_formats: tuple[str, ...]
     depth_formats: tuple[str, ...]
     tried: int
     """Pairs that were read, or could not be."""
     bad: tuple[str, ...]
-    """Why some could not be read."""
+    """Reasons why some could not be read."""
     orientations: tuple[int, ...] = ()
     """EXIF orientations of the images that are not stored upright."""
 
@@ -100,7 +100,8 @@ def check_units(source: Source, probes: Mapping[str, Probe], overruled: Sequence
 
 
 def unit_problems(source: Source, probes: Mapping[str, Probe], overruled: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What cannot be an indoor data set in metres: what is to be refused, and what the user has overruled."""
+    """List signs of a wrong unit, implausible for an indoor data set in metres: those that are refused, and those that
+    the user has overruled."""
     low, high = INDOOR_METRES
     refused, warned = [], []
     medians = {name: found.median for name, found in probes.items()}

@@ -47,4 +47,4 @@ class RawDataset(DepthDataset):
         """Nothing is held open between reads."""
 
     def prefetch(self, file: int) -> None:
-        """All of it lies on this machine."""
+        """Do nothing: all files are on this machine."""

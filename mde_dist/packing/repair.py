@@ -21,7 +21,7 @@ QUARANTINE = "quarantine"
 LOCK = ".lock"
 """In the directory, while it is repaired or indexed."""
 REVISION = re.compile(r"-r(\d+)$")
-"""What a repaired tar has behind its name."""
+"""End of the name of a repaired tar."""
 
 
 def repair(directory: Path, verdict: ValidationReport) -> Manifest:
@@ -72,6 +72,6 @@ def _rewrite(report: Report, manifest: Manifest, revision: str) -> Report:
 
 
 def _revision(directory: Path) -> str:
-    """What to add to the names of new files: -r1, -r2, …"""
+    """Suffix for the names of new files: -r1, -r2, …"""
     names = (REVISION.search(path.name.split(".")[0]) for path in directory.iterdir())
     return f"-r{1 + max((int(found[1]) for found in names if found), default=0)}"

@@ -16,7 +16,7 @@ from mde_dist.packing.pool import Progress
 
 @dataclass
 class ValidationReport:
-    """What a look at everything has shown."""
+    """Result of validating a directory of shards."""
 
     manifest: Manifest
     problems: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ def _index(directory: Path, split: SplitInfo) -> tuple[np.ndarray | None, list[s
 def _against_manifest(
     directory: Path, split: SplitInfo, reports: list[Report], manifest: Manifest, indexed: bool
 ) -> list[str]:
-    """What contradicts the manifest, behind what the shards say of themselves."""
+    """List contradictions to the manifest, besides what the shards say of themselves."""
     problems = []
     for shard, report in zip(split.shards, reports, strict=True):
         if report.statistics is not None and report.info != shard and not report.problems:

@@ -11,9 +11,10 @@ from mde_dist.reporting.history import Line, Run, RunPoint
 from mde_dist.training.losses import UNITS, LossConfig
 
 MOST_POINTS = 600
-"""Of a curve; more are drawn as means of equally many lines in turn, with a band from the least to the greatest."""
+"""Most points of a curve; more are drawn as means of equally many lines in turn, with a band from the least to the
+greatest."""
 Pair = tuple[float, float | None]
-"""Where, and the value there; None = not finite."""
+"""Position, and the value there; None = not finite."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one run has to show in a chart."""
+    """Curve of one run in a chart."""
 
     run: int
     """Its place among the runs of the page, which decides its colour."""
@@ -118,7 +119,7 @@ _UNITS = {"rmse": "m", "sq_rel": "m"}
 
 
 def _references(runs: Sequence[Run], metric: str) -> list[tuple[str, float]]:
-    """What predicting without looking scores; once where runs agree on it."""
+    """Scores of the constant baselines; once where runs agree on it."""
     found: dict[tuple[str, float], list[str]] = {}
     for run in runs:
         for line in run.baselines:
@@ -228,7 +229,7 @@ def _sums(run: Run) -> list[float]:
 
 
 def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[RestartMarker]:
-    """Where the run went on after a stop; a start that nothing came of is none."""
+    """Positions at which the run was resumed after a stop; a start without progress is left out."""
     spans, sums = run.spans(), _sums(run)
     return [
         RestartMarker(

@@ -17,7 +17,7 @@ _COLUMNS = 3
 
 
 def draw_charts(path: Path, charts: Sequence[Chart], title: str) -> None:
-    """All charts in one picture, three in a row."""
+    """Draw all charts in one picture, three in a row."""
     rows = -(-len(charts) // _COLUMNS)
     height = 2.9 * rows + 0.8
     with figure_file(path, (12, height), dpi=90) as figure:

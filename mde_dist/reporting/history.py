@@ -28,7 +28,7 @@ class Line:
     time: float | None
     """Seconds since 1970."""
     attempt: int
-    """Which start of the run wrote it, from 0."""
+    """Number of the start of the run that wrote it, from 0."""
     kind: str
     """`step`; the name of the protocol; the name of a baseline."""
     values: Mapping[str, float]
@@ -42,12 +42,12 @@ class Start:
     samples: int
     time: float
     values: Mapping[str, Any]
-    """Of `ranks`, `device`, `precision`, `batch_size`, `host`, `versions` those that it names."""
+    """Values of `ranks`, `device`, `precision`, `batch_size`, `host`, `versions` that it names."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What is known of a run."""
+    """Records of a run."""
 
     path: Path
     name: str
@@ -61,7 +61,7 @@ class Run:
     """Likewise; all of one protocol."""
     baselines: Sequence[Line]
     protocol: str | None
-    """Of the evaluations."""
+    """Protocol of the evaluations."""
     starts: Sequence[Start]
     state: Mapping[str, Any]
     """state.json of its newest checkpoint."""
@@ -72,7 +72,7 @@ class Run:
     preempted: bool
     """Stopped by a signal, and waiting to be continued."""
     notes: Sequence[str]
-    """What could not be read, a line each."""
+    """Lines about what could not be read."""
 
     @property
     def samples(self) -> int:

@@ -33,10 +33,10 @@ class Group:
     """Runs that were scored on the same images under the same protocol: only these share a chart of scores."""
 
     title: str
-    """Which they are, and what they were scored by; empty where there is one group only."""
+    """Title that names the runs and their protocol; empty where there is one group only."""
     runs: Sequence[RunPoint]
     metrics: Sequence[str]
-    """Of the protocol."""
+    """Metrics of the protocol."""
     scores: Sequence[tables.Score]
     plots: Sequence[Plot]
     distance: Sequence[BarPlot]
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass
 class Report:
-    """All that the page shows."""
+    """Content of the page."""
 
     runs: Sequence[Run]
     groups: Sequence[Group]
@@ -58,7 +58,7 @@ class Report:
     """The same over time."""
     extremes: Sequence[tuple[int, Run, BestWorst]]
     missing: list[str] = field(default_factory=list)
-    """What the page leaves out, and why, a line each."""
+    """Lines about what the page leaves out, and why."""
 
 
 def groups_of(runs: Sequence[Run]) -> list[list[RunPoint]]:
@@ -72,7 +72,7 @@ def groups_of(runs: Sequence[Run]) -> list[list[RunPoint]]:
 
 
 def charts_of(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
-    """Of how well runs learn, and of how fast: what is drawn as PNG files."""
+    """Charts of how well runs learn, and of how fast, to be drawn as PNG files."""
     scores = [chart for group in groups_of(runs) for chart in score_charts(group, str(group[0][1].protocol))]
     return scores + training_charts(list(enumerate(runs))), speed_charts(list(enumerate(runs)))
 
@@ -104,7 +104,7 @@ def collect(runs: Sequence[Run]) -> Report:
 
 
 def _lacking(run: Run) -> Iterator[str]:
-    """What a run does not tell, by design of an older version or because it just began."""
+    """Lines about what a run does not tell, by design of an older version or because it just began."""
     if not run.evaluations:
         yield "not evaluated yet: no scores"
     elif run.showcase is None:
@@ -185,7 +185,7 @@ def _csp_hash(text: str) -> str:
 
 
 def next_commands(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """What for, and the command."""
+    """Yield purpose and command."""
     for run in runs:
         who, its = (f" ({run.name})" if len(runs) > 1 else ""), ("--run", run.path)
         if not run.finished:

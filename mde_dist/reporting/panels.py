@@ -24,7 +24,7 @@ _QUALITY = 82
 
 @dataclass(frozen=True)
 class Scale:
-    """Which metres the colours mean, the same for all pictures beside each other."""
+    """Metres that the colours mean, the same for all pictures beside each other."""
 
     low: float
     high: float
@@ -79,13 +79,13 @@ def bars() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How the images are predicted after some training of one run."""
+    """Predictions of the images after some training of one run."""
 
     samples: int
     predictions: Sequence[ImageTile]
     errors: Sequence[ImageTile]
     words: str
-    """What the evaluation of that moment said."""
+    """Scores of the evaluation at that moment, in words."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SnapshotSeries:
         return sorted({moment.samples for _, _, moments in self.runs for moment in moments})
 
     def words(self, samples: int) -> str:
-        """What is shown at one of the times, and how it was evaluated."""
+        """Description of the snapshots that are shown at one of the times, with their scores."""
         shown = [(run.name, moments[_until(moments, samples)]) for _, run, moments in self.runs]
         parts = [
             (f"{name} " if len(shown) > 1 else "")
@@ -134,7 +134,7 @@ class SnapshotSeries:
 
 
 def _until(moments: Sequence[Snapshot], samples: int) -> int:
-    """Which of the moments is the last one until then; the first one where none is."""
+    """Index of the last moment until then; of the first one where there is none."""
     return max((place for place, moment in enumerate(moments) if moment.samples <= samples), default=0)
 
 

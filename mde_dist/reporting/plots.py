@@ -56,7 +56,7 @@ class Plot:
     references: Sequence[Reference]
     marks: Sequence[tuple[float, int, str]]
     summary: str
-    """What there is to see, in words."""
+    """Summary of the plot in words."""
     data: Mapping[str, Any]
     """For the script that tells the values under the pointer."""
 
@@ -132,7 +132,7 @@ def _dense(curve: Curve) -> Iterator[Point]:
 
 
 def best_of(chart: Chart, curve: Curve) -> float | None:
-    """Where the best value of a curve lies."""
+    """Position of the best value of a curve."""
     if not chart.better or not curve.points:
         return None
     sign = 1 if chart.better == "lower" else -1

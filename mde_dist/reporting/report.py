@@ -26,7 +26,7 @@ def scored_lines(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def draw_report(run: Path) -> list[Path]:
-    """All there is to see of one run, into its directory; returns the paths. Raises UserError."""
+    """Draw the report of one run into its directory; returns the paths. Raises UserError."""
     return write_report(read_runs([run]))
 
 

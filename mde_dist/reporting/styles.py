@@ -41,5 +41,5 @@ _DOTS = (
 
 
 def style(run: int) -> Style:
-    """Of the run at a place of the page; the parts come back after different numbers of runs."""
+    """Style of the run at an index of the page; the parts come back after different numbers of runs."""
     return Style(*_COLORS[run % len(_COLORS)], _DASHES[run % len(_DASHES)], *_DOTS[run % len(_DOTS)])

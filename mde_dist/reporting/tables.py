@@ -1,4 +1,4 @@
-"""What was run, what differs between runs, and how every image and every scene is scored: as rows of text."""
+"""Tables of text: how runs were made, where they differ, and the scores of every image and every scene."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _HASH = 12
 
 
 def facts(run: Run) -> dict[str, str]:
-    """What was run, on what and with what, by the names of these things."""
+    """Facts about a run, its data and its device, by their names."""
     config, found = run.config, {"state": state_of(run)}
     spans = run.spans()
     if spans:
@@ -253,14 +253,14 @@ class Scenes:
     left_out: int
     """Scenes between these."""
     several: bool
-    """Whether any scene has more than one image."""
+    """True where any scene has more than one image."""
 
 
 MOST_SCENES = 16
 
 
 def scene_table(runs: Sequence[RunPoint]) -> Scenes | None:
-    """How runs that were scored on the same images do in each scene; None where no scenes are known."""
+    """Scores by scene of runs that were scored on the same images; None where no scenes are known."""
     known = [(place, run) for place, run in runs if run.record is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""Where the errors of an evaluation are: by distance as bars, by position in the image as a map."""
+"""Errors of an evaluation: by distance as bars, by position in the image as a map."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _NOTHING = "#808080"
 
 @dataclass(frozen=True)
 class Breakdown:
-    """What a record says in `where`, see learning.breakdown."""
+    """Breakdown of the errors from a record's `where`, see evaluation.breakdown."""
 
     edges: Sequence[float]
-    """Of the bins of true distance, metres."""
+    """Edges of the bins of true distance, metres."""
     share: Sequence[float]
-    """Of all scored pixels, in each bin."""
+    """Share of all scored pixels in each bin."""
     abs_rel: Sequence[float | None]
     bias: Sequence[float | None]
     """Metres; positive = predicted too far."""

@@ -57,7 +57,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     """`section.field` -> value that it was made with."""
     identity: Mapping[str, Any]
-    """What its run is a function of."""
+    """Fields of the config that determine its run."""
     tensors: Mapping[str, Tensors]
     """File name -> name -> tensor."""
 
@@ -71,7 +71,7 @@ def to_cpu(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def versions() -> dict[str, Any]:
-    """What made a checkpoint."""
+    """Versions of the software that writes a checkpoint."""
     return {"versions": {"mde_dist": __version__, "torch": torch.__version__}}
 
 

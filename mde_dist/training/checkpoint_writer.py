@@ -17,7 +17,7 @@ class AsyncCheckpointWriter:
     def __init__(self, complain: Callable[[UserError], None]):
         """`complain`: called, in the thread, with why a job failed."""
         self.error: UserError | None = None
-        """Why the last job failed; None where it did not."""
+        """Error of the last job; None where it succeeded."""
         self._complain = complain
         self._label: object = None
         self._thread: threading.Thread | None = None

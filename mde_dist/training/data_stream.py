@@ -58,7 +58,7 @@ def training_stream(
 
 
 def training_order(config: Config, shards: ShardDataset) -> GlobalSampler:
-    """Which sample stands at which place of the stream."""
+    """Order of the training samples, as the config asks for it."""
     return GlobalSampler(len(shards), shards.block, config.data.shuffle_shards, config.train.seed)
 
 
@@ -92,7 +92,7 @@ class LocalBatch:
     replaced: int = 0
     """Damaged samples among them."""
     error: UserError | None = None
-    """Why the stream can give no more."""
+    """Reason why the stream can give no more batches."""
 
 
 def next_local_batch(loader: DataLoader, config: Config, size: tuple[int, int], meter: ThroughputMeter) -> LocalBatch:
@@ -119,14 +119,14 @@ def next_local_batch(loader: DataLoader, config: Config, size: tuple[int, int], 
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """What all ranks know before a step of the global batch."""
+    """Values that are summed over all ranks before each step."""
 
     counted: torch.Tensor
     """Valid pixels, and images that have some: float64 (2,) on the device."""
     stopped: bool
     failed: bool
     batch_hash: int
-    """Of its samples; adds up the same in any order: equal values in two runs say that both saw the same batch."""
+    """Hash of its samples, the same in any order: equal values in two runs say that both saw the same batch."""
     replaced: int
 
 

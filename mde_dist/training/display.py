@@ -19,11 +19,11 @@ class Display:
     def __init__(self, bar: Bar, scores: Scores):
         self.bar, self.scores = bar, scores
         self.phase: Bar | None = None
-        """What is done between steps."""
+        """Bar of the work between steps."""
         self.values: Mapping[str, Any] = {}
-        """Of the last step that was logged."""
+        """Values of the last step that was logged."""
         self.over = False
-        """Whether this is the last drawing."""
+        """True for the last drawing."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         complete = self.over and self.bar.done == self.bar.total  # then the command's summary has the table
@@ -36,7 +36,7 @@ class Display:
 
 
 def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
-    """What a line of metrics.jsonl about a step says to the user, but for the time left; the speed where wanted."""
+    """Format the values of a logged step, without the time left; `speed` adds the throughput."""
     if not values:
         return []
     parts = ["loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}"]
@@ -52,7 +52,7 @@ def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
 
 
 def lines_of(parts: Sequence[str], width: int) -> Iterator[str]:
-    """As many of the parts in a line as there is room for."""
+    """Join the parts into lines of at most `width` characters."""
     line = ""
     for part in parts:
         if line and len(line) + len(_GAP) + len(part) > width:

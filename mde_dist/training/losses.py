@@ -9,7 +9,7 @@ import torch
 
 Kind = Literal["mse", "l1", "log_l1", "berhu", "silog"]
 UNITS: dict[str, str] = {"mse": "m²", "l1": "m", "log_l1": "", "berhu": "m", "silog": ""}
-"""Of the losses; one with a gradient term, which has no unit, has none either."""
+"""Units of the losses; one with a gradient term, which has no unit, has none either."""
 _SMALLEST = 1e-3  # metres: a logarithm needs more than 0
 _SCALES = 4  # of the gradient loss
 

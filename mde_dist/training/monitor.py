@@ -1,4 +1,4 @@
-"""What a run says while it works: a live display or plain lines, and metrics.jsonl."""
+"""Output of a run: a live display or plain lines, and metrics.jsonl."""
 
 import sys
 import time
@@ -115,6 +115,6 @@ class ProgressMonitor:
 
 
 def progress_text(values: dict[str, Any]) -> str:
-    """What a plain line says about a step."""
+    """Text of a plain line about a step."""
     left = values["seconds_left"]
     return ", ".join(step_words(values, speed=True) + ([f"{clock_time(left)} left"] if left is not None else []))

@@ -35,7 +35,7 @@ class OptimConfig:
 
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
-"""What the optimizer keeps of each parameter."""
+"""State that AdamW keeps of each parameter."""
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

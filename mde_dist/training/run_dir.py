@@ -171,7 +171,7 @@ class RunDirectory:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two identities disagree on, in words."""
+    """Describe each field on which two identities differ."""
     names = [name for name in {**before, **now} if not _same(name, before.get(name), now.get(name))]
     return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names]
 

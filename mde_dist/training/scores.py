@@ -10,12 +10,12 @@ from mde_dist.utils.console import open_console, say
 from mde_dist.utils.jsonl import number
 
 BLOG = {"abs_rel": 0.179, "delta1": 0.73}
-"""What the recipe that this project started from reports on NYU Depth v2: for orientation, under another protocol."""
+"""Scores that the recipe behind this project reports on NYU Depth v2: for orientation, under another protocol."""
 _METRICS = ("abs_rel", "delta1", "rmse")
 
 
 class Scores:
-    """What of the lines of metrics.jsonl goes into the table."""
+    """Evaluations of a run, collected from the lines of metrics.jsonl for the table."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()):
         self.baselines: list[Mapping[str, Any]] = []

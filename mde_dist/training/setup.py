@@ -86,7 +86,7 @@ def open_shards(
 
 
 def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardDataset, ShardDataset]:
-    """All that is read of a server before the first step. Raises UserError."""
+    """Open both splits and read all that is read of a server before the first step. Raises UserError."""
     data = config.data
     shards = opened.enter_context(open_split(data.shards, data.train_split, data.cache_options))
     if shards.remote:
@@ -98,7 +98,7 @@ def open_splits(config: Config, opened: contextlib.ExitStack) -> tuple[ShardData
 def describe(
     monitor: ProgressMonitor, config: Config, accelerator: Accelerator, shards: ShardDataset, samples_seen: int
 ) -> None:
-    """What is about to happen, with everything that was derived."""
+    """Print the plan of the run, with every derived number."""
     manifest = shards.manifest
     world, accumulate, device = accelerator.num_processes, config.train.grad_accum_steps, accelerator.device
     height, width = view_size(config.data.size or manifest.size, config.augment)

@@ -66,7 +66,8 @@ class PredictionRecorder:
         self._seen |= {int(batch.sample[place]): one for place, one in zip(wanted, both, strict=True)}
 
     def all_gather(self, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What all ranks saw -> (images uint8 (count, h, w, 3), truths and predictions uint16 mm (count, h, w))."""
+        """Gather the recordings of all ranks -> (images uint8 (count, h, w, 3), truths and predictions uint16 mm
+        (count, h, w))."""
         table = torch.zeros((len(self.chosen), 5, *self._size), dtype=torch.float32, device=accelerator.device)
         for place, sample in enumerate(self.chosen):
             if sample in self._seen:
@@ -78,7 +79,8 @@ class PredictionRecorder:
 
 
 def make_image_strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """What `Watch.gather` gives -> RGB uint8 (count, h, 3 w, 3): image, truth, prediction in one scale."""
+    """Join the arrays of `PredictionRecorder.all_gather` -> RGB uint8 (count, h, 3 w, 3): image, ground truth and
+    prediction, all depth in one scale."""
     from mde_dist.utils.visualization import colorize  # takes matplotlib; only trackers show pictures while training
 
     seen = truth[truth > 0]
@@ -103,7 +105,8 @@ class ValidationSnapshots:
 def write_snapshots(
     run: Path, samples_seen: int, keys: Sequence[str], image: np.ndarray, truth: np.ndarray, prediction: np.ndarray
 ) -> None:
-    """What `Watch.gather` gives, into the run directory. Raises UserError where the disk does not take it."""
+    """Write the arrays of `PredictionRecorder.all_gather` into the run directory. Raises UserError where the disk does
+    not take them."""
     folder, width = run / FOLDER, image.shape[2]
     with writing(folder):
         folder.mkdir(exist_ok=True)
@@ -118,7 +121,7 @@ def write_snapshots(
 
 
 def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
-    """Whether it is these images that are kept already."""
+    """Say whether these very images are in the folder already."""
     try:
         with Image.open(folder / "image.png", formats=["PNG"]) as picture:
             same = picture.size == (image.shape[2], image.shape[0] * image.shape[1])

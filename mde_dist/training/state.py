@@ -1,4 +1,4 @@
-"""How far a run is: all that changes as the loop goes, besides model, average and optimizer."""
+"""Progress of a run: everything that changes in the loop besides model, average and optimizer."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class State:
     """`abs_rel`, `samples` and `step` of the best evaluation."""
 
     def due(self, every: int, before: int) -> bool:
-        """Whether a multiple of `every` samples was passed since `before`."""
+        """Say whether a multiple of `every` samples was passed since `before`."""
         return self.samples_seen // every > before // every
 
 

@@ -1,4 +1,5 @@
-"""What training changes: the model, its moving average, the optimizer; and all of it as the files of a checkpoint."""
+"""Everything that training changes: the model, its moving average, the optimizer; and all of it as the files of a
+checkpoint."""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ TrainBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 class StepResult:
-    """Whether a step was learned from: the device knows at once, the loop when it asks, which waits for the step."""
+    """Result of a training step. `skipped` is computed on the device; reading it waits for the step."""
 
     def __init__(self, losses: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor):
         self.losses, self.norm = losses, norm
@@ -68,7 +69,7 @@ class TrainModule:
         self.optimizer = make_optimizer(self.bare, config.optim)
         self.ema = Ema(self.bare, config.optim.ema_samples) if config.optim.ema_samples else None
         self.model = self.bare
-        """What a training step calls: the model compiled and wrapped for its ranks."""
+        """Model that a training step calls: compiled, and wrapped for its ranks."""
         self._guard = NonFiniteGuard(self.bare, device)
 
     @property

@@ -1,4 +1,4 @@
-"""Where the time goes: images/s, waiting for data, the slowest rank, memory, use of the device, time left."""
+"""Measurement of time: images/s, waiting for data, the slowest rank, memory, use of the device, time left."""
 
 import re
 import resource
@@ -44,7 +44,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 class ThroughputMeter:
-    """What this rank did with its time since the last `restart`."""
+    """Meter of this rank's time since the last `restart`."""
 
     def __init__(self, device: torch.device, flops: float = 0.0, peak: float | None = None):
         """`flops`: of forward and backward over one image; `peak`: FLOP/s of the device, where that is known."""

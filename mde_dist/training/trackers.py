@@ -28,7 +28,7 @@ class Trackers:
         self._failed: set[str] = set()
 
     def __bool__(self) -> bool:
-        """Whether this rank has any."""
+        """Say whether this rank has any tracker."""
         return bool(self._accelerator.trackers) and self._accelerator.is_main_process
 
     def log(self, samples_seen: int, prefix: str, values: Mapping[str, Any]) -> None:

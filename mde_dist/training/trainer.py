@@ -51,7 +51,7 @@ class Trainer:
     stop: PreemptionHandler
     shards: ShardDataset
     size: tuple[int, int]
-    """Of the whole training images, pixels."""
+    """Height and width of the whole training images, pixels."""
     end_sample: int
     """samples_seen at which training ends."""
     directory: RunDirectory
@@ -63,9 +63,9 @@ class Trainer:
     meter: ThroughputMeter
     trackers: Trackers
     on_io_error: Callable[[UserError], None]
-    """What becomes of a file that the disk did not take."""
+    """Called with the error when the disk does not take a file."""
     io_errors: list[UserError]
-    """Of these, what is to end the run."""
+    """I/O errors that must end the run."""
     pending_steps: deque[tuple[StepResult, State]] = field(default_factory=deque)
     """Steps of which the loop does not know yet whether they were learned from, and the state before each."""
 
@@ -167,7 +167,7 @@ class Trainer:
             self.saver.submit((self.state.samples_seen, self.state.evaluated), self.train_module.snapshot, write)
 
     def evaluation_due(self) -> bool:
-        """Whether the model of this very sample has to be evaluated and was not yet."""
+        """Say whether the model of this very sample has yet to be evaluated."""
         state = self.state
         wanted = state.samples_seen >= self.end_sample or state.due(self.config.train.evaluate_every, state.evaluated)
         return wanted and state.evaluated < state.samples_seen

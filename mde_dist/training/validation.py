@@ -39,7 +39,7 @@ class Validation:
     chosen: list[int]
     """Images of which predictions are kept."""
     maps: tuple[np.ndarray, np.ndarray, np.ndarray]
-    """Of these: image, truth and prediction, as `PredictionRecorder.all_gather` gives them."""
+    """Images, ground truths and predictions of these, as `PredictionRecorder.all_gather` gives them."""
 
 
 class Validator:

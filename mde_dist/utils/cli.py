@@ -1,4 +1,5 @@
-"""What all commands share: dataclass -> command line and TOML -> dataclass, and one-line errors with exit code 2."""
+"""Common parts of all commands: dataclass -> command line and TOML -> dataclass, and one-line errors with exit code
+2."""
 
 import contextlib
 import io
@@ -164,7 +165,7 @@ def toml_arguments(path: Path) -> list[str]:
 
 
 def arguments_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """What a file of TOML says, as command-line arguments."""
+    """Convert the values of a TOML file to command-line arguments."""
     for key, value in table.items():
         name = key.replace("_", "-")
         if isinstance(value, dict):

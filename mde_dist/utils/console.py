@@ -46,7 +46,7 @@ def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
 
 
 def own_place(name: Literal["RANK", "LOCAL_RANK"]) -> int:
-    """Of this process among the ranks, as its launcher says; 0 where it has none, whatever another job left behind.
+    """Rank of this process, as its launcher says; 0 where it has none, whatever another job left behind.
 
     A number that is none counts as 0: to find and say so is for `run.environment.check_ranks`.
     """
@@ -92,7 +92,7 @@ class Output(io.FileIO):
     """Standard output or error. What it does not take is dropped: nothing that is printed ends a command."""
 
     lost: OSError | None = None
-    """Why something was dropped; of a reader or a terminal that is gone nothing is said."""
+    """Error that made output be dropped; None where a reader or a terminal is simply gone."""
 
     def write(self, data: Any) -> int:
         try:

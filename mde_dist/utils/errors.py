@@ -1,4 +1,4 @@
-"""What a user can cause, as opposed to what only a programmer can cause."""
+"""Errors that a user can cause, as opposed to those that only a programmer can cause."""
 
 
 class UserError(Exception):

@@ -1,6 +1,5 @@
-"""What lies in folders, the same way for every command: links are followed and loops end, numbers in names count, what
-systems leave behind is left out, and a name is found in either of its Unicode forms.
-"""
+"""Content of folders, the same way for every command: links are followed and loops end, numbers in names count, files
+that systems leave behind are left out, and a name is found in either of its Unicode forms."""
 
 import os
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class Below:
 
 
 def list_below(folder: Path, without: Path | None = None) -> Below:
-    """All files below a folder, but for those in the folder `without`.
+    """List all files below a folder, but for those in the folder `without`.
 
     Linked folders are followed, wherever they lead, but not into a folder that the path has come through already.
     """

@@ -12,7 +12,7 @@ from mde_dist.utils.io import write_atomic, writing
 MOST = 1 << 53
 """Samples: more are no float."""
 _LARGEST = 1e100
-"""Of a value: sums and ratios of larger ones might not be finite."""
+"""Largest value taken: sums and ratios of larger ones might not be finite."""
 _NAMED = 3  # bad lines that are named by their number
 
 
@@ -25,7 +25,7 @@ class JsonlLogger:
         Raises UserError.
         """
         self.error: UserError | None = None
-        """Why the last lines could not be written; they are kept and tried again with the next."""
+        """Reason why the last lines could not be written; they are kept and tried again with the next."""
         self._complain = complain
         self._pending = b""
         with writing(path):

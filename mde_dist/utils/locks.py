@@ -297,7 +297,7 @@ def _gone(text: str) -> bool | None:
 
 
 def _start(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since its boot; empty for one that has ended and not been waited
+    """Start of a process of this machine, in ticks since its boot; empty for one that has ended and not been waited
     for, None where the system does not tell."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
@@ -308,7 +308,7 @@ def _start(pid: int) -> str | None:
 
 
 def _machine() -> list[str]:
-    """All within which a process has its number to itself: host, boot and container; empty where that is not known."""
+    """Host, boot and container: all within which a process has its number to itself; empty where that is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return [socket.gethostname(), boot, str(Path("/proc/self/ns/pid").readlink())]

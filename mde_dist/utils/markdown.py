@@ -1,4 +1,4 @@
-"""What files say, as Markdown in which nothing of it is markup, whatever it holds."""
+"""Markdown of what files say, in which nothing of it is markup, whatever it holds."""
 
 import re
 
@@ -10,7 +10,7 @@ def plain(value: object, most: int = 200) -> str:
 
 
 def code(value: object) -> str:
-    """As a code span."""
+    """Format a value as a code span."""
     shown = plain(value) or " "
     fence = "`" * (1 + _longest_run(shown))
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -18,7 +18,7 @@ def code(value: object) -> str:
 
 
 def block(text: str, language: str) -> str:
-    """As a block of code; `text` ends in a line break."""
+    """Format text as a block of code; `text` ends in a line break."""
     fence = "`" * max(3, 1 + _longest_run(text))
     return f"{fence}{language}\n{text}{fence}\n"
 
@@ -29,5 +29,5 @@ def row(*cells: str) -> str:
 
 
 def _longest_run(text: str) -> int:
-    """Of backticks."""
+    """Length of the longest run of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)

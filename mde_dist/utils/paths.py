@@ -57,7 +57,7 @@ def local_path(text: str) -> Path:
 
 
 def as_typed(path: str | os.PathLike[str]) -> str:
-    """What to write so that `local_path` gives this path; a URL as it is."""
+    """Text to write so that `local_path` gives this path; a URL as it is."""
     text = os.fspath(path)
     return text if is_remote(text) else text.replace("$", "$$")
 

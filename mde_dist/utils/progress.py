@@ -25,7 +25,7 @@ _ROOM = 4  # columns behind the bars: the ^C that a terminal echoes there must n
 
 
 def is_screen(console: Console) -> bool:
-    """Whether what was drawn there can be drawn over: a terminal that is not dumb, whatever colours are forced."""
+    """Say whether earlier output can be drawn over: on a terminal that is not dumb, whatever colours are forced."""
     return console.is_interactive and sys.stdout.isatty()
 
 
@@ -120,7 +120,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class _Column:
-    """What stands beside a bar."""
+    """Column beside a bar."""
 
     text: Callable[[Bar], str]
     width: int
@@ -155,7 +155,7 @@ class PlainLines:
         self._clock, self._spoken = clock, clock()
 
     def due(self) -> bool:
-        """Whether it is time for one; then the next is due PLAIN_SECONDS later."""
+        """Say whether it is time for a line; if so, the next is due PLAIN_SECONDS later."""
         now = self._clock()
         if now - self._spoken < PLAIN_SECONDS:
             return False

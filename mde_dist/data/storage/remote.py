@@ -59,7 +59,7 @@ class Remote(ABC):
     def __init__(self, location: str):
         self.location = location
         self.silent_since: float | None = None
-        """When it failed first since it last sent something (`time.monotonic`); all that ask it share this."""
+        """Time of its first failure since it last sent something (`time.monotonic`); shared by all that ask it."""
         self.last_failure = 0.0
 
     @abstractmethod
@@ -139,7 +139,7 @@ def with_retries(remote: Remote, name: str, start: int, patience: "RetryPolicy")
 
 
 class RetryPolicy:
-    """How long to wait before the next try for a file, and when to give up."""
+    """Pauses between the tries for a file, and the limit after which they end."""
 
     def __init__(self, remote: Remote, name: str, seconds: float, closing: threading.Event, aloud: bool = False):
         """`seconds` without a new byte of this file, or without any of the server since it failed, are too many; so are
@@ -344,7 +344,7 @@ class _S3(Remote):
 
 
 def _refusal(url: str, status: int, reason: str) -> Exception:
-    """What an HTTP status other than success means: NotThere, PastEnd or Temporary."""
+    """Error for an HTTP status other than success: NotThere, RangeError or RetryableError."""
     said = _line(f"{status} {reason}")
     if status in (408, 429) or status >= 500:
         return RetryableError(said)
@@ -357,6 +357,6 @@ def _refusal(url: str, status: int, reason: str) -> Exception:
 
 
 def _line(what: object) -> str:
-    """What a server or library said, fit for one line of a terminal."""
+    """Words of a server or library, fit for one line of a terminal."""
     text = "".join(letter if letter.isprintable() else " " for letter in str(what))
     return " ".join(text.split())[:200] or type(what).__name__

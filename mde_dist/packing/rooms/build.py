@@ -40,7 +40,7 @@ def _add_pictures(b: Builder) -> None:
 
 
 def _assemble(b: Builder, faces: list[int], lights: list[Light]) -> Scene:
-    """What the builder has collected as arrays, with the camera in the middle for now."""
+    """Turn the builder's collected parts into arrays, with the camera in the middle for now."""
     room = solid((0, b.extent[0]), (0, b.extent[1]), (0, b.extent[2]), 0)
     parts, xs, ys, angles = zip((room, 0.0, 0.0, 0.0), *b.placed, strict=True)
     turn = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -60,7 +60,7 @@ def _assemble(b: Builder, faces: list[int], lights: list[Light]) -> Scene:
 
 
 def _occupied(b: Builder, spot: Floats) -> bool:
-    """Whether `spot` is inside a piece or its claim, or within a quarter of a metre of it."""
+    """Say whether `spot` is inside a piece or its claim, or within a quarter of a metre of it."""
     return any(
         (spot[:2] > low[:2] - 0.25).all() and (spot[:2] < high[:2] + 0.25).all() and low[2] < 1.9
         for low, high in b.claims
@@ -68,7 +68,8 @@ def _occupied(b: Builder, spot: Floats) -> bool:
 
 
 def _dullness(scene: Scene, camera: Camera, wish: float) -> float:
-    """How far a view is from showing depth around `wish` metres, with little too near, bare or unmeasurable."""
+    """Penalty of a view: its distance from showing depth around `wish` metres, with little too near, bare or
+    unmeasurable."""
     depth, part = cast(scene, camera)
     middle, near = float(np.median(depth)), float((depth < 0.7).mean())
     bare, blind = float((part == 0).mean()), float(np.isin(scene.material[part], scene.unmeasurable()).mean())

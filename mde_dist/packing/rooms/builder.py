@@ -1,4 +1,4 @@
-"""What a room is put together from: solids, and the builder that draws, paints and places them without collision."""
+"""Parts of a room: solids, and the builder that draws, paints and places them without collision."""
 
 from __future__ import annotations
 

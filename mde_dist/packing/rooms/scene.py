@@ -24,7 +24,7 @@ class Light:
 
 @dataclass
 class Scene:
-    """All solids as arrays over n parts; part 0 is the room itself, seen from inside."""
+    """Solids as arrays over n parts; part 0 is the room itself, seen from inside."""
 
     centre: Floats  # (n, 3)
     half: Floats  # (n, 3)
@@ -49,7 +49,7 @@ class Scene:
 
 @dataclass
 class Surface:
-    """What the n rays of an image hit; vectors are (3, n)."""
+    """Surfaces that the n rays of an image hit; vectors are (3, n)."""
 
     point: Floats
     normal: Floats

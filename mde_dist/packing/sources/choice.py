@@ -1,4 +1,4 @@
-"""What the user chose about a source: all that a layout has to know beside the files."""
+"""Options of the user about a source: everything that a layout has to know beside the files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class SourceOptions:
     lists: Mapping[str, Path] = field(default_factory=dict)
     """Files of --list, by split."""
     depth_map: DepthMap | None = None
-    """Which map where there are two; None = the layout's own."""
+    """Depth map to read where there are two; None = the layout's own."""
 
     def given(self, split: str) -> DepthScale | None:
         return self.scales.get(split) or self.scales.get("")

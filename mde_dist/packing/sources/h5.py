@@ -128,7 +128,7 @@ class Member(Pair):
 
     tar: str
     offset: int
-    """Of its payload, bytes."""
+    """Offset of its payload, bytes."""
     bytes: int
 
 

@@ -23,7 +23,7 @@ from mde_dist.packing.sources.tree import Tree, is_named, whole_folders
 class _Kind:
     name: str
     names: tuple[str, ...]
-    """Of list files, `{}` for the split."""
+    """Names of list files, `{}` for the split."""
     folders: tuple[str, ...]
     """In which they may lie."""
     bases: Mapping[str, Sequence[str]]
@@ -72,7 +72,7 @@ def _lists(kind: _Kind, tree: Tree, choice: SourceOptions) -> dict[str, FileList
 
 
 def _is_of(listed: FileList, kind: _Kind) -> bool:
-    """Whether a given list is of the kind: of marigold where the third column is a `filled` picture."""
+    """Say whether a given list is of the kind: of marigold where the third column is a `filled` picture."""
     row = listed.rows[0]
     marigold = len(row) == 3 and PurePosixPath(row[2]).name.startswith("filled")
     pictures = PurePosixPath(row[0]).suffix.lower() in IMAGE_SUFFIXES
@@ -100,12 +100,12 @@ def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Sour
 
 
 def _drop(kind: _Kind, base: str, split: str) -> str:
-    """What all images of a split have in common, and their keys do not need."""
+    """Path that all images of a split start with, and their keys do not need."""
     return str(PurePosixPath(base, split)) if kind is _MARIGOLD else base
 
 
 def _has_filled(listed: FileList) -> bool:
-    """Whether the third column is a picture, not a focal length."""
+    """Say whether the third column is a picture, not a focal length."""
     row = listed.rows[0]
     return len(row) > 2 and PurePosixPath(row[2]).suffix.lower() in IMAGE_SUFFIXES
 

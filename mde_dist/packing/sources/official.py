@@ -1,4 +1,4 @@
-"""What is known of NYU Depth v2: the official split of its labelled pairs, and how many pairs each layout has."""
+"""Facts about NYU Depth v2: the official split of its labelled pairs, and how many pairs each layout has."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -40,14 +40,14 @@ test_scenes.__test__ = False  # type: ignore[attr-defined]  # it is no test, wha
 
 
 def test_scene_leakage(pairs: Iterable[Pair]) -> tuple[int, list[str]]:
-    """How many of the training pairs show official test scenes, and which scenes, sorted."""
+    """Count the training pairs that show official test scenes -> their number, and the scenes, sorted."""
     scenes = test_scenes()
     found = [pair.scene for pair in pairs if pair.scene in scenes]
     return len(found), sorted(set(found))
 
 
 def count_in_words(layout: str, split: str, count: int) -> str:
-    """How many pairs there are, compared with what a data set of this kind has."""
+    """Number of pairs in words, compared with what a data set of this kind has."""
     shown = f"{count:,} {'pair' if count == 1 else 'pairs'}"
     if layout == "rooms":
         return f"{shown} of the embedded sample"

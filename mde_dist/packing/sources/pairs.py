@@ -1,4 +1,4 @@
-"""What a source is: pairs of image and depth by split, and whoever reads them."""
+"""Model of a source: pairs of image and depth by split, and their readers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mde_dist.data.images import hxw
 from mde_dist.utils.folders import NOT_UTF8, is_utf8
 
 DepthMap = Literal["raw", "filled"]
-"""As the sensor measured it, with holes; or with its holes painted in."""
+"""Depth as the sensor measured it, with holes; or with its holes filled in."""
 AS_GIVEN = "as given"
 
 
@@ -50,7 +50,7 @@ class RawPair:
     """The source's own bytes where they are an upright baseline RGB JPEG, so that they can be stored as they are."""
     image_format: str = ""
     depth_format: str = ""
-    """How they are stored, in words: `JPEG`, `8-bit PNG`, `float32 array`."""
+    """Format in which each is stored, in words: `JPEG`, `8-bit PNG`, `float32 array`."""
     orientation: int = 1
     """EXIF orientation of the image's file, 1..8; `image` is upright always."""
     stray_bytes: bool = False
@@ -67,7 +67,7 @@ class Reader(Protocol):
         """The files of the pair that are not there."""
 
     def stamp(self, pair: Any) -> list[Any]:
-        """What tells a changed source file from the one read before, as JSON takes it. Raises OSError."""
+        """Values that change when a source file of the pair does, as JSON takes them. Raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Source:
     splits: Mapping[str, Split]
     reader: Reader
     notes: tuple[str, ...] = ()
-    """What was decided while it was recognised, a line each, for the user to check."""
+    """Decisions that were made while it was recognised, a line each, for the user to check."""
 
     def read(self, pair: Pair, scale: DepthScale) -> RawPair:
         """Read and check one pair, which may be all holes. Raises BadPair with the path and what is wrong.
@@ -103,7 +103,7 @@ class Source:
         return raw
 
     def place(self, name: str) -> Path:
-        """Where an image or depth map of a pair lies, for the user to find it."""
+        """Path of an image or depth map of a pair, for the user to find it."""
         return self.root / name
 
     def missing(self, pair: Pair) -> list[Path]:
@@ -111,5 +111,5 @@ class Source:
         return self.reader.missing(pair) if is_utf8(pair.image) else [self.place(pair.image)]
 
     def stamp(self, pair: Pair) -> list[Any]:
-        """What tells a changed source file from the one read before. Raises OSError."""
+        """Values that change when a source file of the pair does. Raises OSError."""
         return [pair.image, pair.depth, *self.reader.stamp(pair)]

@@ -1,4 +1,4 @@
-"""Which layout a folder, a ZIP or a file is: each layout is asked, the first that knows it answers.
+"""Recognition of the layout of a folder, a ZIP or a file: each layout is asked, the first that knows it answers.
 
 A layout is one function `(tree, choice) -> Source | None`; None means "this is not my layout".
 """

@@ -41,15 +41,15 @@ class Tree(Protocol):
 
     @property
     def root(self) -> Path:
-        """Where the names start, for the user to find them."""
+        """Path that the names start from, for the user to find them."""
 
     def is_file(self, name: str) -> bool: ...
 
     def read(self, name: str) -> bytes:
-        """All of a file. Raises Unreadable, also where it claims more than MAX_FILE bytes."""
+        """Read a whole file. Raises Unreadable, also where it claims more than MAX_FILE bytes."""
 
     def stamp(self, name: str) -> list[int]:
-        """What changes when the file does. Raises OSError."""
+        """Values that change when the file does. Raises OSError."""
 
     def files(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, sorted; none where there is no such folder.

@@ -18,7 +18,7 @@ from mde_dist.utils.errors import UserError
 from mde_dist.utils.jsonl import number, read_records
 
 SEED = 0
-"""Of the bootstrap's draws: the same images are drawn for all rows."""
+"""Seed of the bootstrap's draws: the same images are drawn for all rows."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RowStatistics:
         return np.concatenate([[mine.mean - others.mean], interval(mine.resampled.mean(0) - others.resampled.mean(0))])
 
     def common(self, other: "RowStatistics") -> "RowStatistics":
-        """Of the seeds that the other has, too."""
+        """Statistics over the seeds that the other has, too."""
         places = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
         seeds = tuple(self.seeds[place] for place in places)
         return replace(self, seeds=seeds, each=self.each[places], resampled=self.resampled[places])
@@ -63,7 +63,7 @@ class RowStatistics:
 
 @dataclass(frozen=True)
 class AblationResult:
-    """Of all rows that have a finished training, in their order."""
+    """Statistics of all rows that have a finished training, in their order."""
 
     protocol: Protocol
     mark: dict[str, Any]
@@ -115,7 +115,7 @@ def _in_order(images: tuple[list[str], np.ndarray]) -> np.ndarray:
 
 
 def cost(trainings: Sequence[Training]) -> dict[str, float]:
-    """What training took, the mean over some trainings of one row."""
+    """Cost of training, the mean over some trainings of one row."""
     seconds = float(np.mean([training_seconds(training) for training in trainings]))
     config = trainings[0].config
     found = {"seconds": seconds, "images_per_second": config.train.total_samples / seconds if seconds else 0.0}
@@ -127,7 +127,7 @@ def cost(trainings: Sequence[Training]) -> dict[str, float]:
 
 
 def training_seconds(training: Training) -> float:
-    """Of the steps alone, whatever lay between them: evaluations, checkpoints, stops."""
+    """Seconds of the steps alone, without evaluations, checkpoints and stops."""
     seconds, before = 0.0, 0
     for record in read_records(training.config.run / "metrics.jsonl"):
         speed = number(record.get("images_per_second"))

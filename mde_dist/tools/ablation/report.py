@@ -1,4 +1,4 @@
-"""What was found about the rows, as a table on the terminal, as Markdown, as JSON and as a picture."""
+"""Report on the rows: as a table on the terminal, as Markdown, as JSON and as a picture."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -71,7 +71,7 @@ def markdown(found: AblationResult, table: Table, failed: Mapping[str, str]) -> 
 
 
 def as_record(found: AblationResult, table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
-    """What table.json holds."""
+    """Content of table.json."""
     reference = found.figures.get(table.reference)
     metrics = found.protocol.metrics
     return {

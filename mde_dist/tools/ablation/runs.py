@@ -38,7 +38,7 @@ _LEFTOVERS = (
 
 @dataclass
 class Work:
-    """What is to be trained, and how far that is."""
+    """Trainings to run, and their progress."""
 
     trainings: Sequence[Training]
     processes: int
@@ -90,12 +90,12 @@ def run_all(
 
 
 def log_of(training: Training) -> Path:
-    """What a training says on its terminal."""
+    """File that takes the terminal output of a training."""
     return training.config.run.with_suffix(".log")
 
 
 def default_jobs(processes: int) -> int:
-    """As many trainings as there are GPUs for; one on a CPU."""
+    """Number of trainings that there are GPUs for; one on a CPU."""
     return max(1, torch.cuda.device_count() // processes)
 
 

@@ -36,7 +36,7 @@ FIXED = {
     "train.seed": "the list `seeds` of the table has them",
     "train.evaluate_every": "there is one evaluation, at the end",
 }
-"""What a table may not set, and why; a base may, and is overruled."""
+"""Fields that a table may not set, and why; a base may, and is overruled."""
 _BESIDE = RESUMABLE_FIELDS - {"data.shards", "train.total_samples", "train.batch_size", "train.grad_comm_dtype"} | {
     "train.evaluate_every"
 }
@@ -60,12 +60,12 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether its model is published, and scored."""
+        """True once its model is published and scored."""
         return (self.config.run / MODEL).is_file() and self.scores.is_file()
 
     @property
     def scores(self) -> Path:
-        """Where every image's numbers are, once it is finished."""
+        """File of every image's scores, once it is finished."""
         return self.config.run / EVALUATIONS / "last.json"
 
 
@@ -76,7 +76,8 @@ class Table:
 
     @property
     def trainings(self) -> list[Training]:
-        """All rows with the first seed, then all with the second: an early table says something of each row."""
+        """Trainings in order: all rows with the first seed, then all with the second, so that an early table has every
+        row."""
         return [row[seed] for seed in self.rows[self.reference] for row in self.rows.values()]
 
     @property
@@ -186,7 +187,7 @@ def _names(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """What `above` says, and else what `below` does, section by section; keys with - are those with _."""
+    """Merge two tables section by section, where `above` wins; keys with - are those with _."""
     result = {key.replace("-", "_"): value for key, value in below.items()}
     for key, value in above.items():
         name = key.replace("-", "_")
@@ -200,7 +201,7 @@ def _slug(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Convert a value to JSON's types."""
     return json.loads(json.dumps(value, default=str))
 
 

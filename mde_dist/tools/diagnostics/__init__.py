@@ -1,1 +1,1 @@
-"""What `python -m mde_dist.doctor` looks at before a training: each file one kind of thing, each function one row."""
+"""Checks of `python -m mde_dist.doctor` before a training: a file for each kind of thing, a function for each row."""

@@ -140,7 +140,7 @@ class _Deadline(PreemptionHandler):
 
 @dataclass
 class Supply:
-    """What the stream gave."""
+    """Measured output of the stream."""
 
     batch: Batch | None = None
     """The first one of this rank; None where there was none."""

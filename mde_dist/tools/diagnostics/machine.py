@@ -42,7 +42,7 @@ _FOR_GPUS = 10**9  # bytes of it: NCCL takes ten million for each of some channe
 
 
 def versions() -> dict[str, str]:
-    """What this rank runs on."""
+    """Versions of the software on this rank."""
     found = {"mde_dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in _PACKAGES:
         try:
@@ -88,7 +88,7 @@ def check_minimums(panel: RankSurvey) -> None:
 
 
 def too_old() -> dict[str, str]:
-    """What mde_dist needs and this rank has an older one of: `NAME>=VERSION` -> name and version as installed."""
+    """Packages that are older on this rank than mde_dist needs: `NAME>=VERSION` -> name and version as installed."""
     found = {}
     try:
         needs = list(map(Requirement, importlib.metadata.requires("mde_dist") or ()))
@@ -224,7 +224,8 @@ def check_scratch(panel: RankSurvey) -> None:
 
 
 def look_at_scratch(gpus: int) -> list[str]:
-    """What this machine has, and a line of advice for each thing that a training on so many GPUs may miss."""
+    """Description of this machine's scratch space, and a line of advice for each thing that a training on so many GPUs
+    may miss."""
     advice, room = [], 0
     try:
         found = f"temporary files in {temporary_folder()}"

@@ -21,7 +21,7 @@ Result = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Row:
-    """What one check came to."""
+    """Result of one check."""
 
     check: str
     result: Result
@@ -31,14 +31,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank found."""
+    """Answer of one rank."""
 
     value: Any = None
-    """Of JSON's types; None where it failed."""
+    """Value of JSON's types; None where it failed."""
     error: str = ""
-    """Why it failed; empty where it did not."""
+    """Error in words; empty where it succeeded."""
     advice: str = ""
-    """What to do about that."""
+    """Advice about that error."""
 
 
 class RankSurvey:
@@ -70,7 +70,8 @@ class RankSurvey:
         self.rows.append(row)
 
     def ask(self, look: Callable[[], Any], advice: str, limit: float | None = None) -> list[Answer]:
-        """What `look` finds on each rank, by rank. `limit`: seconds after which one that does not come back has failed.
+        """Call `look` on each rank -> the answers by rank. `limit`: seconds after which a rank that has not answered
+        has failed.
 
         `advice` is for failures that bring none of their own.
         """

@@ -18,7 +18,7 @@ _SPARE = 2  # checkpoints beside the newest: the best one, and the one that is b
 
 
 def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, ShardDataset] | None) -> int | None:
-    """What training would do with the run directory -> the sample that it would begin at; None where it refuses."""
+    """Check the run directory -> the sample at which training would begin; None where training would refuse."""
     panel.begin("run directory")
     notes: list[str] = []
 

@@ -46,14 +46,15 @@ def check_divides(panel: RankSurvey, config: Config) -> Config:
 
 @dataclass
 class Measured:
-    """What a step of this config takes."""
+    """Measurements of a step of this config."""
 
     parameters: int = 0
-    """Of the model; 0 where it could not be built."""
+    """Parameters of the model; 0 where it could not be built."""
     checkpoint: int = 0
     """Bytes of a checkpoint; 0 where the model could not be built."""
     seconds: float | None = None
-    """Of a step of the global batch, on the slowest rank, without the reduction; None where that is not known."""
+    """Seconds of a step of the global batch, on the slowest rank, without the reduction; None where that is not
+    known."""
     reduce: float = 0.0
     """Seconds that the sum of the gradients over the ranks takes."""
 
@@ -165,7 +166,7 @@ def _timed_steps(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it says so: on a CPU torch has no type of its own for it."""
+    """Say whether an error is about memory: on a CPU torch has no type of its own for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
