@@ -34,7 +34,7 @@ def training(folder: str, shards: str, **changes: object) -> tuple[Path, list[st
     `train_batch_size=…` is `--train.batch-size …`.
     """
     run = Path(folder, f"run-{time.monotonic_ns()}")
-    values = {"run": run, "data_shards": shards, "train_samples": NEVER, "train_evaluate_every": NEVER}
+    values = {"run": run, "data_shards": shards, "train_total_samples": NEVER, "train_evaluate_every": NEVER}
     values |= {"train_checkpoint_every": NEVER, **changes}
     return run, [t for k, v in values.items() for t in (f"--{k.replace('_', '.', 1).replace('_', '-')}", str(v))]
 

@@ -12,7 +12,6 @@ its first step.
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -58,9 +57,9 @@ def hand_back(found: Found) -> None:
 def train() -> None:
     found: Found = {}
     mark(found, "Python started")
-    train, trainer, train_module = (
-        importlib.import_module(f"mde_dist.{name}") for name in ("train", "trainer", "train_module")
-    )
+    from mde_dist import train
+    from mde_dist.training import setup, step, trainer
+
     mark(found, "imports done")
 
     def after(owner: Any, name: str, label: str, last: bool = False) -> None:
@@ -75,11 +74,10 @@ def train() -> None:
 
     after(train, "read_config", "config read")
     after(train, "check_batch", "process group ready")
-    after(train, "open_splits", "shards open")
-    after(train, "describe", "model, optimizer and loader ready")
-    after(trainer.Trainer, "record_baselines", "baselines scored")
-    after(train, "next_local_batch", "first batch")
-    after(train_module.TrainModule, "step", "first step done", last=True)
+    after(setup, "open_splits", "shards open")
+    after(trainer, "describe", "model, optimizer and loader ready")
+    after(trainer, "next_local_batch", "first batch")
+    after(step.TrainModule, "step", "first step done", last=True)
     train.main(sys.argv[1:])
 
 

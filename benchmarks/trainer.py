@@ -46,6 +46,7 @@ def train_fed(argv: list[str], pause: Callable[[int, Any, Any], bool]) -> list[l
     from mde_dist import train
     from mde_dist.data.loader import Batch
     from mde_dist.training import data_stream as stream
+    from mde_dist.training import trainer
 
     steps = []
 
@@ -64,7 +65,7 @@ def train_fed(argv: list[str], pause: Callable[[int, Any, Any], bool]) -> list[l
 
         return contextlib.nullcontext(batches())
 
-    train.training_stream = feed
+    trainer.training_stream = feed
     with contextlib.suppress(SystemExit):
         train.main(argv)
     return steps
@@ -105,9 +106,11 @@ def bare_loop(config: Any, world: int, build: Callable, **ddp: bool) -> Callable
 
 def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool, **changes: Any) -> dict[str, Any]:
     """Steps of bare loops and of the trainer, in blocks in turn, in the same process group."""
+    from mde_dist.models.depth_model import create_pretrained_model
     from mde_dist.training import step as train_module
 
-    train_module.build = Stub if stub else train_module.build
+    build = Stub if stub else create_pretrained_model
+    train_module.build_started = lambda config, seed: (build(config, seed), None)
     counted, loops = Rounds(*rounds), {}
     ours = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     bare = {"bare loop, the trainer's DDP options": ours, "bare loop, DDP as it comes": {}}
@@ -117,7 +120,7 @@ def fed_overhead(folder: str, shards: str, rounds: list, block: int, stub: bool,
         world = accelerator.num_processes
         if not loops:
             for name, ddp in list(bare.items())[: 2 if world > 1 else 1]:  # a lone rank needs no DDP
-                loops[name] = bare_loop(config, world, train_module.build, **ddp)
+                loops[name] = bare_loop(config, world, build, **ddp)
         if number % block:
             return True
         if number > block:  # the first round warms up
@@ -153,7 +156,7 @@ def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[st
     """A save every few steps: (called, copied, on disk) of each, and (begin, end, …) of all steps."""
     from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
 
-    saves, counted, start = [], Rounds(*rounds), AsyncCheckpointWriter.start
+    saves, counted, start = [], Rounds(*rounds), AsyncCheckpointWriter.submit
 
     def start_noting(self: AsyncCheckpointWriter, label: object, copy: Callable, write: Callable) -> None:
         saves.append(times := [time.perf_counter()])
@@ -167,7 +170,7 @@ def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[st
             counted.end()
         return counted.begin()
 
-    AsyncCheckpointWriter.start = start_noting
+    AsyncCheckpointWriter.submit = start_noting
     run, argv = training(folder, shards, train_checkpoint_every=SAVE_STEPS * changes["train_batch_size"], **changes)
     steps = train_fed(argv, pause)
     size = sum(path.stat().st_size for path in max((run / "checkpoints").iterdir()).iterdir()) / 1e6
@@ -181,7 +184,7 @@ def checkpoint(given: argparse.Namespace, folder: str) -> None:
     head = "   ms the copy holds up   s until on disk   ms per step   beside the writing   ms lost in all"
     print(f"  {'MB':>16}{head}")
     for ema in (0, 2000):
-        counts = {"rounds": [given.rounds, given.minutes], "optim_ema": ema}
+        counts = {"rounds": [given.rounds, given.minutes], "optim_ema_samples": ema}
         found = in_ranks(1, fed_saves, shards=shards, **counts, **changes)
         chosen = [found["saves"][place] for place in kept(found["others"])]
         beside, calm = [], []

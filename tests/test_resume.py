@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 POINTS = [
     # point, which call of it, when
     ("file of the run", 1, "in"),
-    ("evaluation", 2, "before"),  # while the baselines are scored
+    ("evaluation", 2, "before"),  # the first, which scores the baselines as well
     ("line of metrics", 1, "in"),
     ("backward", 2, "after"),
     ("optimizer", 2, "after"),
     ("line of metrics", 5, "in"),
     ("file of an evaluation", 3, "in"),
     ("picture of an evaluation", 1, "after"),
-    ("evaluation", 8, "after"),  # of the model: the baselines take six
+    ("evaluation", 8, "after"),
     ("file of a checkpoint", 1, "in"),
     ("file of a checkpoint", 7, "after"),
     ("file of a checkpoint", 8, "in"),

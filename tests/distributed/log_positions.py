@@ -27,7 +27,7 @@ def crc(tensor: torch.Tensor) -> int:
 
 def log(shards, accelerator, job, out):
     default = Config()
-    data = dataclasses.replace(default.data, threads=job["threads"], window=2, size=(32, 40))
+    data = dataclasses.replace(default.data, threads=job["threads"], shuffle_shards=2, size=(32, 40))
     train = dataclasses.replace(default.train, batch_size=job["batch_size"], grad_accum_steps=job["accumulate"], seed=5)
     config = dataclasses.replace(default, data=data, train=train)
     world, rank, accumulate = accelerator.num_processes, accelerator.process_index, job["accumulate"]

@@ -56,12 +56,12 @@ CASES = {
         signal.SIGUSR2,
         12,
     ),
-    "to one while the baselines are scored": (
+    "to one in the evaluation that scores the baselines": (
         partial(signalled, "evaluation", 1, signal.SIGTERM, rank=1),
         signal.SIGTERM,
-        0,
+        24,
     ),
-    "to one while evaluating": (partial(signalled, "evaluation", 3, signal.SIGUSR1, rank=1), signal.SIGUSR1, 24),
+    "to one while evaluating": (partial(signalled, "evaluation", 2, signal.SIGUSR1, rank=1), signal.SIGUSR1, 36),
     "to all while a checkpoint is being written": (
         partial(together, partial(slow, "file of a checkpoint", 1), partial(signalled, "backward", 3, signal.SIGUSR2)),
         signal.SIGUSR2,
@@ -115,7 +115,7 @@ def test_a_signal_to_the_launching_script_reaches_the_ranks(room_shards, tmp_pat
 def test_a_signal_ends_a_wait_for_data_on_another_rank(undisturbed, room_shards, tmp_path, signalled_rank):
     """Rank 1 waits for a disk that does not answer, rank 0 in a collective for rank 1; one of them is told to stop."""
     given, mark = options(room_shards, tmp_path, data_threads=1, data_prefetch_batches=1), tmp_path / "waiting"
-    faults = partial(no_data, after=17, rank=1, mark=mark)  # eight for the baselines, six in a step
+    faults = partial(no_data, after=9, rank=1, mark=mark)  # six in a step
     with warm_start("train", processes=2, before=faults, **given) as process:
         end = time.monotonic() + 120
         while not (mark.exists() and (tmp_path / "run/checkpoints/step-00000001").is_dir()):
