@@ -36,7 +36,7 @@ from mde_dist.utils.cli import Part, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
-from mde_dist.utils.progress import clock_time, shown
+from mde_dist.utils.progress import clock_time, progress_bar
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def train(work: Work, table: Table, output: Path | None, stop: PreemptionHandler
         if output and (found := gather(table)):
             report.write(found, table, work.failed, output)
 
-    with shown(open_console(), "training", "samples") as progress:
+    with progress_bar(open_console(), "training", "samples") as progress:
         run_all(work, stop, progress, ended)
 
 

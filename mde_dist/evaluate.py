@@ -76,7 +76,7 @@ from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, par
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
-from mde_dist.utils.progress import shown
+from mde_dist.utils.progress import progress_bar
 from mde_dist.utils.urls import hide_key, is_remote
 
 
@@ -371,7 +371,7 @@ def identity(samples: DepthDataset | None) -> str:
 def progress_of(doing: str, accelerator: Accelerator) -> AbstractContextManager[Callable[[int, int], None]]:
     """What the main process shows of a pass over the images."""
     if accelerator.is_main_process:
-        return shown(open_console(), doing, "images")
+        return progress_bar(open_console(), doing, "images")
     return contextlib.nullcontext(lambda done, images: None)
 
 

@@ -34,7 +34,7 @@ from mde_dist.utils.cli import RUN_DIR, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
-from mde_dist.utils.progress import shown
+from mde_dist.utils.progress import progress_bar
 
 _NAMED = 20  # unreadable inputs that are listed
 _MOST_THREADS = 16
@@ -156,7 +156,7 @@ def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) 
     with (
         threads(number) as pool,
         closing(inputs.frames(every, pool, ahead)) as found,
-        shown(open_console(), "predicting", "images") as progress,
+        progress_bar(open_console(), "predicting", "images") as progress,
     ):
         predicted = estimate_all(predictor, readable(found, outcome))
         for size in in_order((partial(results.save, *pair) for pair in predicted), pool, ahead):

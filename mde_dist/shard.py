@@ -33,7 +33,7 @@ from mde_dist.utils.cli import Part, Size, check_ranges, parse, run_command, wor
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, command_line, whole_path
-from mde_dist.utils.progress import shown
+from mde_dist.utils.progress import progress_bar
 from mde_dist.utils.urls import is_remote
 
 
@@ -143,7 +143,7 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
         say(f"note: {before} is what an earlier version left of a packing; nothing reads it, so remove it")
     started = time.monotonic()
     options = (source, output, pack_options(config), config.workers)
-    with shown(console, "packing", "pairs") as progress:
+    with progress_bar(console, "packing", "pairs") as progress:
         if config.part:
             count = pack_part(*options, progress, config.part, probes)
         else:

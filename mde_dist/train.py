@@ -73,7 +73,7 @@ def publish(trainer: Trainer) -> None:
     Raises UserError where the weights cannot be written; what fails after that is a warning.
     """
     run = trainer.directory.path
-    made = [trainer.directory.export_final_model(trainer.train_module.published())]
+    made = [trainer.directory.export_final_model(trainer.train_module.final_model())]
 
     def draw() -> None:
         from mde_dist.reporting.report import draw_report  # no run has to wait for it before its first step

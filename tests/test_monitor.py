@@ -86,8 +86,8 @@ def test_lines_that_are_no_records_stop_nothing_and_are_said_once(tmp_path, caps
 def test_ranks_other_than_0_write_nothing_but_their_log(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with ProgressMonitor(None, 0, 0, 100) as monitor:
-        monitor.say("hello")
-        monitor.record(samples=0)
+        monitor.print("hello")
+        monitor.log(samples=0)
         monitor.step(10, loss=1.0, **SPEED)
     assert capsys.readouterr().out.splitlines()[0] == "hello"  # stdout is this rank's log by then
     assert list(tmp_path.iterdir()) == []
@@ -126,15 +126,15 @@ def test_plain_lines_have_their_least_distance_in_time_whatever_is_done(tmp_path
     with ProgressMonitor(tmp_path / "metrics.jsonl", 0, 0, 1000, clock=lambda: now[0]) as monitor:
         for step in range(60):
             now[0] += 1
-            monitor.moved(step)
+            monitor.update(step)
             monitor.step(step, loss=1.0, **SPEED)
         steps = capsys.readouterr().out.splitlines()
-        progress = monitor.phase("evaluating")
+        progress = monitor.task("evaluating")
         for done in range(1, 61):
             now[0] += 1
             progress(done, 60)
         phase = capsys.readouterr().out.splitlines()
-        quick = monitor.phase("evaluating")
+        quick = monitor.task("evaluating")
         for done in range(1, 61):
             quick(done, 60)
     assert [line.split()[1] for line in steps] == [f"{step}/1000" for step in range(0, 60, 5)]
@@ -147,9 +147,9 @@ def test_a_run_that_goes_on_knows_its_scores(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     scores = {"evaluation": "eigen", "images": 8, "delta1": 0.5}
     with ProgressMonitor(path, 0, 0, 100) as monitor:
-        monitor.record(samples=0, baseline="training mean everywhere", abs_rel=0.5, **scores)
+        monitor.log(samples=0, baseline="training mean everywhere", abs_rel=0.5, **scores)
         for samples, abs_rel in ((10, 0.3), (20, 0.4), (30, 0.2)):
-            monitor.record(samples=samples, abs_rel=abs_rel, **scores)
+            monitor.log(samples=samples, abs_rel=abs_rel, **scores)
     with ProgressMonitor(path, 25, 20, 100):
         pass
     show_scores(tmp_path, read_records(path))

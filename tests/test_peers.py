@@ -55,7 +55,7 @@ def test_a_rank_that_ends_because_of_another_is_not_named_with_it(hub, monkeypat
     wait_until(rank._found.is_set)
     # what the third one does when it has waited long enough for the second, is what the first one does
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    monkeypatch.setattr(peers, "alarm", lambda text, terminal: None)
+    monkeypatch.setattr(peers, "emergency_print", lambda text, terminal: None)
     rank._end_here()
     assert heard(lines[1], 0.3)[-1] == peers._BYE
     lines[1].send(peers._MESSAGE.pack(peers._BYE, 1))

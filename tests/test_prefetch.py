@@ -62,7 +62,7 @@ def test_coming_windows_are_fetched_without_the_loop_and_nothing_beyond(server, 
         stages = [(end, shards.shards_of(ranges)) for end, ranges in itertools.islice(order.windows(0), 8)]
         with Prefetch(shards, iter(stages)) as prefetch:
             for position, last in ((0, AHEAD), (1, AHEAD), (stages[0][0], AHEAD + 1), (stages[2][0], AHEAD + 3)):
-                prefetch.reached(position)
+                prefetch.advance(position)
                 numbers = [number for _, wanted in stages[: last + 1] for number in wanted]
                 names = {shards.info.shards[number].name for number in numbers}
                 until(lambda names=names: tars(server) == names)
@@ -82,7 +82,7 @@ def test_a_loop_does_not_need_the_server_for_what_it_could_foresee(server, tmp_p
 
             def draws():
                 for first in itertools.count(0, 2):
-                    prefetch.reached(first)
+                    prefetch.advance(first)
                     yield order.at(np.arange(first, first + 2))
 
             with DataLoader(shards, draws(), 2, torch.device("cpu"), threads=1, ahead=1) as loader:
@@ -101,7 +101,7 @@ def test_a_resume_begins_with_the_window_of_its_position(server, tmp_path):
             n for _, ranges in itertools.islice(order.windows(10**9 + 17), 1 + AHEAD) for n in shards.shards_of(ranges)
         ]
         with Prefetch(shards, stages) as prefetch:
-            prefetch.reached(10**9 + 17)
+            prefetch.advance(10**9 + 17)
             until(lambda: tars(server) == {shards.info.shards[number].name for number in wanted})
 
 
@@ -110,7 +110,7 @@ def test_what_the_server_refuses_does_not_end_the_prefetching(server, tmp_path):
     with open_split(server.url, "train", options) as shards:
         server.fail(Fault(status=404), path="train-000000.tar")
         with Prefetch(shards, iter([(2, [0]), (4, [1]), (6, [2])])) as prefetch:
-            prefetch.reached(0)
+            prefetch.advance(0)
             until(lambda: {shards.info.shards[number].sha256 for number in (1, 2)} <= whole(options))
 
 
@@ -120,12 +120,12 @@ def test_leaving_it_at_any_moment_leaves_no_thread(server, tmp_path, how):
     with open_split(server.url, "train", cache(tmp_path)) as shards:
         server.fail(faults[how])
         with Prefetch(shards, shards.in_order()) as prefetch:
-            prefetch.reached(0)
+            prefetch.advance(0)
             until(lambda: len(tars(server)) == 3)
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_shards_of_a_directory_need_none_of_it(served):
     with open_split(served, "train") as shards, Prefetch(shards, shards.in_order()) as prefetch:
-        prefetch.reached(0)
+        prefetch.advance(0)
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]

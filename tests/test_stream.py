@@ -98,7 +98,7 @@ def test_the_hash_of_a_batch_is_the_sum_over_any_topology(room_shards):
                         alone, next_local_batch(loader, config, SIZE, ThroughputMeter(CPU)), PreemptionHandler()
                     )
                     assert not (news.stopped or news.failed)
-                    total += np.array([news.counted[0].item(), news.batch_hash, news.replaced])
+                    total += np.array([news.global_counts[0].item(), news.batch_hash, news.replaced])
             hashes.append(total.tolist())
     assert all(found == hashes[0] for found in hashes)
     assert hashes[0][0] > 0
@@ -137,4 +137,4 @@ def test_a_stopped_stream_leaves_the_share_incomplete_without_an_error(room_shar
         assert len(first.samples) == 12
         news = reduce_batch_info(SimpleNamespace(num_processes=1, device=CPU), first, stop)
     assert not news.stopped
-    assert news.counted[0] > 0
+    assert news.global_counts[0] > 0

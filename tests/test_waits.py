@@ -103,7 +103,7 @@ def step_on(device: torch.device) -> None:
                 batch = Batch(image, depth, np.zeros(2, np.int64), np.arange(2))
                 views.append(prepare(batch, (32, 64), view, 0))
             counted = sum(valid_counts(depth) for _, depth in views)
-            learning.set_rate(8 * number)
+            learning.set_lr(8 * number)
             learning.step(learning.backward(views, counted), 4, number + 1)
         assert number == 0 or waits.found == []
 

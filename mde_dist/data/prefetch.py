@@ -36,7 +36,7 @@ class Prefetch:
         self._closed = True
         self._samples.join_workers(self._threads, self._work)
 
-    def reached(self, position: int) -> None:
+    def advance(self, position: int) -> None:
         """The loader draws samples from this stream position on."""
         while self._ends and self._ends[0] <= position:
             self._ends.popleft()

@@ -101,7 +101,7 @@ def evaluate_split(
 
     def draws(prefetch: Prefetch) -> Iterator[BatchIndices]:
         for start in starts:
-            prefetch.reached(start)
+            prefetch.advance(start)
             drawn = np.arange(start, min(start + batch_size, images))
             yield np.zeros_like(drawn), drawn
 

@@ -17,7 +17,7 @@ from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
 from mde_dist.utils.paths import command_line
-from mde_dist.utils.progress import shown
+from mde_dist.utils.progress import progress_bar
 
 _SHOWN = 20  # problems that are listed
 _AS_IT_WAS = "what was there is as it was"  # the manifest is written last
@@ -25,7 +25,7 @@ _AS_IT_WAS = "what was there is as it was"  # the manifest is written last
 
 def verify_shards(console: Console, directory: Path, workers: int, mend: bool) -> int:
     """Check a directory of shards, with `mend` repair it; returns the exit code: 1 where something is left wrong."""
-    with shown(console, "verifying", "samples") as progress:
+    with progress_bar(console, "verifying", "samples") as progress:
         verdict = verify(directory, workers, progress)
     for name, reports in verdict.reports.items():
         say_turned(name, sum(int(report.statistics.turned[0]) for report in reports if report.statistics))
@@ -77,7 +77,7 @@ def index_shards(
                 f"lies within {low:g}..{high:g} m; if they are millimetres, say --depth-scale {split}=0.001"
             )
 
-    with writing(directory, _AS_IT_WAS), shown(console, "indexing", "samples") as progress:
+    with writing(directory, _AS_IT_WAS), progress_bar(console, "indexing", "samples") as progress:
         manifest, problems = index_tars(directory, workers, progress, skip_bad, check)
     show_splits(console, manifest, directory)
     for name, split in manifest.raw["splits"].items():

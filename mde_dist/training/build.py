@@ -89,7 +89,7 @@ def open_trainer(
             ),
         )
         if state.samples_seen < total:
-            monitor.record(
+            monitor.log(
                 samples=state.samples_seen, start=describe_start(config, accelerator, train_module) | versions()
             )
         yield Trainer(

@@ -14,11 +14,11 @@ T = TypeVar("T")
 class AsyncCheckpointWriter:
     """Use it in a `with`, which leaves no job behind."""
 
-    def __init__(self, complain: Callable[[UserError], None]):
-        """`complain`: called, in the thread, with why a job failed."""
+    def __init__(self, on_error: Callable[[UserError], None]):
+        """`on_error`: called, in the thread, with the error of a job that failed."""
         self.error: UserError | None = None
         """Error of the last job; None where it succeeded."""
-        self._complain = complain
+        self._on_error = on_error
         self._label: object = None
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
@@ -53,7 +53,7 @@ class AsyncCheckpointWriter:
             self.error = None
         except UserError as error:
             self.error = error
-            self._complain(error)
+            self._on_error(error)
         except BaseException as error:  # an error of ours, which the loop has to hear of
             self._crash = error
 

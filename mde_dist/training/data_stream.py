@@ -32,11 +32,11 @@ def training_stream(
     batch, accumulate = config.train.batch_size, config.train.grad_accum_steps
     order = training_order(config, shards)
     windows = ((end, shards.shards_of(ranges)) for end, ranges in order.windows(samples_seen))
-    check_room(config, shards, order)
+    check_cache_size(config, shards, order)
 
-    def draws(prefetch: Prefetch) -> Iterator[BatchIndices]:
+    def batch_indices(prefetch: Prefetch) -> Iterator[BatchIndices]:
         for first in itertools.count(samples_seen, batch):
-            prefetch.reached(first)
+            prefetch.advance(first)
             for step in range(accumulate):
                 yield order.at(rank_indices(first, batch, accumulate, world, step, rank))
 
@@ -44,7 +44,7 @@ def training_stream(
         Prefetch(shards, windows) as prefetch,
         DataLoader(
             shards,
-            draws(prefetch),
+            batch_indices(prefetch),
             batch // (world * accumulate),
             accelerator.device,
             config.data.threads,
@@ -70,7 +70,7 @@ def batch_keys(config: Config, shards: ShardDataset, samples_seen: int, world: i
     return [shards.key(sample) for sample in samples.tolist()]
 
 
-def check_room(config: Config, shards: ShardDataset, order: GlobalSampler) -> None:
+def check_cache_size(config: Config, shards: ShardDataset, order: GlobalSampler) -> None:
     """Refuse a cache that cannot hold what is fetched ahead: shards would go before they are read. Raises UserError."""
     coming = [ranges for _, ranges in itertools.islice(order.windows(0), 1 + AHEAD)]
     need = sum(shards.info.shards[number].bytes for number in shards.shards_of(np.concatenate(coming)))
@@ -99,29 +99,29 @@ def next_local_batch(loader: DataLoader, config: Config, size: tuple[int, int], 
     """This rank's part of the next global batch.
 
     Each batch is turned into a view before the next one is asked for, which may overwrite its buffers. A stream that
-    fails or is stopped leaves the local_batch incomplete: the others have to hear of it before this rank may end.
+    fails or is stopped leaves the batch incomplete: the others have to hear of it before this rank may end.
     """
-    rank_indices = LocalBatch()
+    local = LocalBatch()
     try:
         for _ in range(config.train.grad_accum_steps):
             with meter.waiting():
                 batch = next(loader)
             with meter.working():
-                rank_indices.views.append(prepare(batch, size, config.augment, config.train.seed))
-            rank_indices.samples = np.concatenate([rank_indices.samples, np.stack([batch.epoch, batch.sample], axis=1)])
-            rank_indices.replaced += batch.replaced
+                local.views.append(prepare(batch, size, config.augment, config.train.seed))
+            local.samples = np.concatenate([local.samples, np.stack([batch.epoch, batch.sample], axis=1)])
+            local.replaced += batch.replaced
     except Stopped:
         pass  # the stop flag says so to all ranks
     except UserError as error:
-        rank_indices.error = error
-    return rank_indices
+        local.error = error
+    return local
 
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
     """Values that are summed over all ranks before each step."""
 
-    counted: torch.Tensor
+    global_counts: torch.Tensor
     """Valid pixels, and images that have some: float64 (2,) on the device."""
     stopped: bool
     failed: bool
@@ -130,22 +130,22 @@ class GlobalBatchInfo:
     replaced: int
 
 
-def reduce_batch_info(accelerator: Accelerator, rank_indices: LocalBatch, stop: PreemptionHandler) -> GlobalBatchInfo:
+def reduce_batch_info(accelerator: Accelerator, local: LocalBatch, stop: PreemptionHandler) -> GlobalBatchInfo:
     """Sum over the ranks what each has to say before the step; on a GPU without waiting for what it still computes."""
-    batch_hash = int((hash64(rank_indices.samples[:, 0], rank_indices.samples[:, 1]) >> np.uint64(32)).sum())
-    rest = [float(bool(stop)), float(rank_indices.error is not None), float(batch_hash), float(rank_indices.replaced)]
+    batch_hash = int((hash64(local.samples[:, 0], local.samples[:, 1]) >> np.uint64(32)).sum())
+    host_values = [float(bool(stop)), float(local.error is not None), float(batch_hash), float(local.replaced)]
     none = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    counted, told = all_reduce_device_and_host(
-        accelerator, sum((valid_counts(depth) for _, depth in rank_indices.views), none), rest
+    global_counts, host_sums = all_reduce_device_and_host(
+        accelerator, sum((valid_counts(depth) for _, depth in local.views), none), host_values
     )
-    stops, failures, batch_hash, replaced = map(int, told)
-    return GlobalBatchInfo(counted, stops > 0, failures > 0, batch_hash, replaced)
+    stops, failures, batch_hash, replaced = map(int, host_sums)
+    return GlobalBatchInfo(global_counts, stops > 0, failures > 0, batch_hash, replaced)
 
 
 def check_bad_sample_quota(config: Config, replaced: int, samples_seen: int, shards: ShardDataset) -> UserError | None:
     """The error that ends a run on a stream of which too much is damaged.
 
-    The share is of the samples that came so far, or of the split where those are fewer. So it does not depend on the
+    The fraction is of the samples that came so far, or of the split where those are fewer. So it does not depend on the
     number of ranks, and a few early finds do not end a run.
     """
     allowed = config.data.max_bad_fraction * max(samples_seen, len(shards))

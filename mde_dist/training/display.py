@@ -18,24 +18,24 @@ class Display:
 
     def __init__(self, bar: Bar, scores: Scores):
         self.bar, self.scores = bar, scores
-        self.phase: Bar | None = None
+        self.task: Bar | None = None
         """Bar of the work between steps."""
         self.values: Mapping[str, Any] = {}
         """Values of the last step that was logged."""
-        self.over = False
+        self.finished = False
         """True for the last drawing."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        complete = self.over and self.bar.done == self.bar.total  # then the command's summary has the table
+        complete = self.finished and self.bar.done == self.bar.total  # then the command's summary has the table
         if self.scores and not complete and options.size.height >= _HEIGHT:
             yield ""
             yield self.scores.table()
         yield ""
-        yield from map(Text, lines_of(step_words(self.values, speed=False), options.max_width))
-        yield Bars(self.bar, *([self.phase] if self.phase else []))
+        yield from map(Text, join_lines(step_text(self.values, speed=False), options.max_width))
+        yield Bars(self.bar, *([self.task] if self.task else []))
 
 
-def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
+def step_text(values: Mapping[str, Any], speed: bool) -> list[str]:
     """Format the values of a logged step, without the time left; `speed` adds the throughput."""
     if not values:
         return []
@@ -51,7 +51,7 @@ def step_words(values: Mapping[str, Any], speed: bool) -> list[str]:
     return [*parts, f"{values['memory_gb']:.1f} GB"]
 
 
-def lines_of(parts: Sequence[str], width: int) -> Iterator[str]:
+def join_lines(parts: Sequence[str], width: int) -> Iterator[str]:
     """Join the parts into lines of at most `width` characters."""
     line = ""
     for part in parts:

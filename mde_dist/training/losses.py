@@ -30,14 +30,14 @@ class LossConfig:
 
 
 def depth_loss(
-    prediction: torch.Tensor, depth: torch.Tensor, config: LossConfig, counted: torch.Tensor
+    prediction: torch.Tensor, depth: torch.Tensor, config: LossConfig, global_counts: torch.Tensor
 ) -> torch.Tensor:
     """This part's share of the loss of a global batch, scalar: the shares of all parts add up to it.
 
-    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; counted: `valid_counts` of the
-    whole global batch.
+    prediction: (batch, height, width) metres, positive; depth: the same with 0 = hole; global_counts: `valid_counts` of
+    the whole global batch.
     """
-    pixels, images = counted.clamp(min=1).float()
+    pixels, images = global_counts.clamp(min=1).float()
     if config.kind == "silog":
         loss = silog(prediction, depth, config.silog_lambda) / images
     else:

@@ -7,9 +7,9 @@ from torch import nn
 
 
 class NonFiniteGuard:
-    """Counts such steps on the device, and holds what undoes the forward pass of one.
+    """Skips non-finite steps on the device: counts them, and undoes what the forward pass of one changed.
 
-    A step is also left out after more of them than `allowed`: when the loop hears of the last one, the device has done
+    After `allowed` such steps every later one is skipped too: when the loop hears of the last one, the device has done
     more steps, which must not have learned anything.
     """
 
@@ -23,13 +23,13 @@ class NonFiniteGuard:
             group.snapshot_buffers()
 
     def should_skip(self, norm: torch.Tensor) -> torch.Tensor:
-        """The norm of a gradient -> 1.0 where its step has to be left out, else 0.0; a scalar on the device."""
+        """The norm of a gradient -> 1.0 where its step has to be skipped, else 0.0; a scalar on the device."""
         not_finite = ~norm.isfinite()
         self._found += not_finite
         return (not_finite | (self._found > self._allowed)).float()
 
     def restore(self, skipped: torch.Tensor) -> None:
-        """Put the statistics back as `keep` found them, where `skipped` is 1."""
+        """Put the statistics back as `snapshot_buffers` found them, where `skipped` is 1."""
         for group in self._groups:
             group.restore(skipped > 0)
 

@@ -4,11 +4,11 @@ RUN/config.toml      the resolved config, which --config reads back
 RUN/metrics.jsonl    a line per log interval and per evaluation
 RUN/checkpoints/     see checkpoint.py
 RUN/evaluations/     last.json and best.json, as `evaluate --json` writes them
-RUN/panels/          see showcase.py
+RUN/panels/          see snapshots.py
 RUN/trackers/        what --log-with tensorboard and others write
 RUN/model.safetensors  the last weights, once training has ended
 RUN/PREEMPTED        there while a run that a signal stopped waits to be continued
-RUN/logs/            the output of each rank, see logs.py
+RUN/logs/            the output of each rank, see distributed/rank_log.py
 RUN/failed/          the state before a batch whose loss or gradient was not finite, to look at with --debug-from
 """
 

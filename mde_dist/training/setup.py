@@ -105,26 +105,26 @@ def describe(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     precision = accelerator.mixed_precision.replace("no", "fp32")
     part, epochs = config.train.batch_size // (world * accumulate), config.train.total_samples / len(shards)
-    monitor.say(f"run {config.run}, {'resumed at' if samples_seen else 'from'} sample {samples_seen}")
-    monitor.say(f"  {world} x {device.type} ({name}), precision {precision}")
-    monitor.say(f"  {part} per rank x {world} ranks x {accumulate} accumulated = batch of {config.train.batch_size}")
-    monitor.say(
+    monitor.print(f"run {config.run}, {'resumed at' if samples_seen else 'from'} sample {samples_seen}")
+    monitor.print(f"  {world} x {device.type} ({name}), precision {precision}")
+    monitor.print(f"  {part} per rank x {world} ranks x {accumulate} accumulated = batch of {config.train.batch_size}")
+    monitor.print(
         f"  {config.train.total_samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}"
     )
-    monitor.say(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
+    monitor.print(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
     for line in filter(None, to_toml(config).split("\n")):
-        monitor.say(f"  | {line}")
+        monitor.print(f"  | {line}")
 
 
 def describe_batch(monitor: ProgressMonitor, samples: np.ndarray, image: torch.Tensor, depth: torch.Tensor) -> None:
     """The first batch by shape, range and device."""
     for name, tensor in {"image": image, "depth": depth}.items():
-        monitor.say(
+        monitor.print(
             f"  {name}: {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}, "
             f"{tensor.min():.3f} to {tensor.max():.3f}, mean {tensor.mean():.3f}"
         )
     holes = (depth == 0).float().mean()
-    monitor.say(f"  (epoch, sample): {samples.tolist()}; holes {holes:.1%}")
+    monitor.print(f"  (epoch, sample): {samples.tolist()}; holes {holes:.1%}")
 
 
 def describe_start(config: Config, accelerator: Accelerator, train_module: TrainModule) -> dict[str, Any]:

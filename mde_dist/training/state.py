@@ -22,7 +22,7 @@ class State:
     best: dict[str, Any] = field(default_factory=dict)
     """`abs_rel`, `samples` and `step` of the best evaluation."""
 
-    def due(self, every: int, before: int) -> bool:
+    def crossed(self, every: int, before: int) -> bool:
         """Say whether a multiple of `every` samples was passed since `before`."""
         return self.samples_seen // every > before // every
 

@@ -36,15 +36,15 @@ class StepResult:
         self.losses, self.norm = losses, norm
         """This rank's part of the loss, and the norm of the gradient of all; scalars on the device."""
         cuda = skipped.is_cuda
-        self._told = torch.empty_like(skipped, device="cpu", pin_memory=cuda).copy_(skipped, non_blocking=True)
-        self._done = torch.cuda.Event() if cuda else None
-        if self._done is not None:
-            self._done.record()
+        self._skipped = torch.empty_like(skipped, device="cpu", pin_memory=cuda).copy_(skipped, non_blocking=True)
+        self._copied = torch.cuda.Event() if cuda else None
+        if self._copied is not None:
+            self._copied.record()
 
     def skipped(self) -> bool:
-        if self._done is not None:
-            self._done.synchronize()
-        return bool(self._told.numpy())
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._skipped.numpy())
 
 
 class TrainModule:
@@ -73,7 +73,7 @@ class TrainModule:
         self._guard = NonFiniteGuard(self.bare, device)
 
     @property
-    def scored(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model to evaluate and to publish: the average, where there is one."""
         return self.bare if self.ema is None else self.ema.model
 
@@ -88,10 +88,10 @@ class TrainModule:
             why = " ".join(str(error).split())[:200]
             raise UserError(f"{checkpoint.path} does not fit the model of its config: {why}") from None
 
-    def wrap(self, may_leave_out: int = 0) -> None:
+    def wrap(self, max_skipped: int = 0) -> None:
         """Compile it where that is wanted, and let its gradients be reduced over the ranks.
 
-        `may_leave_out`: steps that are not finite before it learns no more, see `NonFiniteGuard`.
+        `max_skipped`: non-finite steps after which every later one is skipped too, see `NonFiniteGuard`.
         """
         if self._config.debug:
             for name, module in self.bare.named_modules():
@@ -100,30 +100,30 @@ class TrainModule:
             self.bare.compile()
         self.model = self._accelerator.prepare_model(self.bare)
         # not before: the buffers may be others now
-        self._guard = NonFiniteGuard(self.bare, self._accelerator.device, may_leave_out)
+        self._guard = NonFiniteGuard(self.bare, self._accelerator.device, max_skipped)
         if self._accelerator.num_processes > 1:
             self._warm_up_buckets()
 
-    def set_rate(self, samples_seen: int) -> float:
+    def set_lr(self, samples_seen: int) -> float:
         """The learning rate of the step at this place of the stream."""
         train = self._config.train
-        rate = learning_rate(self._config.optim, samples_seen, train.total_samples, train.batch_size)
+        lr = learning_rate(self._config.optim, samples_seen, train.total_samples, train.batch_size)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+            group["lr"] = lr
+        return lr
 
     def backward(
         self,
         views: Sequence[TrainBatch],
-        counted: torch.Tensor,
+        global_counts: torch.Tensor,
         working: Callable[[], AbstractContextManager] = contextlib.nullcontext,
         reduce: bool = True,
     ) -> torch.Tensor:
         """The gradient of this rank's part of a global batch, one view per accumulation step, summed over the ranks.
 
-        `counted`: `losses.counts` of the whole global batch; `working`: entered around what depends on this rank alone;
-        `reduce`: False leaves the gradient as this rank has it. -> this rank's part of the loss, float64 scalar on the
-        device. Nothing in here waits for the device.
+        `global_counts`: `valid_counts` of the whole global batch; `working`: entered around the work that depends on
+        this rank alone; `reduce`: False leaves the gradient as this rank has it. -> this rank's part of the loss,
+        float64 scalar on the device. Nothing in here waits for the device.
         """
         accelerator, world = self._accelerator, self._accelerator.num_processes
         losses = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -134,7 +134,7 @@ class TrainModule:
                 with working(), accelerator.autocast():
                     prediction = self.model(image.contiguous(memory_format=self.layout))
                 # this part's share of the mean over the GLOBAL batch; DDP averages over ranks, hence `world`
-                loss = depth_loss(prediction, depth, self._config.loss, counted)
+                loss = depth_loss(prediction, depth, self._config.loss, global_counts)
                 # a loss that is not finite makes the gradient so, and with it that of all ranks
                 accelerator.backward(loss * torch.where(loss.isfinite(), world, torch.nan))
                 losses += loss.detach().double()
@@ -166,15 +166,15 @@ class TrainModule:
     def as_files(self, snapshot: Mapping[str, Tensors]) -> dict[str, bytes]:
         """A snapshot as the files of a checkpoint."""
         return {
-            name: safetensors(dict(tensors)) if name == OPTIMIZER else serialize_model(tensors, self._about())
+            name: safetensors(dict(tensors)) if name == OPTIMIZER else serialize_model(tensors, self._metadata())
             for name, tensors in snapshot.items()
         }
 
-    def published(self) -> bytes:
+    def final_model(self) -> bytes:
         """The model to use, with what rebuilds it, as safetensors."""
-        return serialize_model(to_cpu(self.scored.state_dict()), self._about())
+        return serialize_model(to_cpu(self.eval_model.state_dict()), self._metadata())
 
-    def _about(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, Any]:
         return {"config": as_json(self._config), "size": self._size}
 
     def _warm_up_buckets(self) -> None:

@@ -39,7 +39,7 @@ from mde_dist.training.validation import Validator
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
 
-_KEYS_SAID = 16
+_KEYS_SHOWN = 16
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Trainer:
     io_errors: list[UserError]
     """I/O errors that must end the run."""
     pending_steps: deque[tuple[StepResult, State]] = field(default_factory=deque)
-    """Steps of which the loop does not know yet whether they were learned from, and the state before each."""
+    """Steps whose skip flag has not been read back yet, with the state before each."""
 
     def train(self) -> bool:
         """Train to the end, or until a signal; returns whether it was the end. Raises UserError on every rank."""
@@ -97,7 +97,7 @@ class Trainer:
         self.finish()
         if not finished:
             self.directory.mark_preempted(f"stopped at sample {state.samples_seen}")
-            self.monitor.say(
+            self.monitor.print(
                 f"stopped at sample {state.samples_seen} by a signal; the same command continues from there"
             )
         return finished
@@ -120,20 +120,20 @@ class Trainer:
     def train_step(self, batch: LocalBatch, info: GlobalBatchInfo) -> None:
         """One optimizer step over a global batch; logs and saves where that is due. Called by every rank."""
         config, state, before = self.config, self.state, replace(self.state)
-        rate = self.train_module.set_rate(state.samples_seen)
-        losses = self.train_module.backward(batch.views, info.counted, self.meter.working)
+        lr = self.train_module.set_lr(state.samples_seen)
+        losses = self.train_module.backward(batch.views, info.global_counts, self.meter.working)
         result = self.train_module.step(losses, self.batch_size, state.step + 1)
         state.samples_seen += self.batch_size
         state.replaced += info.replaced
         state.step += 1
-        # of the step before this one the device knows by now how it went: it has this one to do meanwhile
+        # the step before this one is done by now: its flag is read while the device has this one to do
         self.pending_steps.append((result, before))
         self.resolve_pending(leave=1)
         self.meter.step(self.batch_size)
-        self.monitor.moved(state.samples_seen)
-        if state.samples_seen >= self.end_sample or state.due(config.train.log_every, before.samples_seen):
-            self.log(result, rate, info)
-        if state.due(config.train.checkpoint_every, before.samples_seen) and not self.evaluation_due():
+        self.monitor.update(state.samples_seen)
+        if state.samples_seen >= self.end_sample or state.crossed(config.train.log_every, before.samples_seen):
+            self.log(result, lr, info)
+        if state.crossed(config.train.checkpoint_every, before.samples_seen) and not self.evaluation_due():
             self.save()
 
     @property
@@ -147,7 +147,10 @@ class Trainer:
         return self.config.train.batch_size
 
     def resolve_pending(self, leave: int = 0) -> None:
-        """Hear how all steps but the last `leave` went. Called by every rank; raises UserError as `reject` does."""
+        """Read the skip flags of all steps but the last `leave`. Called by every rank.
+
+        Raises UserError as `handle_nonfinite_step` does.
+        """
         while len(self.pending_steps) > leave:
             result, before = self.pending_steps.popleft()
             if result.skipped():
@@ -169,7 +172,9 @@ class Trainer:
     def evaluation_due(self) -> bool:
         """Say whether the model of this very sample has yet to be evaluated."""
         state = self.state
-        wanted = state.samples_seen >= self.end_sample or state.due(self.config.train.evaluate_every, state.evaluated)
+        wanted = state.samples_seen >= self.end_sample or state.crossed(
+            self.config.train.evaluate_every, state.evaluated
+        )
         return wanted and state.evaluated < state.samples_seen
 
     def evaluate(self) -> None:
@@ -179,13 +184,13 @@ class Trainer:
         first = state.evaluated == 0
         try:
             found = self.validator.run(
-                self.train_module.scored, first, lambda: bool(self.stop), self.monitor.phase("evaluating")
+                self.train_module.eval_model, first, lambda: bool(self.stop), self.monitor.task("evaluating")
             )
         except UserError:
             self.save()  # what was learned is whole, what it was to be scored on is not
             raise
         for name, baseline in found.baselines.items():
-            self.monitor.record(
+            self.monitor.log(
                 samples=0,
                 baseline=name,
                 evaluation=baseline.protocol,
@@ -198,8 +203,8 @@ class Trainer:
             state.best = {"abs_rel": metrics["abs_rel"], "samples": state.samples_seen, "step": state.step}
         state.evaluated = state.samples_seen
         images = found.summary.images
-        self.monitor.record(samples=state.samples_seen, evaluation=protocol, images=images, **metrics, time=now())
-        self.monitor.say(
+        self.monitor.log(samples=state.samples_seen, evaluation=protocol, images=images, **metrics, time=now())
+        self.monitor.print(
             f"evaluated at sample {state.samples_seen}: {protocol} abs_rel {metrics['abs_rel']:.4f}, "
             f"delta1 {metrics['delta1']:.4f}{' (best so far)' if best else ''}"
         )
@@ -212,12 +217,12 @@ class Trainer:
         self.save()
         self.meter.restart()
 
-    def log(self, result: StepResult, rate: float, info: GlobalBatchInfo) -> None:
+    def log(self, result: StepResult, lr: float, info: GlobalBatchInfo) -> None:
         """A line about the step that was just done and about the speed since the last one. Called by every rank."""
         self.resolve_pending()
         state = self.state
         rows = gather_rows(self.accelerator, [result.losses.item(), *self.meter.row()])
-        values = {"loss": _number(rows[:, 0].sum()), "lr": rate, "grad_norm": _number(result.norm)}
+        values = {"loss": _number(rows[:, 0].sum()), "lr": lr, "grad_norm": _number(result.norm)}
         values |= {name: count for name in ("replaced", "skipped") if (count := getattr(state, name))}
         rates = self.meter.rates(rows[:, 1:], self.end_sample - state.samples_seen)
         self.monitor.step(state.samples_seen, **values, batch=f"{info.batch_hash:x}", **rates, time=now())
@@ -234,19 +239,19 @@ class Trainer:
         losses, norm, where_from = result.losses, result.norm, before.samples_seen
         bad = gather_rows(self.accelerator, [float(not losses.isfinite())])[:, 0].nonzero()[:, 0].tolist()
         keys = batch_keys(config, self.shards, where_from, world, bad or range(world))
-        which = ", ".join(keys[:_KEYS_SAID]) + (f" and {len(keys) - _KEYS_SAID} more" if keys[_KEYS_SAID:] else "")
+        which = ", ".join(keys[:_KEYS_SHOWN]) + (f" and {len(keys) - _KEYS_SHOWN} more" if keys[_KEYS_SHOWN:] else "")
         where = f"of rank {', '.join(map(str, bad))} is" if world > 1 else "is"
         what = f"the loss {where} not finite" if bad else f"the gradient is not finite ({norm.item()})"
         what = f"{what} at sample {where_from} (keys: {which})"
         state.skipped += 1
         if config.train.nonfinite == "skip" and state.skipped <= config.train.max_skipped:
-            self.monitor.say(f"batch {state.skipped} left out of at most {config.train.max_skipped}: {what}")
+            self.monitor.print(f"batch {state.skipped} left out of at most {config.train.max_skipped}: {what}")
             return
         state.samples_seen, state.replaced, state.step = where_from, before.replaced, before.step
-        self.pending_steps.clear()  # what came after it was left out as well
+        self.pending_steps.clear()  # the steps after it were skipped as well
         skipped = f"; {config.train.max_skipped} batches were left out before" if state.skipped > 1 else ""
-        places = ("--debug-from", config.run / "failed", "--config", config.run / "config.toml")
-        look = command_line("train", "--debug", *places)
+        arguments = ("--debug-from", config.run / "failed", "--config", config.run / "config.toml")
+        look = command_line("train", "--debug", *arguments)
         run_on_all_ranks(self.accelerator, lambda: self._save_failed(keys))
         raise UserError(
             f"{what}{skipped}; it was not learned from, and the checkpoints before it are whole; "

@@ -19,14 +19,14 @@ _NAMED = 3  # bad lines that are named by their number
 class JsonlLogger:
     """metrics.jsonl, open for more lines."""
 
-    def __init__(self, path: Path, samples_seen: int, evaluated: int, complain: Callable[[UserError], None]):
-        """Lines that `truncate_after` does not keep are dropped. `complain`: called when no more can be written.
+    def __init__(self, path: Path, samples_seen: int, evaluated: int, on_error: Callable[[UserError], None]):
+        """Lines that `truncate_after` does not keep are dropped. `on_error`: called when no more can be written.
 
         Raises UserError.
         """
         self.error: UserError | None = None
         """Reason why the last lines could not be written; they are kept and tried again with the next."""
-        self._complain = complain
+        self._on_error = on_error
         self._pending = b""
         with writing(path):
             self.kept = truncate_after(path, samples_seen, evaluated)
@@ -42,7 +42,7 @@ class JsonlLogger:
         except OSError as error:
             before, self.error = self.error, UserError(f"{self._file.name}: cannot be written ({error.strerror})")
             if before is None:
-                self._complain(self.error)
+                self._on_error(self.error)
 
     def finish(self) -> None:
         """Raises UserError where lines are lacking."""

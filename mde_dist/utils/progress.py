@@ -39,20 +39,20 @@ class Bar:
 
     def __init__(
         self,
-        doing: str,
+        description: str,
         unit: str,
         done: int = 0,
         total: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`doing`: one word; `unit`: of the counts `done` and `total` (None = not known yet), in the plural."""
-        self.doing, self.unit, self.done, self.total = doing, unit, done, total
+        """`description`: one word; `unit`: of the counts `done` and `total` (None = not known yet), in the plural."""
+        self.description, self.unit, self.done, self.total = description, unit, done, total
         self._clock, self._began = clock, clock()
         self._points: deque[tuple[float, int]] = deque(maxlen=_POINTS)
         self._rate_before: float | None = None
 
-    def reached(self, done: int, total: int) -> None:
-        """So much is done. Cheap."""
+    def update(self, done: int, total: int) -> None:
+        """Set how much is done. Cheap."""
         point = self._clock(), done
         self.done, self.total = done, total
         if len(self._points) == 1 and self._points[0][1] == done:
@@ -62,8 +62,8 @@ class Bar:
         else:
             self._points.append(point)
 
-    def rest(self) -> None:
-        """Something else is done now: until this goes on, and has a rate again, the one it had holds."""
+    def pause(self) -> None:
+        """Pause for other work: until this goes on and has a rate again, the last rate holds."""
         self._rate_before = self.rate
         self._points.clear()
 
@@ -87,9 +87,9 @@ class Bar:
         rate = self.rate
         return None if rate is None or self.total is None else (self.total - self.done) / rate
 
-    def words(self) -> str:
+    def __str__(self) -> str:
         """A plain line."""
-        parts = [f"{self.doing}: {self.done}/{self.total} {self.unit}"]
+        parts = [f"{self.description}: {self.done}/{self.total} {self.unit}"]
         if self.rate is not None:
             parts.append(f"{_number(self.rate)} {self.unit}/s")
         if self.left is not None:
@@ -114,7 +114,7 @@ class Bars:
             table.add_column(justify="right", no_wrap=True, min_width=column.width)
         for bar in self.bars:
             drawn = ProgressBar(bar.total, bar.done, pulse=bar.total is None)
-            table.add_row(bar.doing, drawn, *(Text(column.text(bar)) for column in columns))
+            table.add_row(bar.description, drawn, *(Text(column.text(bar)) for column in columns))
         yield table
 
 
@@ -152,33 +152,33 @@ class PlainLines:
     """A plain line about a bar now and then; the first one when it has lasted a while."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._spoken = clock, clock()
+        self._clock, self._last = clock, clock()
 
     def due(self) -> bool:
         """Say whether it is time for a line; if so, the next is due PLAIN_SECONDS later."""
         now = self._clock()
-        if now - self._spoken < PLAIN_SECONDS:
+        if now - self._last < PLAIN_SECONDS:
             return False
-        self._spoken = now
+        self._last = now
         return True
 
 
 @contextmanager
-def shown(
-    console: Console, doing: str, unit: str, clock: Callable[[], float] = time.monotonic
+def progress_bar(
+    console: Console, description: str, unit: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[int, int], None]]:
     """Yields `progress(done, total)`, to be called a few times a second with counts of `unit`.
 
     What is printed within the block stands above the bar, in lines as long as they are.
     """
-    bar = Bar(doing, unit, clock=clock)
+    bar = Bar(description, unit, clock=clock)
     if not is_screen(console):
         lines = PlainLines(clock)
 
         def progress(done: int, total: int) -> None:
-            bar.reached(done, total)
+            bar.update(done, total)
             if lines.due():
-                say(bar.words())
+                say(str(bar))
 
         yield progress
         return
@@ -186,7 +186,7 @@ def shown(
     live = Live(Bars(bar), console=console, refresh_per_second=FRAMES)
     try:
         live.start(refresh=True)  # Ctrl-C in the midst of it has to give the cursor back, too
-        yield bar.reached
+        yield bar.update
     finally:
         live.transient = bar.total is None  # there was nothing to do
         live.stop()

@@ -284,7 +284,7 @@ def training_step(
         return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
     def step() -> None:
-        train_module.set_rate(0)
+        train_module.set_lr(0)
         train_module.step(train_module.backward(views, counted, precision), config.train.batch_size, 1)
 
     return step

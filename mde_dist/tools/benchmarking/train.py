@@ -188,8 +188,8 @@ class Fed:
             raise_on_all_ranks(self._accelerator, share.error)
         if news.stopped:
             return 0
-        self._learner.set_rate(0)
-        losses = self._learner.backward(share.views, news.counted, self._account.working, reduce=not alone)
+        self._learner.set_lr(0)
+        losses = self._learner.backward(share.views, news.global_counts, self._account.working, reduce=not alone)
         self._learner.step(losses, self._config.train.batch_size, 1)
         return self._part
 
