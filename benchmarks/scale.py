@@ -87,7 +87,8 @@ def check_constants() -> None:
     from mde_dist.data.manifest import INDEX
     from mde_dist.evaluation import breakdown
     from mde_dist.evaluation.results import N_HASH_COLUMNS
-    from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+    from mde_dist.models.config import ModelConfig
+    from mde_dist.models.depth_model import create_pretrained_model
 
     seed = create_pretrained_model(ModelConfig(weights="none"), 0)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in seed.modules())

@@ -156,8 +156,9 @@ def made_manifest(folder: str, place: str, shards: int, files: bool) -> dict[str
 
 def manifest(folder: str, place: str, files: bool) -> dict[str, Any]:
     """Parse a manifest, and look for its files as opening a split does; bytes that the process grows by."""
+    from mde_dist.data.config import CacheOptions
     from mde_dist.data.manifest import NAME, parse_manifest
-    from mde_dist.data.store import CacheOptions, open_store
+    from mde_dist.data.store import open_store
 
     before = psutil.Process().memory_info().rss
     its, store = open_store(place, CacheOptions())

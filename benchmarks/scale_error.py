@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mde_dist.data.augmentation import AugmentConfig, prepare, prepare_images
+from mde_dist.data.augmentation import prepare, prepare_images
+from mde_dist.data.config import AugmentConfig
 from mde_dist.data.loader import Batch
 from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.models.depth_model import DepthModel, estimate, load_model

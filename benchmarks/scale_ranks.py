@@ -64,7 +64,8 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
     """Copy, serialise and write checkpoints: seconds of each, and bytes."""
     import torch
 
-    from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+    from mde_dist.models.config import ModelConfig
+    from mde_dist.models.depth_model import create_pretrained_model
     from mde_dist.training.checkpoint import (
         EMA,
         MODEL,
@@ -74,7 +75,8 @@ def checkpoint(folder: str, encoder: str, ema: bool) -> dict[str, Any]:
         serialize_model,
         to_cpu,
     )
-    from mde_dist.training.optim import OptimConfig, make_optimizer, optimizer_tensors
+    from mde_dist.training.config import OptimConfig
+    from mde_dist.training.optim import make_optimizer, optimizer_tensors
     from mde_dist.training.state import State
 
     model = create_pretrained_model(ModelConfig(encoder=encoder), 0)

@@ -24,19 +24,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from mde_dist.distributed.signals import PreemptionHandler
-from mde_dist.tools.ablation import report
-from mde_dist.tools.ablation.numbers import gather
-from mde_dist.tools.ablation.runs import Work, check_devices, default_jobs, log_of, run_all
-from mde_dist.tools.ablation.table import Table, Training, check_begun, read_table
 from mde_dist.utils.cli import Part, check_ranges, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
 from mde_dist.utils.progress import clock_time, progress_bar
+
+if TYPE_CHECKING:
+    from mde_dist.tools.ablation.runs import Work
+    from mde_dist.tools.ablation.table import Table, Training
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ def main(argv: list[str]) -> None:
     if command.table is None or command.output is None:
         raise UserError("name what to train, and where: python -m mde_dist.ablate TABLE.toml --output DIR (see --help)")
     check_ranges(command, {"jobs": (1, 1024), "processes": (1, 1024)})
+    # imported here: torch takes seconds and hundreds of megabytes, which --help and a wrong option do without
+    from mde_dist.tools.ablation.runs import Work, check_devices, default_jobs
+    from mde_dist.tools.ablation.table import check_begun, read_table
+
     jobs = default_jobs(command.processes) if command.jobs is None else command.jobs
     check_devices(command.processes)
     table = read_table(command.table, command.output)
@@ -83,8 +88,12 @@ def main(argv: list[str]) -> None:
     finish(work, table, command, command.output)
 
 
-def train(work: Work, table: Table, output: Path | None, stop: PreemptionHandler) -> None:
+def train(work: "Work", table: "Table", output: Path | None, stop: PreemptionHandler) -> None:
     """Run what is not finished, and keep table and picture in `output`, if any, up to date."""
+    from mde_dist.tools.ablation import report
+    from mde_dist.tools.ablation.numbers import gather
+    from mde_dist.tools.ablation.runs import run_all
+
     left = [training for training in work.trainings if not training.finished]
     say(
         f"{len(table.rows)} rows, {len(work.trainings)} trainings, {len(work.trainings) - len(left)} of them finished; "
@@ -92,7 +101,7 @@ def train(work: Work, table: Table, output: Path | None, stop: PreemptionHandler
     )
     began = time.monotonic()
 
-    def ended(training: Training) -> None:
+    def ended(training: "Training") -> None:
         tell_ended(training, work, time.monotonic() - began)
         if output and (found := gather(table)):
             report.write(found, table, work.failed, output)
@@ -101,16 +110,21 @@ def train(work: Work, table: Table, output: Path | None, stop: PreemptionHandler
         run_all(work, stop, progress, ended)
 
 
-def tell_ended(training: Training, work: Work, seconds: float) -> None:
+def tell_ended(training: "Training", work: "Work", seconds: float) -> None:
     """How a training ended."""
+    from mde_dist.tools.ablation.runs import log_of
+
     if training.name in work.failed:
         say(f"{training.name}: failed: {work.failed[training.name]}")
     elif training.finished:
         say(f"{training.name}: done after {clock_time(seconds)} in all; log: {log_of(training)}")
 
 
-def finish(work: Work, table: Table, command: AblateCommand, output: Path) -> None:
+def finish(work: "Work", table: "Table", command: AblateCommand, output: Path) -> None:
     """Show what was found, and where it is. Exits with 1 where a training failed."""
+    from mde_dist.tools.ablation import report
+    from mde_dist.tools.ablation.numbers import gather
+
     if command.part:
         say(f"part {command.part[0]}/{command.part[1]} is done; without --part the table is written")
     elif found := gather(table):

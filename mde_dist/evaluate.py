@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.augmentation import depth_counts
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.depth import COUNTS_PER_METRE
 from mde_dist.data.images import stray_in_words
@@ -30,16 +31,15 @@ from mde_dist.data.loader import Batch
 from mde_dist.data.manifest import NAME
 from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.data.storage.remote import NotThere
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
+from mde_dist.distributed.config import Precision
 from mde_dist.distributed.heartbeat import monitor_ranks
 from mde_dist.distributed.process_group import (
-    Precision,
     all_reduce_sum,
     assert_equal_across_ranks,
     init_distributed,
     run_on_all_ranks,
 )
-from mde_dist.distributed.rendezvous import read_alone
 from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.evaluation.breakdown import split_breakdown
 from mde_dist.evaluation.compare import compare
@@ -72,7 +72,7 @@ from mde_dist.packing.raw_dataset import RawDataset
 from mde_dist.packing.sources import DepthMap
 from mde_dist.training.checkpoint import open_model
 from mde_dist.training.config import eval_shards_of
-from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, run_command
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, read_alone, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line

@@ -22,10 +22,10 @@ import torch
 
 from mde_dist import __version__
 from mde_dist.data.augmentation import resize_image
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.images import IMAGE_SUFFIXES
 from mde_dist.data.shards import open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.inference.export_formats import FORMATS, OLDEST_TORCH, Run, trace
 from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.inference.model_card import NAME as CARD

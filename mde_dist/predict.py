@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from mde_dist.data.images import stray_in_words
-from mde_dist.distributed.process_group import Precision
+from mde_dist.distributed.config import Precision
 from mde_dist.inference.inputs import Frame, Inputs, ReadError, find_inputs
 from mde_dist.inference.outputs import Results
 from mde_dist.inference.point_cloud import Intrinsics

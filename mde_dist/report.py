@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from mde_dist.reporting.history import read_runs
-from mde_dist.reporting.report import scored_lines, write_report
-from mde_dist.training.scores import show_scores
 from mde_dist.utils.cli import RUN_DIR, parse, run_command
 from mde_dist.utils.console import say
 
@@ -30,6 +27,11 @@ class ReportCommand:
 
 def main(argv: list[str]) -> None:
     command = parse(ReportCommand, argv, "python -m mde_dist.report")
+    # imported here: torch takes seconds and hundreds of megabytes, which --help and a wrong option do without
+    from mde_dist.reporting.history import read_runs
+    from mde_dist.reporting.report import scored_lines, write_report
+    from mde_dist.training.scores import show_scores
+
     runs = read_runs(command.run)
     made = write_report(runs, command.output)
     for run in runs:

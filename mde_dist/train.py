@@ -12,35 +12,36 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator
-
-from mde_dist.distributed.heartbeat import monitor_ranks
-from mde_dist.distributed.process_group import init_distributed
-from mde_dist.distributed.rendezvous import read_alone
 from mde_dist.distributed.signals import PreemptionHandler
-from mde_dist.inference.model_card import write_card
-from mde_dist.training.build import open_trainer
 from mde_dist.training.config import Config, for_all_ranks, read_config
-from mde_dist.training.scores import show_scores
-from mde_dist.training.setup import check_batch, make_sample, open_shards
-from mde_dist.training.trainer import Trainer
-from mde_dist.utils.cli import run_command
+from mde_dist.utils.cli import read_alone, run_command
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.jsonl import read_records
 from mde_dist.utils.paths import command_line
 from mde_dist.utils.user import temporary_folder
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mde_dist.training.trainer import Trainer
+
 
 def main(argv: list[str]) -> None:
     config, error = read_alone(lambda: read_config(argv), Config())
     if config.debug:
         config = replace(config, run=Path(tempfile.mkdtemp(prefix="mde_dist-debug-", dir=temporary_folder())))
+    # imported here: torch takes seconds and hundreds of megabytes, which --help and a wrong option do without
+    from mde_dist.distributed.heartbeat import monitor_ranks
+    from mde_dist.distributed.process_group import init_distributed
+    from mde_dist.training.build import open_trainer
+    from mde_dist.training.setup import check_batch, make_sample, open_shards
+
     stop = PreemptionHandler()
     with (
-        init_distributed(*config.train.joining, error=error, settings=for_all_ranks(config)) as accelerator,
+        init_distributed(**config.train.process_group_args, error=error, settings=for_all_ranks(config)) as accelerator,
         monitor_ranks(accelerator, stop, config.train.heartbeat_timeout, config.run) as explain_lost_ranks,
     ):
         if config.debug:
@@ -58,8 +59,10 @@ def main(argv: list[str]) -> None:
         sys.exit(128 + int(stop.signal or signal.SIGTERM))
 
 
-def enable_debugging(accelerator: Accelerator) -> None:
+def enable_debugging(accelerator: "Accelerator") -> None:
     """Slow, single and reproducible, with errors that point at their cause."""
+    import torch
+
     if accelerator.num_processes > 1:
         raise UserError("--debug is for a single process: python -m mde_dist.train --debug")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matmuls on CUDA raise
@@ -67,11 +70,14 @@ def enable_debugging(accelerator: Accelerator) -> None:
     torch.autograd.set_detect_anomaly(True)
 
 
-def publish(trainer: Trainer) -> None:
+def publish(trainer: "Trainer") -> None:
     """Publish the weights with their card, draw what there is to see, and say where everything is.
 
     Raises UserError where the weights cannot be written; what fails after that is a warning.
     """
+    from mde_dist.inference.model_card import write_card
+    from mde_dist.training.scores import show_scores
+
     run = trainer.directory.path
     made = [trainer.directory.export_final_model(trainer.train_module.final_model())]
 

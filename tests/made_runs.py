@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.depth import metres_to_millimetres, to_metres
 from mde_dist.data.shards import open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.breakdown import score_with_breakdown, split_breakdown
 from mde_dist.evaluation.metrics import PROTOCOLS, score, summarise
 from mde_dist.evaluation.results import EVALUATIONS, GroundTruth, hash_ground_truth, target_hashes, to_json, write_json
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import MODEL, OPTIMIZER, serialize_model
 from mde_dist.training.checkpoint import save_checkpoint
 from mde_dist.training.snapshots import write_snapshots

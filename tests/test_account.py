@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from mde_dist.models.depth_model import ModelConfig
+from mde_dist.models.config import ModelConfig
 from mde_dist.models.flops import training_flops
 from mde_dist.training.throughput import ThroughputMeter, peak_flops, peak_memory
 

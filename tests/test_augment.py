@@ -7,13 +7,13 @@ import torch
 from mde_dist.data.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    AugmentConfig,
     normalise,
     prepare,
     prepare_depth,
     prepare_images,
     resize_image,
 )
+from mde_dist.data.config import AugmentConfig
 from mde_dist.data.loader import Batch
 from mde_dist.data.sampler import hash_uniform
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from warm import warm_run, without_pictures
 
 from mde_dist.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, normalise, prepare, prepare_depth, prepare_images
-from mde_dist.data.crops import AugmentConfig, paste_depth, random_crop_zoom, rectangles, view_size
+from mde_dist.data.config import AugmentConfig, view_size
+from mde_dist.data.crops import paste_depth, random_crop_zoom, rectangles
 from mde_dist.data.loader import Batch
 from mde_dist.data.sampler import hash_uniform
 from mde_dist.models.weights import read_model

@@ -16,7 +16,8 @@ from warm import warm_run
 
 from mde_dist import bench
 from mde_dist.data.shards import open_split
-from mde_dist.models.depth_model import DepthModel, ModelConfig
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import DepthModel
 from mde_dist.models.flops import training_flops
 from mde_dist.tools.benchmarking import loader, reading, scaling, step, train
 from mde_dist.tools.benchmarking.pinned import pinned

@@ -20,7 +20,8 @@ from mde_dist.evaluation.metrics import PROTOCOLS
 from mde_dist.inference.model_card import write_card
 from mde_dist.inference.origin import find_origin
 from mde_dist.inference.predictor import open_predictor
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, read_model, serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.training.checkpoint import save_checkpoint

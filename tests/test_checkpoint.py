@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import EMA, FORMAT, MODEL, OPTIMIZER, STATE, read_model, read_tensors, serialize_model
 from mde_dist.training.checkpoint import (
     Checkpoint,

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
+from mde_dist.models.config import ModelConfig
 from mde_dist.models.decoders import depth_activation
-from mde_dist.models.depth_model import ModelConfig, create_model, create_pretrained_model, load_model
+from mde_dist.models.depth_model import create_model, create_pretrained_model, load_model
 from mde_dist.utils.errors import UserError
 
 STRONG = ModelConfig(upsample="bilinear", skip_conv=True, head="full", output="log")

@@ -23,8 +23,8 @@ from trees import write
 from warm import warm_run
 
 from mde_dist.data.shards import open_split
-from mde_dist.doctor import duration, verdict
 from mde_dist.tools.diagnostics import data, machine, step
+from mde_dist.tools.diagnostics.examine import duration, verdict
 from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
 from mde_dist.tools.diagnostics.place import check_cache, check_disk
 from mde_dist.tools.diagnostics.step import Measured, checkpoint_bytes

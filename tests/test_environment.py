@@ -16,9 +16,8 @@ from warm import warm_run
 
 from mde_dist.distributed.environment import ignored_variables, missing_interface, ranks_here
 from mde_dist.distributed.process_group import init_distributed, promised_processes
-from mde_dist.distributed.rendezvous import read_alone
 from mde_dist.training.config import read_config
-from mde_dist.utils.cli import run_command
+from mde_dist.utils.cli import read_alone, run_command
 from mde_dist.utils.console import own_place
 from mde_dist.utils.errors import UserError
 

@@ -11,7 +11,8 @@ from safetensors.torch import save
 from mde_dist import evaluate
 from mde_dist.data.shards import open_split
 from mde_dist.inference.predictor import open_predictor
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.utils.errors import UserError
 

@@ -19,7 +19,8 @@ from torch.torch_version import TorchVersion
 
 from mde_dist import export
 from mde_dist.inference.export_formats import OLDEST_TORCH
-from mde_dist.models.depth_model import DepthModel, ModelConfig
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import DepthModel
 from mde_dist.models.weights import read_model, serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError

@@ -25,7 +25,8 @@ from trees import (
     zipped,
 )
 
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.config import CacheOptions
+from mde_dist.data.store import open_store
 from mde_dist.evaluation.predictions import open_predictions
 from mde_dist.export import images_below
 from mde_dist.inference.inputs import find_inputs

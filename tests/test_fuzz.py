@@ -27,11 +27,12 @@ import pytest
 import torch
 from trees import SIZE, bts, members, packed, silent, vouch, write_tar
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import CODECS
 from mde_dist.data.loader import DataLoader
 from mde_dist.data.shards import ShardDataset, open_split
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.data.tar import scan
 from mde_dist.packing.examine import validate_shard
 from mde_dist.packing.index_tars import index_tars

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mde_dist.training.losses import LossConfig, berhu, depth_loss, gradient, l1, log_l1, mse, silog, valid_counts
+from mde_dist.training.config import LossConfig
+from mde_dist.training.losses import berhu, depth_loss, gradient, l1, log_l1, mse, silog, valid_counts
 
 
 def random_pair(seed, shape=(3, 7, 9), holes=0.4):

@@ -9,15 +9,9 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from mde_dist.models.config import ModelConfig
 from mde_dist.models.decoders import depth_activation
-from mde_dist.models.depth_model import (
-    DepthModel,
-    ModelConfig,
-    build_started,
-    create_model,
-    create_pretrained_model,
-    load_model,
-)
+from mde_dist.models.depth_model import DepthModel, build_started, create_model, create_pretrained_model, load_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.utils.errors import UserError
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mde_dist.models.depth_model import ModelConfig, create_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_model
 from mde_dist.models.flops import has_spread
 from mde_dist.training.config import read_config
 from mde_dist.training.step import check_statistics

@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mde_dist.training.optim import (
-    OptimConfig,
-    learning_rate,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-)
+from mde_dist.training.config import OptimConfig
+from mde_dist.training.optim import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 
 def small_model(seed=0, width=4):

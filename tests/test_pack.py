@@ -34,10 +34,11 @@ from trees import (
 )
 from warm import warm_run, warm_start
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.depth import DepthScale
 from mde_dist.data.manifest import INDEX
 from mde_dist.data.shards import open_split
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.probe import check_units, probe
 from mde_dist.packing.sources import open_source

@@ -21,7 +21,8 @@ from mde_dist.inference.inputs import Frame
 from mde_dist.inference.predictor import open_predictor
 from mde_dist.inference.prefetch import threads
 from mde_dist.inference.preview import round_numbers, side_by_side
-from mde_dist.models.depth_model import DepthModel, ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import DepthModel, create_pretrained_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError

@@ -9,7 +9,8 @@ from PIL import Image
 
 from mde_dist import predict
 from mde_dist.inference.video import VideoFrame, count_frames, import_av, read_video
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError

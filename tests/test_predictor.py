@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from mde_dist.inference.predictor import Predictor, pick_device
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.packing.rooms import render_room
 from mde_dist.utils.errors import UserError
 

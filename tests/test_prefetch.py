@@ -11,11 +11,11 @@ import pytest
 import torch
 from servers import Fault, FileServer
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.loader import DataLoader
 from mde_dist.data.prefetch import AHEAD, Prefetch
 from mde_dist.data.sampler import GlobalSampler
 from mde_dist.data.shards import open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.packing.pack import PackConfig, pack
 from mde_dist.packing.sources import rooms
 

@@ -14,7 +14,8 @@ from warm import warm_run
 from mde_dist import evaluate
 from mde_dist.data.augmentation import normalise, resize_image
 from mde_dist.evaluation.metrics import PROTOCOLS
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.packing.pack import PackConfig
 from mde_dist.utils.errors import UserError

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from trees import SIZE, bts, jpeg_bytes, millimetres, open_files, packed, picture
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.manifest import INDEX, Manifest
 from mde_dist.data.shards import ShardDataset, open_split
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.packing.pack import PackConfig
 from mde_dist.utils.errors import UserError
 

@@ -12,9 +12,9 @@ from commands import learned, small, wait_for
 from servers import Fault, FileServer
 from warm import warm_run, warm_start, without_pictures
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.shards import ShardDataset, open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import sha256_of
 

@@ -12,8 +12,9 @@ from servers import FileServer
 from warm import warm_run, without_pictures
 
 from mde_dist import export
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.storage.remote import open_remote
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.models.weights import read_model, serialize_model
 from mde_dist.reporting.history import read_run
 from mde_dist.training.config import Config, DataConfig, as_json, dump_toml, read_config, to_toml

@@ -14,7 +14,8 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mde_dist.data import augmentation as augment
-from mde_dist.data.augmentation import AugmentConfig, prepare
+from mde_dist.data.augmentation import prepare
+from mde_dist.data.config import AugmentConfig
 from mde_dist.data.loader import Batch
 from mde_dist.training import step as train_module
 from mde_dist.training.config import Config, read_config

@@ -22,6 +22,7 @@ import io
 import itertools
 import os
 import pickle
+import pkgutil
 import random
 import runpy
 import select
@@ -39,6 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from commands import environment
+
+import mde_dist
 
 COMMANDS = [f"mde_dist.{name}" for name in ("train", "evaluate", "predict", "report", "shard")]
 
@@ -290,6 +293,9 @@ def serve(connection: Connection) -> dict[str, Any]:
     """
     for module in COMMANDS:
         importlib.import_module(module)
+    for found in pkgutil.walk_packages(mde_dist.__path__, "mde_dist."):  # what commands import late
+        if not found.name.startswith("mde_dist.tools.benchmarking."):
+            importlib.import_module(found.name)
     gc.freeze()  # what is there stays; or every process would tidy it all up at its end, for a second
     if Path("/proc/self/task").is_dir():
         assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import has started a thread"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mde_dist.data.crops import AugmentConfig, on_device, paste_depth, random_crop_zoom, rectangles
+from mde_dist.data.config import AugmentConfig
+from mde_dist.data.crops import on_device, paste_depth, random_crop_zoom, rectangles
 from mde_dist.data.depth import COUNTS_PER_METRE, first_valid, footprints
 from mde_dist.data.loader import Batch
 from mde_dist.data.sampler import hash_uniform

@@ -21,12 +21,13 @@ import simplejpeg
 
 from mde_dist.data import depth
 from mde_dist.data.checksum import crc32
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DepthDataset
 from mde_dist.data.images import decode_jpeg
 from mde_dist.data.index import Index
 from mde_dist.data.manifest import INDEX, MEMBERS, TAR_BLOCK, FileInfo, Manifest, command_for
 from mde_dist.data.storage.file_handles import FileDescriptorCache
-from mde_dist.data.store import CacheOptions, Store, open_store
+from mde_dist.data.store import Store, open_store
 from mde_dist.utils.errors import UserError
 
 T = TypeVar("T")

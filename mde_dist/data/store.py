@@ -3,31 +3,19 @@
 import os
 import stat
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.manifest import NAME, PACKING, FileInfo, Manifest, command_for, parse_manifest
 from mde_dist.data.storage.cache import Cache
-from mde_dist.data.storage.remote import PATIENCE, Remote, open_remote, read_whole
+from mde_dist.data.storage.remote import Remote, open_remote, read_whole
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.folders import left_behind
 from mde_dist.utils.paths import command_line, with_home
 from mde_dist.utils.urls import is_remote
 
 _MAX_MANIFEST = 2**28  # bytes; that of 48,000 samples has 40 KB
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """Options of the cache of whole remote shards."""
-
-    directory: Path = Path("~/.cache/mde_dist")
-    """One per node, for all its processes; best on a local disk."""
-    limit: int = 100 * 10**9
-    """Bytes; the files used longest ago go first."""
-    patience: float = PATIENCE
-    """Seconds without a byte from a server after which it is given up."""
 
 
 class Store(Protocol):

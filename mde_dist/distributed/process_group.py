@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
+from mde_dist.distributed.config import Gradients, Precision
 from mde_dist.distributed.environment import (
     check_ranks,
     count,
@@ -34,9 +35,6 @@ from mde_dist.utils.errors import OtherRankError, RankError, UserError
 SEVERAL = "accelerate launch --multi_gpu --num_machines 1 --num_processes {n} -m mde_dist.train"
 """The way to start several processes that works with and without GPUs."""
 
-Precision = Literal["auto", "bf16", "fp32"]
-Gradients = Literal["fp32", "bf16"]
-
 T = TypeVar("T")
 
 _hosts: distributed.ProcessGroup | None = None
@@ -53,18 +51,18 @@ def init_distributed(
     precision: Precision = "fp32",
     cpu_threads: int = 0,
     timeout: float = 600.0,
-    gradients: Gradients = "fp32",
-    bucket_mb: float = 25.0,
+    grad_comm_dtype: Gradients = "fp32",
+    ddp_bucket_mb: float = 25.0,
     error: Exception | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Accelerator]:
     """Join the process group that the launcher promised, on whatever devices there are; leave it in good order.
 
-    `gradients`: as which numbers they are summed over the ranks, in buckets of `bucket_mb` MB. `timeout`: seconds after
-    which a collective that waits for a lost rank ends the run. `error`: what this rank alone may have met before, see
-    `read_alone`; it ends all ranks. `settings`: values that have to be the same on all. Raises UserError where they are
-    not, where the ranks do not compute on devices of one kind, or where they would train independently of one another.
-    What accelerate would take from the environment, it does not find there.
+    `grad_comm_dtype`: in which gradients are summed over the ranks, in buckets of `ddp_bucket_mb` MB. `timeout`:
+    seconds after which a collective that waits for a lost rank ends the run. `error`: what this rank alone may have
+    met before, see `read_alone`; it ends all ranks. `settings`: values that have to be the same on all. Raises
+    UserError where they are not, where the ranks do not compute on devices of one kind, or where they would train
+    independently of one another. What accelerate would take from the environment, it does not find there.
     """
     global _hosts
     promised = promised_processes()
@@ -86,8 +84,8 @@ def init_distributed(
         DistributedDataParallelKwargs(
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            bucket_cap_mb=bucket_mb,
-            comm_hook=DDPCommunicationHookType.BF16 if gradients == "bf16" else DDPCommunicationHookType.NO,
+            bucket_cap_mb=ddp_bucket_mb,
+            comm_hook=DDPCommunicationHookType.BF16 if grad_comm_dtype == "bf16" else DDPCommunicationHookType.NO,
         ),
     ]
     with without_leftovers(), watched_launcher() as joined, _leaving_in_order() as leaving:

@@ -7,34 +7,18 @@ would wait for in their first collective.
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from mde_dist.utils.console import alone
 from mde_dist.utils.errors import OtherRankError, RankError, UserError
-
-T = TypeVar("T")
 
 _LEAVE = timedelta(seconds=10)  # for which a rank that has failed waits for the others, which have yet to hear of it
 _NAMED = 3  # settings that differ
-
-
-def read_alone(read: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
-    """Read what a rank needs before it can join -> that, or `otherwise` and why it failed, for `processes` to tell.
-
-    A lone process raises at once.
-    """
-    try:
-        return read(), None
-    except Exception as error:
-        if alone():
-            raise
-        return otherwise, error
 
 
 def compare_ranks(error: Exception | None, device: str, settings: Mapping[str, Any]) -> None:

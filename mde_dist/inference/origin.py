@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.manifest import Manifest
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.evaluation.metrics import PROTOCOLS
 from mde_dist.evaluation.results import EVALUATIONS, read_record, short_hash
 from mde_dist.models.weights import EMA, MODEL, read_state_file

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mde_dist.data.augmentation import resize_image
-from mde_dist.distributed.process_group import Precision, mixed_precision
+from mde_dist.distributed.config import Precision
+from mde_dist.distributed.process_group import mixed_precision
 from mde_dist.models.depth_model import DepthModel, estimate, load_model
 from mde_dist.models.weights import MODEL, read_model
 from mde_dist.utils.errors import UserError

@@ -4,15 +4,13 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-Norm = Literal["batch", "group", "frozen"]
-Upsample = Literal["nearest", "bilinear"]
+from mde_dist.models.config import Norm, Upsample
 
 ENCODER_NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,

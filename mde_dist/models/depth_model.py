@@ -1,9 +1,9 @@
 """A ResNet encoder and a residual decoder with skip connections. Knows nothing of devices or ranks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import pairwise
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torchvision
@@ -11,52 +11,17 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from mde_dist.data.augmentation import normalise
+from mde_dist.models.config import ModelConfig
 from mde_dist.models.decoders import (
     ENCODER_NORMS,
     FullHead,
-    Norm,
     QuarterHead,
-    Upsample,
     depth_activation,
     refinement,
     resize,
 )
 from mde_dist.models.initial_weights import Start, initialise
-from mde_dist.utils.cli import Weights
 from mde_dist.utils.errors import UserError
-
-Encoder = Literal["resnet18", "resnet34", "resnet50", "tiny"]
-Output = Literal["softplus", "sigmoid", "log"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Encoder and its starting weights."""
-
-    encoder: Encoder = "resnet18"
-    """torchvision's encoder: resnet18, resnet34 or resnet50; tiny = a small one of their form, which starts at once and
-    learns little: to try things out."""
-    weights: Weights = "none"
-    """Where the model starts: none (random), imagenet (torchvision's encoder), or the path of a safetensors file of a
-    torchvision ResNet or of a trained model, such as RUN/model.safetensors. Of a trained model all is taken that fits;
-    the start of a run says what that is."""
-    norm: Norm = "batch"
-    """Normalisation in the encoder: batch statistics; group = 32 groups of channels of one image, so that every number
-    of ranks and accumulation steps learns the same to rounding; frozen = batch norm that stays as `weights` has it. In
-    the decoder, frozen means group."""
-    upsample: Upsample = "nearest"
-    """How the decoder brings features to the next size: nearest or bilinear."""
-    skip_conv: bool = False
-    """After each skip connection a 3x3 convolution with normalisation and ReLU."""
-    head: Literal["quarter", "full"] = "quarter"
-    """Depth is computed at a quarter of the image's size and enlarged, or at the full size, from finer features."""
-    output: Output = "softplus"
-    """What the head's number becomes: softplus = any positive depth; sigmoid = min_depth..max_depth, linear; log = the
-    same range in logarithms."""
-    min_depth: float = 0.1
-    """Metres, of the bounded outputs."""
-    max_depth: float = 10.0
-    """Metres, of the bounded outputs; NYU Depth v2 ends at 10."""
 
 
 class DepthModel(nn.Module):

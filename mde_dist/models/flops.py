@@ -3,7 +3,8 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mde_dist.models.depth_model import ModelConfig, create_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_model
 
 
 def training_flops(config: ModelConfig, size: tuple[int, int]) -> int:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from mde_dist.data import depth
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.manifest import INDEX, NAME, Manifest, SplitInfo, file_info
 from mde_dist.data.statistics import Statistics
-from mde_dist.data.store import CacheOptions, open_store
+from mde_dist.data.store import open_store
 from mde_dist.packing.examine import Report, drop_duplicate_keys, relative, statistics_of, validate_shards
 from mde_dist.packing.pool import Progress
 

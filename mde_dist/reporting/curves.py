@@ -8,7 +8,8 @@ from typing import Literal
 
 from mde_dist.evaluation.metrics import HIGHER_IS_BETTER, PROTOCOLS
 from mde_dist.reporting.history import Line, Run, RunPoint
-from mde_dist.training.losses import UNITS, LossConfig
+from mde_dist.training.config import LossConfig
+from mde_dist.training.losses import UNITS
 
 MOST_POINTS = 600
 """Most points of a curve; more are drawn as means of equally many lines in turn, with a band from the least to the

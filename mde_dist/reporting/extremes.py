@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import to_metres
 from mde_dist.data.shards import ShardDataset, open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.evaluation.metrics import PROTOCOLS, image_metrics
 from mde_dist.evaluation.results import load_rows
 from mde_dist.inference.predictor import Predictor

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from accelerate import Accelerator
 
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.data.shards import ShardDataset
 from mde_dist.distributed.process_group import (
     assert_equal_across_ranks,

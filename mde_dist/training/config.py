@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from mde_dist.data.crops import AugmentConfig, view_size
-from mde_dist.data.storage.remote import PATIENCE
-from mde_dist.data.store import CacheOptions
-from mde_dist.distributed.process_group import Gradients, Precision
-from mde_dist.models.depth_model import ModelConfig
-from mde_dist.training.losses import LossConfig
-from mde_dist.training.optim import OptimConfig
+from mde_dist.data.config import PATIENCE, AugmentConfig, CacheOptions, view_size
+from mde_dist.distributed.config import Gradients, Precision
+from mde_dist.models.config import ModelConfig
 from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flatten, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, whole_path
@@ -24,6 +20,7 @@ SAMPLE_SHARDS = "shards/rooms"
 """Where the embedded sample is packed when nothing else is named."""
 
 
+Kind = Literal["mse", "l1", "log_l1", "berhu", "silog"]
 Switch = Literal["auto", "on", "off"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
 """Those that accelerate knows."""
@@ -70,6 +67,46 @@ class DataConfig:
     @property
     def cache_options(self) -> CacheOptions:
         return CacheOptions(self.cache, int(self.cache_gb * 1e9), self.remote_timeout)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised. Pixels without a measurement have no part in it."""
+
+    kind: Kind = "mse"
+    """Over all valid pixels of the global batch: mse = squared error, l1 = absolute error, log_l1 = that of the
+    logarithm, berhu = absolute error that is squared from a fifth of the image's largest one on (Laina et al., 2016).
+    Per image, then over images: silog = root of the scale-invariant logarithmic error (Eigen et al., 2014; root and
+    focus of BTS, Lee et al., 2019)."""
+    silog_lambda: float = 0.85
+    """Of silog: how much of an image's mean error is forgiven, 0 = none, 1 = all, and with it the scale. 0..1."""
+    gradient_weight: float = 0.0
+    """Weight of the differences between neighbours, in logarithms, at four scales (Li and Snavely, 2018): edges."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 6e-4
+    """Highest learning rate."""
+    base_batch_size: int = 0
+    """Global batch that lr is meant for: another one multiplies it by the root of their ratio (the rule for Adam:
+    Malladi et al., 2022). 0 = lr as it is."""
+    weight_decay: float = 1e-2
+    """Of the matrices and kernels; norms and biases are not decayed."""
+    schedule: Literal["constant", "cosine", "poly"] = "cosine"
+    """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
+    warmup_samples: int = 240
+    """Samples over which the rate rises linearly: each step has the share of them that is seen with its own batch."""
+    min_lr_ratio: float = 0.01
+    """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
+    poly_power: float = 0.9
+    """Of the schedule poly; 1 = a straight line."""
+    grad_clip_norm: float = 10.0
+    """Largest norm of the whole gradient; 0 = no clipping."""
+    ema_samples: int = 0
+    """Evaluate and publish a moving average of the weights: after so many samples an old one counts 1/e. 0 = none."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +158,10 @@ class TrainConfig:
     """Seconds after which a collective that waits in vain for another rank gives up."""
 
     @property
-    def joining(self) -> tuple[Precision, int, float, Gradients, float]:
-        """What `run.distributed.processes` has to know."""
-        return self.precision, self.cpu_threads, self.timeout, self.grad_comm_dtype, self.ddp_bucket_mb
+    def process_group_args(self) -> dict[str, Any]:
+        """Arguments of `init_distributed`."""
+        names = ("precision", "cpu_threads", "timeout", "grad_comm_dtype", "ddp_bucket_mb")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

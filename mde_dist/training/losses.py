@@ -2,31 +2,15 @@
 count."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Kind = Literal["mse", "l1", "log_l1", "berhu", "silog"]
+from mde_dist.training.config import LossConfig
+
 UNITS: dict[str, str] = {"mse": "m²", "l1": "m", "log_l1": "", "berhu": "m", "silog": ""}
 """Units of the losses; one with a gradient term, which has no unit, has none either."""
 _SMALLEST = 1e-3  # metres: a logarithm needs more than 0
 _SCALES = 4  # of the gradient loss
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimised. Pixels without a measurement have no part in it."""
-
-    kind: Kind = "mse"
-    """Over all valid pixels of the global batch: mse = squared error, l1 = absolute error, log_l1 = that of the
-    logarithm, berhu = absolute error that is squared from a fifth of the image's largest one on (Laina et al., 2016).
-    Per image, then over images: silog = root of the scale-invariant logarithmic error (Eigen et al., 2014; root and
-    focus of BTS, Lee et al., 2019)."""
-    silog_lambda: float = 0.85
-    """Of silog: how much of an image's mean error is forgiven, 0 = none, 1 = all, and with it the scale. 0..1."""
-    gradient_weight: float = 0.0
-    """Weight of the differences between neighbours, in logarithms, at four scales (Li and Snavely, 2018): edges."""
 
 
 def depth_loss(

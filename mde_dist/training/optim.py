@@ -2,37 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 6e-4
-    """Highest learning rate."""
-    base_batch_size: int = 0
-    """Global batch that lr is meant for: another one multiplies it by the root of their ratio (the rule for Adam:
-    Malladi et al., 2022). 0 = lr as it is."""
-    weight_decay: float = 1e-2
-    """Of the matrices and kernels; norms and biases are not decayed."""
-    schedule: Literal["constant", "cosine", "poly"] = "cosine"
-    """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
-    warmup_samples: int = 240
-    """Samples over which the rate rises linearly: each step has the share of them that is seen with its own batch."""
-    min_lr_ratio: float = 0.01
-    """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
-    poly_power: float = 0.9
-    """Of the schedule poly; 1 = a straight line."""
-    grad_clip_norm: float = 10.0
-    """Largest norm of the whole gradient; 0 = no clipping."""
-    ema_samples: int = 0
-    """Evaluate and publish a moving average of the weights: after so many samples an old one counts 1/e. 0 = none."""
-
+from mde_dist.training.config import OptimConfig
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")
 """State that AdamW keeps of each parameter."""

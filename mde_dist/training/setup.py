@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.data.shards import ShardDataset, open_split
 from mde_dist.distributed.process_group import assert_equal_across_ranks, gather_rows, run_on_all_ranks
 from mde_dist.distributed.signals import PreemptionHandler, unless_stopped

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import save as safetensors
 from torch import nn
 
-from mde_dist.data.crops import LEAST_CROP, view_size
+from mde_dist.data.config import LEAST_CROP, view_size
 from mde_dist.models.depth_model import build_started
 from mde_dist.models.flops import has_spread
 from mde_dist.models.weights import EMA, MODEL, OPTIMIZER, Tensors, serialize_model

@@ -104,6 +104,19 @@ def run_command(main: Callable[[list[str]], None], logged: bool = False) -> None
         sys.exit(code)
 
 
+def read_alone(read: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
+    """Read what a rank needs before it can join -> that, or `otherwise` and the error, which `init_distributed` tells.
+
+    A lone process raises at once.
+    """
+    try:
+        return read(), None
+    except Exception as error:
+        if alone():
+            raise
+        return otherwise, error
+
+
 def _run(main: Callable[[list[str]], None]) -> str | int | None:
     """-> the exit code."""
     argv, rank = sys.argv[1:], os.environ.get("RANK")

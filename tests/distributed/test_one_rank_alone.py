@@ -13,7 +13,8 @@ from faults import elsewhere, left_behind, mine, together
 from warm import warm_run
 
 from mde_dist.distributed.rendezvous import _compare
-from mde_dist.models.depth_model import ModelConfig, create_pretrained_model
+from mde_dist.models.config import ModelConfig
+from mde_dist.models.depth_model import create_pretrained_model
 from mde_dist.models.weights import serialize_model
 from mde_dist.training import build
 from mde_dist.training.config import Config, as_json

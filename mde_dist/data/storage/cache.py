@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from mde_dist.data.storage.remote import PATIENCE, Cancelled, RangeError, Remote, RetryPolicy, with_retries
+from mde_dist.data.config import PATIENCE
+from mde_dist.data.storage.remote import Cancelled, RangeError, Remote, RetryPolicy, with_retries
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import RankError, UserError
 from mde_dist.utils.io import sha256_of, sync, sync_directory

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from mde_dist.data.config import PATIENCE
 from mde_dist.utils.console import say_once
 from mde_dist.utils.errors import RankError, UserError
 from mde_dist.utils.urls import public_url, whole_url
 
 SCHEMES = ("http", "https", "s3")
-PATIENCE = 40.0
-"""Seconds without a new byte after which a server counts as away."""
 TIMEOUT = 10.0
 """Seconds for a connection to open, and for each of its answers."""
 

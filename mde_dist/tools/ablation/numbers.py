@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.evaluation.bootstrap import interval, means, resamples
 from mde_dist.evaluation.compare import why_not
 from mde_dist.evaluation.metrics import PROTOCOLS, Protocol

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from mde_dist.data.config import CacheOptions
 from mde_dist.data.manifest import TAR_BLOCK
 from mde_dist.data.sampler import GlobalSampler
 from mde_dist.data.shards import ShardDataset, decode_pair, open_split
-from mde_dist.data.store import CacheOptions
 from mde_dist.tools.benchmarking.pinned import Answer, Measure
 
 _IN_MEMORY = 64_000_000  # bytes of payload that the bare loop goes round: more than a core's cache holds

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.augmentation import prepare
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.data.shards import open_split
 from mde_dist.distributed.process_group import init_distributed
 from mde_dist.models.flops import training_flops

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.data.loader import Batch, DataLoader
 from mde_dist.data.shards import open_split
 from mde_dist.distributed.environment import ranks_here
@@ -79,7 +79,7 @@ def bench(options: Options) -> Result | None:
     train, data = config.train, config.data
     stop = PreemptionHandler()
     with (
-        init_distributed(*train.joining, settings=for_all_ranks(config)) as accelerator,
+        init_distributed(**train.process_group_args, settings=for_all_ranks(config)) as accelerator,
         monitor_ranks(accelerator, stop, train.heartbeat_timeout) as explain_lost_ranks,
     ):
         check_batch(config, accelerator.num_processes)

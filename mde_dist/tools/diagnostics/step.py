@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from mde_dist.data.augmentation import prepare
-from mde_dist.data.crops import view_size
+from mde_dist.data.config import view_size
 from mde_dist.data.loader import Batch
 from mde_dist.distributed.process_group import time_all_reduce
 from mde_dist.models.flops import has_spread
