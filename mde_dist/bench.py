@@ -4,7 +4,6 @@
     python -m mde_dist.bench step    [options]    images/s of the training step alone, and what each choice in it gains
     python -m mde_dist.bench train   [options]    both together: does the device wait, and for what?
     python -m mde_dist.bench scaling [options]    1, 2, … ranks on this node: what each one more brings
-    python -m mde_dist.bench peers   [options]    other loaders on the same pairs
 
 Options: those of mde_dist.train (--config FILE.toml, --section.field value), so that what is measured is the very
 config that will be trained; without any, the sample. And --seconds, --rounds, --json FILE; `bench WORD --help` explains
@@ -18,7 +17,7 @@ from mde_dist.training.config import validate
 from mde_dist.utils.cli import parse, run_command
 from mde_dist.utils.errors import UserError
 
-WORDS = ("loader", "step", "train", "scaling", "peers")
+WORDS = ("loader", "step", "train", "scaling")
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +27,7 @@ def main(argv: list[str]) -> None:
         return
     if word not in WORDS:
         raise UserError(f"bench {word}: measures {', '.join(WORDS)} (python -m mde_dist.bench --help)")
-    module = import_module(f".benching.{word}", __package__)
+    module = import_module(f"mde_dist.tools.benchmarking.{word}")
     options = validate(parse(module.Options, rest, f"python -m mde_dist.bench {word}"))
     options.check()
     result = module.bench(options)

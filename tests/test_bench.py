@@ -177,7 +177,7 @@ def test_ranks_that_fail_are_one_line(room_shards, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("nothing", "loader, step, train, scaling, peers"),
+        ("nothing", "loader, step, train, scaling (python"),
         ("loader --seconds 0", "seconds = 0"),
         ("loader --seconds nan", "--seconds nan"),
         ("train --rounds 0", "rounds = 0"),

@@ -26,7 +26,7 @@ from mde_dist.predict import PredictCommand
 from mde_dist.report import ReportCommand
 from mde_dist.shard import ShardConfig
 from mde_dist.tools.ablation.table import read_table
-from mde_dist.tools.benchmarking import loader, peers, step
+from mde_dist.tools.benchmarking import loader, step
 from mde_dist.training.checkpoint import open_model
 from mde_dist.training.config import Config, as_json, read_config, to_toml, with_whole_paths
 from mde_dist.training.run_dir import differences
@@ -37,7 +37,7 @@ from mde_dist.utils.paths import as_typed, command_line, expanded, local_path, w
 ODD = "a  (b) [c] 'd' \"e\" $HOME ${x} $$ ~ *; & ü"
 COMMANDS: tuple[Any, ...] = (
     *(Config, ShardConfig, EvaluateCommand, PredictCommand, ExportCommand, ReportCommand, AblateCommand),
-    *(loader.Options, step.Options, peers.Options),
+    *(loader.Options, step.Options),
 )
 
 

@@ -97,16 +97,8 @@ class Result:
 
     def show(self) -> None:
         """Print it all; the verdict is the last line."""
-        console = open_console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console.width = _WIDTH
         for table in self.tables.values():
-            drawn = Drawn(title=table.title, title_justify="left")
-            for place, column in enumerate(table.columns):
-                drawn.add_column(column.title, justify="right" if place else "left")
-            for row in table.rows:
-                drawn.add_row(*(column.text(row) for column in table.columns))
-            console.print(drawn)
+            show_table(table)
         for note in self.notes:
             say(note)
         say(self.verdict)
@@ -122,6 +114,19 @@ class Result:
         """Raises UserError."""
         with writing(path):
             write_atomic(path, json.dumps(self.as_json(), indent=1) + "\n")
+
+
+def show_table(table: Table) -> None:
+    """Print a table; on no terminal as wide as COLUMNS says, or wide enough for all columns."""
+    console = open_console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDTH
+    drawn = Drawn(title=table.title, title_justify="left")
+    for place, column in enumerate(table.columns):
+        drawn.add_column(column.title, justify="right" if place else "left")
+    for row in table.rows:
+        drawn.add_row(*(column.text(row) for column in table.columns))
+    console.print(drawn)
 
 
 def over_rounds(name: str, values: Sequence[float]) -> dict[str, Any]:

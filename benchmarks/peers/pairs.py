@@ -1,4 +1,4 @@
-"""What the loaders of `bench peers` read, out of the user's shards, and whether they deliver what is in them."""
+"""Pairs taken out of the user's shards, and the check that a loader delivers them."""
 
 import json
 import zlib
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mde_dist.data import depth
-from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.shards import ShardDataset
 from mde_dist.tools.benchmarking.reading import Members
 from mde_dist.utils.errors import UserError
@@ -17,45 +16,37 @@ from mde_dist.utils.io import write_atomic, writing
 _CLOSE = 2.0  # levels of 255 that images may differ by on average: a fast DCT is about 1 from the exact one
 
 
-def take_pairs(shards: ShardDataset, pairs: int, work: Path) -> Path:
-    """WORK/pairs/images/*.jpg, the shards' own bytes, and WORK/pairs/depth/*.png, 16 bits in mm. Raises UserError.
+def take_pairs(shards: ShardDataset, place: str, split: str, pairs: int, work: Path) -> Path:
+    """Write WORK/pairs/images/*.jpg, the shards' own bytes, and WORK/pairs/depth/*.png, 16 bits in mm.
 
-    What an earlier call has left in WORK is used again if it is of the same shards.
+    Pairs of the same shards that an earlier call left in WORK are used again. Raises UserError where others lie there.
     """
     identity = {"index": shards.info.index.sha256, "pairs": pairs}
     folder, note = work / "pairs", work / "pairs.json"
     if note.is_file():
-        if json.loads(note.read_text("utf-8")) != identity:
+        known = json.loads(note.read_text("utf-8"))
+        if {name: known[name] for name in identity} != identity:
             raise UserError(f"{work} holds other pairs, or another number of them; name another place with --work")
         return folder
+    size = 0
     with writing(folder), Members(shards) as members:
         for kind in ("images", "depth"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         millimetres = np.empty(shards.size, np.uint16)
         for sample in range(pairs):
             encoded, jpeg = members.read(sample)
+            size += len(encoded) + len(jpeg)
             depth.decode(encoded, shards.manifest.codec, millimetres)
             (folder / f"images/{sample:06}.jpg").write_bytes(jpeg)
             (folder / f"depth/{sample:06}.png").write_bytes(depth.png_bytes(millimetres))
-        write_atomic(note, json.dumps(identity))
+        write_atomic(note, json.dumps(identity | {"shards": place, "split": split, "bytes": size}))
     return folder
 
 
-def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def bytes_in_shards(shards: ShardDataset, pairs: int) -> int:
-    """Of the first pairs, tar headers included."""
-    with Members(shards) as members:
-        return sum(size for sample in range(pairs) for _, _, size in members.places(sample))
-
-
 class Truth:
-    """The first pairs of the shards, to compare with."""
+    """The first pairs of the shards, to compare a loader's with."""
 
     def __init__(self, shards: ShardDataset, pairs: int):
-        """Raises UserError where one of them is damaged."""
         self._shards = shards
         self._samples: dict[int, list[int]] = {}  # by the checksum of their depth; most often one
         for sample in range(pairs):
@@ -63,7 +54,7 @@ class Truth:
             self._samples.setdefault(zlib.crc32(metres.tobytes()), []).append(sample)
 
     def complaint(self, proof: Path) -> tuple[str, dict[str, Any]]:
-        """(what is wrong with what a loader delivered, empty where nothing is; what else is known of it)."""
+        """-> (a sentence on the first difference, empty where there is none; figures on the images)."""
         with np.load(proof) as found:
             images, metres, sums = found["image"], found["depth"], found["sums"].tolist()
         layout = "channels first" if images.ndim == 4 and images.shape[1] == 3 else ""
@@ -88,14 +79,11 @@ class Truth:
         return "", {"layout": layout, "image_mean_difference": mean, "image_max_difference": most}
 
     def _apart(self, number: int, image: np.ndarray) -> np.ndarray:
-        """By how many levels an image differs from the one beside its depth."""
+        """Levels by which an image differs from the one beside its depth."""
         apart = [np.abs(self._read(sample)[0].astype(int) - image) for sample in self._samples[number]]
         return min(apart, key=np.mean)
 
     def _read(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
         image, millimetres = np.empty((*self._shards.size, 3), np.uint8), np.empty(self._shards.size, np.uint16)
-        try:
-            self._shards.read_into(sample, image, millimetres)
-        except DamagedSample as error:
-            raise UserError(f"damaged sample: {error}; {self._shards.advice}") from None
+        self._shards.read_into(sample, image, millimetres)
         return image, millimetres
