@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mde_dist.distributed.signals import PreemptionHandler
-from mde_dist.utils.cli import Part, check_ranges, parse, run_command
+from mde_dist.utils.cli import Part, option, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
@@ -49,10 +49,10 @@ class AblateCommand:
     training is evaluated once, at its end: train.evaluate_every is set to train.total_samples."""
     output: Path | None = None
     """Directory of all runs, and of table.md, table.json and table.png, which are written anew after each training."""
-    jobs: int | None = None
+    jobs: int | None = option(None, low=1, high=1024)
     """Trainings side by side; None = as many as there are GPUs for, one on a CPU. More than that share the GPUs, which
     small models do not fill by themselves; on a CPU they share its cores."""
-    processes: int = 1
+    processes: int = option(1, low=1, high=1024)
     """Ranks of each training, one per GPU; on a CPU over gloo."""
     part: Part | None = None
     """Train only every N-th training from the K-th on (K from 0): for job arrays, and several nodes. When all parts are
@@ -63,7 +63,6 @@ def main(argv: list[str]) -> None:
     command = parse(AblateCommand, argv, "python -m mde_dist.ablate")
     if command.table is None or command.output is None:
         raise UserError("name what to train, and where: python -m mde_dist.ablate TABLE.toml --output DIR (see --help)")
-    check_ranges(command, {"jobs": (1, 1024), "processes": (1, 1024)})
     # imported here: torch takes seconds and hundreds of megabytes, which --help and a wrong option do without
     from mde_dist.tools.ablation.runs import Work, check_devices, default_jobs
     from mde_dist.tools.ablation.table import check_begun, read_table
@@ -111,7 +110,7 @@ def train(work: "Work", table: "Table", output: Path | None, stop: PreemptionHan
 
 
 def tell_ended(training: "Training", work: "Work", seconds: float) -> None:
-    """How a training ended."""
+    """Print a line about a training that has ended."""
     from mde_dist.tools.ablation.runs import log_of
 
     if training.name in work.failed:

@@ -1,4 +1,4 @@
-"""Where does the time go? In a minute: whether cores, disk, device or network is the limit here, and what to change.
+"""Measure what limits training here in a minute: cores, disk, device or network; and say what to change.
 
     python -m mde_dist.bench loader  [options]    pairs/s that the loader gives, against the bare decoders, core by core
     python -m mde_dist.bench step    [options]    images/s of the training step alone, and what each choice in it gains

@@ -72,7 +72,7 @@ from mde_dist.packing.raw_dataset import RawDataset
 from mde_dist.packing.sources import DepthMap
 from mde_dist.training.checkpoint import open_model
 from mde_dist.training.config import eval_shards_of
-from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, parse, read_alone, run_command
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, option, parse, read_alone, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
@@ -103,11 +103,11 @@ class EvaluateCommand:
     layout: Layout | None = None
     """Layout of the source; None = recognise it."""
     depth_scale: tuple[str, ...] = ()
-    """Of the source: SPLIT=METRES per stored unit, overruling layout and checks."""
+    """Unit of the source: SPLIT=METRES per stored unit, overruling layout and checks."""
     list: tuple[str, ...] = ()
-    """Of the source: SPLIT=FILE, a list of its pairs that does not lie in it."""
+    """Lists of the source's pairs that do not lie in it: SPLIT=FILE."""
     depth_map: DepthMap | None = None
-    """Of the source, where it has both: raw or filled depth maps."""
+    """Depth maps to take from a source that has both: raw or filled."""
     split: str | None = None
     """Split to score; by default the run's evaluation split, else `test`."""
     protocols: tuple[Literal["eigen", "full", "blog", "densedepth", "lsq"], ...] = ("eigen",)
@@ -116,13 +116,13 @@ class EvaluateCommand:
     """Average the model's prediction with that of the mirrored image, as AdaBins, NeWCRFs and ZoeDepth report."""
     size: Size | None = None
     """Size at which the model sees the images; by default the one it was trained at."""
-    batch_size: int = 8
+    batch_size: int = option(8, low=1, high=1e6)
     """Images per forward pass."""
-    threads: int = 2
+    threads: int = option(2, low=0, high=1024)
     """Decoding threads per rank."""
     cache: LatePath = CacheOptions.directory
-    """Where shards of a server are kept."""
-    cache_gb: float = 100
+    """Directory in which shards of a server are kept."""
+    cache_gb: float = option(100, low=0, high=1e9)
     """Gigabytes that it may take."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
@@ -206,7 +206,6 @@ def for_all_ranks(command: EvaluateCommand) -> dict[str, Any]:
 
 def check(command: EvaluateCommand) -> None:
     """Refuse what does not go together. Raises UserError."""
-    check_ranges(command, {"batch_size": (1, 1e6), "threads": (0, 1024), "cache_gb": (0, 1e9)})
     if command.prediction_scale is not None and not 0 < command.prediction_scale < 1000:
         raise UserError(f"--prediction-scale {command.prediction_scale:g}: metres per stored unit, such as 0.001")
     if sum(thing is not None for thing in (command.run, command.checkpoint, command.predictions)) != 1:

@@ -30,7 +30,7 @@ from mde_dist.inference.predictor import Predictor, pick_device
 from mde_dist.inference.prefetch import in_order, threads
 from mde_dist.models.depth_model import load_model
 from mde_dist.training.checkpoint import open_model
-from mde_dist.utils.cli import RUN_DIR, check_ranges, parse, run_command
+from mde_dist.utils.cli import RUN_DIR, option, parse, run_command
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
@@ -60,8 +60,8 @@ class PredictCommand:
     """Run directory, for the weights of its newest checkpoint."""
     checkpoint: Path | None = None
     """A model.safetensors, or the folder that it lies in, instead of --run; it needs nothing else."""
-    every: int = 1
-    """Of videos, predict one of so many frames."""
+    every: int = option(1, low=1, high=1e9)
+    """Predict one of so many frames of a video."""
     flip: bool = False
     """Average with the prediction of the mirrored image: a little better, at twice the time."""
     pictures: bool = True
@@ -83,7 +83,7 @@ class PredictCommand:
     """cpu, cuda, cuda:1, mps …; auto = a GPU where there is one."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32."""
-    batch_size: int | None = None
+    batch_size: int | None = option(None, low=1, high=1e6)
     """Images per forward pass; by default 4 on a CPU and 32 on a GPU. Where memory runs out it is halved."""
 
 
@@ -126,7 +126,6 @@ def open_results(command: PredictCommand) -> Results:
 
 def check(command: PredictCommand, inputs: Inputs, results: Results) -> None:
     """Refuse what does not go together. Raises UserError."""
-    check_ranges(command, {"every": (1, 1e9), "batch_size": (1, 1e6)})
     if command.every > 1 and not inputs.videos:
         raise UserError(f"--every {command.every} is for videos, and none is named")
     if command.range:

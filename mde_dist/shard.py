@@ -29,12 +29,14 @@ from mde_dist.packing.inspect import Layout, given_lists, given_scales, open_che
 from mde_dist.packing.maintenance import index_shards, say_stray, show_splits, training_command, verify_shards
 from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import DepthMap
-from mde_dist.utils.cli import Part, Size, check_ranges, parse, run_command, words_of
+from mde_dist.utils.cli import Part, Size, option, parse, run_command, words_of
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, command_line, whole_path
 from mde_dist.utils.progress import progress_bar
 from mde_dist.utils.urls import is_remote
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class ShardConfig:
     """Folder of the data set, its ZIP as downloaded, or nyu_depth_v2_labeled.mat. Not needed for --layout rooms. Images
     are turned as their EXIF data say, and laid on white where they are transparent; depth is taken as upright."""
     layout: Layout | None = None
-    """How the source is laid out; None = recognise it. rooms = the embedded sample, rendered here."""
+    """Layout of the source; None = recognise it. rooms = the embedded sample, rendered here."""
     size: Size | None = None
     """Resize image and depth once, here, instead of in every epoch; None = keep the source's size."""
-    samples_per_shard: int = 256
+    samples_per_shard: int = option(256, low=1, high=1e9)
     """Pairs in a tar."""
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: int = option(_CORES, low=1, high=1024)
     """Processes that read, encode and write. The bytes do not depend on it."""
-    limit: int | None = None
+    limit: int | None = option(None, low=1, high=1e9)
     """Pack the first N pairs of each split only."""
     validation: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
     """Hold whole places (all scenes of a room) with this share of the training pairs out of split train into a split
@@ -72,10 +74,10 @@ class ShardConfig:
     depth_map: DepthMap | None = None
     """raw (with holes) or filled, where the data set has both; None = the layout's own, which the output names."""
     depth_codec: Literal["blosc", "zst", "png"] = "blosc"
-    """How depth is stored, always lossless: blosc decodes about 25 times as fast as png, zst seven times and is smaller
+    """Codec of the depth, always lossless: blosc decodes about 25 times as fast as png, zst seven times and is smaller
     where holes are filled; png is for interchange."""
-    jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = 95
-    """Of images that are resized, turned upright, or are no baseline JPEG; the others keep their own bytes."""
+    jpeg_quality: Annotated[int, tyro.conf.arg(metavar="1..100")] = option(95, low=1, high=100)
+    """JPEG quality of images that are resized, turned upright, or no baseline JPEG; the others keep their own bytes."""
     dry_run: bool = False
     """Pack nothing: say what the source was recognised as, in which units and with how many holes, draw eight pairs,
     and name what packing would refuse (exit code 2 then)."""
@@ -168,9 +170,6 @@ def pack_options(config: ShardConfig) -> PackConfig:
 
 def check(config: ShardConfig) -> None:
     """Refuse impossible values. Raises UserError."""
-    check_ranges(
-        config, {"workers": (1, 1024), "samples_per_shard": (1, 1e9), "limit": (1, 1e9), "jpeg_quality": (1, 100)}
-    )
     others = [name for name in ("output", "verify", "repair", "index") if getattr(config, name) is not None]
     if config.dry_run and others in ([], ["output"]):
         others = ["output"]  # where a dry run names one, it is where the packing would go

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mde_dist.utils.cli import Size
+from mde_dist.utils.cli import Size, option
 from mde_dist.utils.errors import UserError
 
 PATIENCE = 40.0
@@ -29,21 +29,21 @@ class CacheOptions:
 class AugmentConfig:
     """Random views of the training images."""
 
-    flip: float = 0.5
+    flip: float = option(0.5, low=0, high=1)
     """Probability of mirroring left and right, 0..1."""
-    color: float = 0.5
+    color: float = option(0.5, low=0, high=1)
     """Probability of a change of gamma (0.9..1.1), brightness (0.75..1.25) and colour channels (0.9..1.1), 0..1; the
     ranges are those of BTS (Lee et al., 2019)."""
-    border: float = 0
+    border: float = option(0, low=0, high=0.25)
     """Share of height and of width that is left out at each side of every training image, 0..0.25: the white frame of
     Kinect images; 0.0625 leaves out about as much as the crop of Eigen et al. (2014). Evaluation sees whole images."""
     crop: Size | None = None
     """Train on a random window of this size in pixels, of images resized to data.size; None = on all of them. At least
     32x32. Evaluation sees whole images."""
-    zoom: float = 1
+    zoom: float = option(1, low=1, high=4)
     """Largest magnification, 1..4: each image is magnified z times about a random place, z uniform in 1..zoom, and its
     depth divided by z (Eigen et al., 2014)."""
-    cut_depth: float = 0
+    cut_depth: float = option(0, low=0, high=1)
     """Probability of pasting a random rectangle of the depth map into the image, as grey values, 0..1 (CutDepth, Ishii
     and Yamashita, 2021)."""
 

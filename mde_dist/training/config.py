@@ -1,4 +1,4 @@
-"""What a run is told: dataclass defaults <- TOML file <- command line. Each wing owns the config of its part."""
+"""Config of a run: dataclass defaults <- TOML file <- command line. Imports no torch, so that `--help` is quick."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from mde_dist.data.config import PATIENCE, AugmentConfig, CacheOptions, view_size
 from mde_dist.distributed.config import Gradients, Precision
 from mde_dist.models.config import ModelConfig
-from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_ranges, flatten, parse
+from mde_dist.utils.cli import RUN_DIR, LatePath, Place, Size, check_bounds, flatten, option, options_of, parse
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import as_typed, whole_path
 from mde_dist.utils.toml import dump_toml
 from mde_dist.utils.urls import hide_key, is_remote
 
 SAMPLE_SHARDS = "shards/rooms"
-"""Where the embedded sample is packed when nothing else is named."""
+"""Directory of the embedded sample, which is packed when no other shards are named."""
 
 
 Kind = Literal["mse", "l1", "log_l1", "berhu", "silog"]
@@ -28,34 +28,34 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which shards, and how they are streamed."""
+    """Shards, and the stream of samples from them."""
 
-    shards: Place = SAMPLE_SHARDS
+    shards: Place = option(SAMPLE_SHARDS, resumable=True, local=True)
     """Directory made by `python -m mde_dist.shard`, or where it lies on a server: http(s)://… or s3://… (with the extra
     `s3`). The query of a signed URL is noted down nowhere. The default directory is rendered and packed if need be."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"
     """Split to evaluate on."""
-    eval_shards: Place | None = None
+    eval_shards: Place | None = option(None, resumable=True, local=True)
     """Directory or URL of that split, where it is another one; None = the same."""
     size: Size | None = (120, 160)
     """Training size, pixels; None = that of the shards. Images are resized on the device."""
-    threads: int = 2
+    threads: int = option(2, low=0, high=1024, resumable=True)
     """Decoding threads per rank; 0 = decode in the loop itself."""
-    prefetch_batches: int = 3
+    prefetch_batches: int = option(3, low=1, high=1024, resumable=True)
     """Batches decoded ahead of the loop, at least 1."""
-    shuffle_shards: int = 4
+    shuffle_shards: int = option(4, low=1)
     """Shards whose samples are shuffled into one another: larger mixes better, smaller reads more in sequence."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = option(0.01, low=0, high=1, resumable=True)
     """Damaged samples are replaced and counted; past this share of the samples the run stops. 0..1."""
-    read_timeout: float = 300
+    read_timeout: float = option(300, low=1, resumable=True)
     """Seconds after which a read that does not come back ends the run."""
-    cache: LatePath = CacheOptions.directory
-    """Where shards of a server are kept, whole: one directory per node for all its processes; best on a local disk."""
-    cache_gb: float = 100
+    cache: LatePath = option(CacheOptions.directory, resumable=True, local=True)
+    """Directory that keeps whole shards of a server: one per node for all its processes; best on a local disk."""
+    cache_gb: float = option(100, low=0, high=1e9, resumable=True)
     """Gigabytes (10^9 bytes) that it may take; the files used longest ago go first."""
-    remote_timeout: float = PATIENCE
+    remote_timeout: float = option(PATIENCE, low=0, resumable=True)
     """Seconds without a byte from the server, or with less than a kilobyte a second, after which the run ends; until
     then it is asked again and again."""
 
@@ -71,16 +71,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is minimised. Pixels without a measurement have no part in it."""
+    """The loss. Pixels without a measurement have no part in it."""
 
     kind: Kind = "mse"
     """Over all valid pixels of the global batch: mse = squared error, l1 = absolute error, log_l1 = that of the
     logarithm, berhu = absolute error that is squared from a fifth of the image's largest one on (Laina et al., 2016).
     Per image, then over images: silog = root of the scale-invariant logarithmic error (Eigen et al., 2014; root and
     focus of BTS, Lee et al., 2019)."""
-    silog_lambda: float = 0.85
-    """Of silog: how much of an image's mean error is forgiven, 0 = none, 1 = all, and with it the scale. 0..1."""
-    gradient_weight: float = 0.0
+    silog_lambda: float = option(0.85, low=0, high=1)
+    """Lambda of silog, 0..1: 0 = RMSE of the logarithm, 1 = fully scale-invariant."""
+    gradient_weight: float = option(0.0, low=0)
     """Weight of the differences between neighbours, in logarithms, at four scales (Li and Snavely, 2018): edges."""
 
 
@@ -88,24 +88,24 @@ class LossConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 6e-4
+    lr: float = option(6e-4, low=0)
     """Highest learning rate."""
-    base_batch_size: int = 0
+    base_batch_size: int = option(0, low=0)
     """Global batch that lr is meant for: another one multiplies it by the root of their ratio (the rule for Adam:
     Malladi et al., 2022). 0 = lr as it is."""
-    weight_decay: float = 1e-2
-    """Of the matrices and kernels; norms and biases are not decayed."""
+    weight_decay: float = option(1e-2, low=0)
+    """Decay of the matrices and kernels; norms and biases are not decayed."""
     schedule: Literal["constant", "cosine", "poly"] = "cosine"
-    """After warm-up: constant; or down to `final` at the end of training, by half a cosine or by (1 - done)^`power`."""
-    warmup_samples: int = 240
+    """After warm-up: constant; or down to `min_lr_ratio` at the end, by half a cosine or by (1 - done)^`poly_power`."""
+    warmup_samples: int = option(240, low=0)
     """Samples over which the rate rises linearly: each step has the share of them that is seen with its own batch."""
-    min_lr_ratio: float = 0.01
+    min_lr_ratio: float = option(0.01, low=0, high=1)
     """Rate at the end of the schedules that fall, as a share of lr, 0..1."""
-    poly_power: float = 0.9
-    """Of the schedule poly; 1 = a straight line."""
-    grad_clip_norm: float = 10.0
+    poly_power: float = option(0.9, low=0)
+    """Power of the schedule poly; 1 = a straight line."""
+    grad_clip_norm: float = option(10.0, low=0)
     """Largest norm of the whole gradient; 0 = no clipping."""
-    ema_samples: int = 0
+    ema_samples: int = option(0, low=0)
     """Evaluate and publish a moving average of the weights: after so many samples an old one counts 1/e. 0 = none."""
 
 
@@ -113,48 +113,48 @@ class OptimConfig:
 class TrainConfig:
     """The loop. All intervals count samples, so that they mean the same for every batch size and number of ranks."""
 
-    total_samples: int = 2400
+    total_samples: int = option(2400, low=1, resumable=True)
     """Samples to train on, over all ranks; training ends with the batch that reaches it. A run may go on with more."""
-    batch_size: int = 24
+    batch_size: int = option(24, low=1, high=1e6, resumable=True)
     """GLOBAL batch: samples per optimizer step over all ranks and accumulation steps."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: int = option(1, low=1, resumable=True)
     """Parts of a rank's share of the batch that go through the model one after another, to save memory."""
     precision: Precision = "auto"
     """auto = bf16 on GPUs that have it, else fp32. A CPU with bf16 instructions, too, is faster with bf16."""
-    channels_last: Switch = "auto"
+    channels_last: Switch = option("auto", resumable=True)
     """Memory layout of images and features with the channels innermost; auto = what is faster on the device: on."""
-    compile: Switch = "auto"
+    compile: Switch = option("auto", resumable=True)
     """torch.compile of the model, which takes a minute at the start; auto = off."""
-    grad_comm_dtype: Gradients = "fp32"
+    grad_comm_dtype: Gradients = option("fp32", resumable=True)
     """In which precision gradients travel between the ranks: bf16 halves the bytes, and rounds what each rank adds to 8
     bits; for networks that cannot keep up with the step (see `python -m mde_dist.doctor`)."""
-    ddp_bucket_mb: float = 25
+    ddp_bucket_mb: float = option(25, low=1, high=1e6, resumable=True)
     """Megabytes (2^20 bytes) of gradients that travel together, while the backward pass goes on."""
     sync_bn: bool = True
     """On several GPUs: batch statistics over the whole global batch instead of each rank's share."""
-    seed: int = 0
-    """Of weights, order and augmentation."""
-    evaluate_every: int = 800
+    seed: int = option(0, low=-(2**63), high=2**64 - 1)
+    """Seed of weights, order and augmentation."""
+    evaluate_every: int = option(800, low=1)
     """Samples between evaluations; there is one at the end in any case, and a checkpoint after each."""
-    checkpoint_every: int = 800
+    checkpoint_every: int = option(800, low=1, resumable=True)
     """Samples between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = option(2, low=1, resumable=True)
     """Newest checkpoints that stay; the best one stays as well."""
-    log_every: int = 240
+    log_every: int = option(240, low=1, resumable=True)
     """Samples between lines of metrics.jsonl."""
-    cpu_threads: int = 0
+    cpu_threads: int = option(0, low=0, high=1024, resumable=True)
     """Threads of a rank on a CPU; 0 = cores of the machine / ranks on it."""
-    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite: Literal["stop", "skip"] = option("stop", resumable=True)
     """When the loss or the gradient of a batch is not finite on any rank: stop, naming the batch, or leave it out."""
-    max_skipped: int = 10
+    max_skipped: int = option(10, low=0, resumable=True)
     """Batches that may be left out so in all; one more ends the run."""
-    save_errors: Literal["stop", "continue"] = "stop"
+    save_errors: Literal["stop", "continue"] = option("stop", resumable=True)
     """When a checkpoint or metrics.jsonl cannot be written (disk full, read-only): stop, or say so, train on, and try
     again at the next one. What was written before stays whole."""
-    heartbeat_timeout: float = 30
+    heartbeat_timeout: float = option(30, low=3, high=1e6, resumable=True)
     """Seconds without a sign of life after which a rank counts as lost, which ends the others. A rank whose process
     ends is noticed at once."""
-    timeout: float = 600
+    timeout: float = option(600, low=1, high=1e6, resumable=True)
     """Seconds after which a collective that waits in vain for another rank gives up."""
 
     @property
@@ -169,13 +169,13 @@ class EvaluateConfig:
     """Evaluation while training."""
 
     protocol: Literal["eigen", "full", "blog", "densedepth"] = "eigen"
-    """What abs_rel and delta1 mean: eigen = the field's crop, full = no crop, blog = predictions as they are,
+    """Definition of abs_rel and delta1: eigen = the field's crop, full = no crop, blog = predictions as they are,
     densedepth = its own crop, all pixels pooled."""
-    batch_size: int = 8
+    batch_size: int = option(8, low=1, high=1e6)
     """Images per forward pass."""
     flip: bool = False
     """Average each prediction with that of the mirrored image, as AdaBins, NeWCRFs and ZoeDepth report."""
-    limit: int | None = None
+    limit: int | None = option(None, low=1)
     """Score the first N images of the split only."""
 
 
@@ -183,16 +183,16 @@ class EvaluateConfig:
 class Config:
     """Train a depth model on shards. Without arguments: on rendered rooms, in a few minutes on a CPU."""
 
-    run: Annotated[Path, RUN_DIR] = Path("runs/rooms")
+    run: Annotated[Path, RUN_DIR] = option(Path("runs/rooms"), resumable=True, local=True)
     """Run directory. One with checkpoints of the same config is resumed; of another config it is refused. Under
     torchrun, whose own parser refuses --run, it is --run-dir."""
-    debug_from: Path | None = None
+    debug_from: Path | None = option(None, resumable=True, local=True)
     """With --debug: begin where the newest checkpoint in this directory is (RUN/checkpoints, or RUN/failed after a loss
     that was not finite)."""
-    log_with: tuple[Tracker, ...] = ()
+    log_with: tuple[Tracker, ...] = option((), resumable=True)
     """Also log to these, pictures included: tensorboard (in RUN/trackers), wandb, …; each has to be installed, for
     example as the extra of its name."""
-    debug: bool = False
+    debug: bool = option(False, resumable=True)
     """Single process, no threads, deterministic, anomaly detection, a handful of steps, first batch described, full
     tracebacks; works under a debugger. Writes to a temporary directory."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -206,81 +206,16 @@ class Config:
 
 C = TypeVar("C", bound=Config)
 
-RESUMABLE_FIELDS = {
-    *(
-        "run",
-        "log_with",
-        "debug",
-        "debug_from",
-        "data.shards",
-        "data.eval_shards",
-        "data.threads",
-        "data.prefetch_batches",
-        "data.read_timeout",
-    ),
-    *("data.cache", "data.cache_gb", "data.remote_timeout", "data.max_bad_fraction"),
-    *("train.total_samples", "train.batch_size", "train.grad_accum_steps"),
-    *("train.keep_checkpoints", "train.checkpoint_every", "train.log_every", "train.cpu_threads", "train.timeout"),
-    *("train.nonfinite", "train.max_skipped", "train.save_errors", "train.heartbeat_timeout"),
-    *("train.channels_last", "train.compile", "train.grad_comm_dtype", "train.ddp_bucket_mb"),
-}
+RESUMABLE_FIELDS = {name for name, _, about in options_of(Config()) if about.get("resumable")}
 """Fields that may change on resume: they do not change which samples come in which order (instead of the path of the
 shards, their manifest is compared). A new batch size, or a new end, does change what is learned; the run says so."""
 
 ORDER = "order of samples"
 ORDER_VERSION = 2
-"""Of `GlobalSampler`; mde_dist 0.1 had an order of its own, which it did not number: 1."""
+"""Version of the order of `GlobalSampler`; mde_dist 0.1 had another one, which it did not number: 1."""
 
-LOCAL_FIELDS = {"run", "debug_from", "data.shards", "data.eval_shards", "data.cache"}
+LOCAL_FIELDS = {name for name, _, about in options_of(Config()) if about.get("local")}
 """Fields that may differ over the ranks: a node may have its own paths."""
-
-_AT_LEAST: dict[str, float] = {
-    **{
-        "data.threads": 0,
-        "data.prefetch_batches": 1,
-        "data.shuffle_shards": 1,
-        "train.total_samples": 1,
-        "train.batch_size": 1,
-    },
-    **{
-        "train.grad_accum_steps": 1,
-        "train.evaluate_every": 1,
-        "train.checkpoint_every": 1,
-        "train.keep_checkpoints": 1,
-    },
-    **{"train.log_every": 1, "train.cpu_threads": 0, "train.timeout": 1, "evaluate.batch_size": 1, "evaluate.limit": 1},
-    **{
-        "optim.lr": 0,
-        "optim.weight_decay": 0,
-        "optim.warmup_samples": 0,
-        "optim.grad_clip_norm": 0,
-        "data.max_bad_fraction": 0,
-    },
-    **{
-        "optim.min_lr_ratio": 0,
-        "optim.poly_power": 0,
-        "optim.ema_samples": 0,
-        "optim.base_batch_size": 0,
-        "train.max_skipped": 0,
-    },
-    **{
-        "train.heartbeat_timeout": 3,
-        "train.ddp_bucket_mb": 1,
-        "loss.silog_lambda": 0,
-        "loss.gradient_weight": 0,
-        "model.min_depth": 1e-3,
-    },
-    **{"augment.border": 0, "augment.zoom": 1, "augment.cut_depth": 0},
-    **{"augment.flip": 0, "augment.color": 0, "data.read_timeout": 1, "data.cache_gb": 0, "data.remote_timeout": 0},
-}
-_AT_MOST: dict[str, float] = {
-    **{"data.max_bad_fraction": 1, "augment.flip": 1, "augment.color": 1, "optim.min_lr_ratio": 1},
-    **{"loss.silog_lambda": 1, "augment.border": 0.25, "augment.zoom": 4, "augment.cut_depth": 1},
-    # threads that a system can have, seconds that its clocks take, images and bytes that memories can hold
-    **{"data.threads": 1024, "train.cpu_threads": 1024, "train.timeout": 1e6, "train.heartbeat_timeout": 1e6},
-    **{"data.prefetch_batches": 1024, "train.batch_size": 1e6, "evaluate.batch_size": 1e6, "train.ddp_bucket_mb": 1e6},
-    **{"data.cache_gb": 1e9, "train.seed": 2**64 - 1},
-}
 
 
 def read_config(argv: Sequence[str]) -> Config:
@@ -290,9 +225,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 def validate(config: C) -> C:
     """The config, all values of which are possible ones. Raises UserError."""
-    check_ranges(
-        config, {n: (_AT_LEAST.get(n, float("-inf")), _AT_MOST.get(n, float("inf"))) for n, _ in flatten(config)}
-    )
+    check_bounds(config)
     for name in ("read_timeout", "remote_timeout"):
         if getattr(config.data, name) >= config.train.timeout:
             raise UserError(
@@ -327,7 +260,7 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def resume_key(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
-    """What a run is a function of (with the hashes of its manifests): a checkpoint of anything else is not resumed."""
+    """All that a run is a function of, hashes of its manifests included: no other run's checkpoint is resumed."""
     values = {name: value for name, value in as_json(config).items() if name not in RESUMABLE_FIELDS}
     return values | {ORDER: ORDER_VERSION, "manifest": manifest, "eval_manifest": eval_manifest}
 
@@ -370,7 +303,7 @@ def to_toml(config: Config) -> str:
 
 
 def eval_shards_of(config: dict[str, Any]) -> str:
-    """Where the evaluation split of a trained model's config lies. Raises UserError."""
+    """Directory or URL of the evaluation split in a trained model's config. Raises UserError."""
     place = config.get("data.eval_shards") or config.get("data.shards")
     if not place:
         raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")

@@ -10,7 +10,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -61,6 +61,23 @@ Part = Annotated[tuple[int, int], _pair("K/N", _part_from, "/")]
 RUN_DIR = tyro.conf.arg(aliases=("--run-dir",))
 """A second name of `--run`: torchrun's own parser looks through all that follows its module, takes `--run` for an
 abbreviation of its `--run-path`, and refuses it."""
+
+
+def option(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    resumable: bool = False,
+    local: bool = False,
+) -> Any:
+    """A field of a config, with what is known of it beside its default.
+
+    `low`, `high`: bounds of its numbers, both allowed; `resumable`: it may change when a run is resumed; `local`: a
+    path, which may differ over the ranks.
+    """
+    bounds = {name: bound for name, bound in (("low", low), ("high", high)) if bound is not None}
+    return field(default=default, metadata={**bounds, "resumable": resumable, "local": local})
 
 
 def _path(metavar: str, kind: type, read: Callable[[str], Any]) -> Any:
@@ -156,7 +173,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     """Dataclass defaults <- the TOML file of `--config FILE` <- `--section.field value`. Raises UserError.
 
     The dataclass's docstrings are the help text. A file's keys go the way of the command line, so that both accept the
-    same names and values. Paths are expanded, see `paths.py`; numbers have an end, see `check_numbers`.
+    same names and values. Paths are expanded, see `paths.py`; numbers have an end, see `check_bounds`.
     """
     rest, file = _take_config(list(argv))
     if not any(item.name == "debug" for item in fields(kind)):  # type: ignore[arg-type]
@@ -164,7 +181,7 @@ def parse(kind: type[T], argv: Sequence[str], prog: str) -> T:
     default: Any = tyro.MISSING_NONPROP
     if file is not None:
         default = _call(kind, toml_arguments(file), prog, f"{file}: ", default)
-    return check_numbers(_call(kind, rest, prog, "", default))
+    return check_bounds(_call(kind, rest, prog, "", default))
 
 
 def toml_arguments(path: Path) -> list[str]:
@@ -189,14 +206,19 @@ def arguments_of(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from (f"--{prefix}{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(`section.field`, value) of every field."""
+def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """(`section.field`, value, metadata as `option` gives it) of every field."""
     for item in fields(config):
         value = getattr(config, item.name)
         if is_dataclass(value):
-            yield from flatten(value, f"{prefix}{item.name}.")
+            yield from options_of(value, f"{prefix}{item.name}.")
         else:
-            yield f"{prefix}{item.name}", value
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def flatten(config: Any) -> Iterator[tuple[str, Any]]:
+    """(`section.field`, value) of every field."""
+    return ((name, value) for name, value, _ in options_of(config))
 
 
 def words_of(config: Any) -> Iterator[str | Path]:
@@ -213,24 +235,16 @@ def words_of(config: Any) -> Iterator[str | Path]:
             yield from (f"--{name}", value if isinstance(value, Path) else str(value))
 
 
-def check_numbers(config: T) -> T:
-    """The config, in which no number is one that float32 or 64 bits cannot hold. Raises UserError."""
-    for name, value in flatten(config):
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float):
-                _check(name, number, -_LARGEST, _LARGEST)
-            elif isinstance(number, int):
-                bounds = (-(2**63), 2**64 - 1) if name.endswith("seed") else (-_MOST, _MOST)
-                _check(name, number, *bounds)
-    return config
+def check_bounds(config: T) -> T:
+    """The config, in which each number lies in the bounds of its field, and has room in float32 or 64 bits.
 
-
-def check_ranges(config: T, ranges: Mapping[str, tuple[float, float]]) -> T:
-    """The config, in which these fields, where they are numbers, lie between these ends. Raises UserError."""
-    for name, value in flatten(config):
+    Raises UserError.
+    """
+    for name, value, about in options_of(config):
         for number in value if isinstance(value, tuple) else (value,):
-            if name in ranges and isinstance(number, int | float):
-                _check(name, number, *ranges[name])
+            if isinstance(number, int | float):
+                most = _LARGEST if isinstance(number, float) else _MOST
+                _check(name, number, about.get("low", -most), about.get("high", most))
     return config
 
 

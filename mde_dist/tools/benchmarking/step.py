@@ -31,7 +31,7 @@ from mde_dist.training.losses import valid_counts
 from mde_dist.training.setup import check_batch, make_sample
 from mde_dist.training.step import TrainBatch, TrainModule
 from mde_dist.training.throughput import peak_flops
-from mde_dist.utils.cli import check_ranges
+from mde_dist.utils.cli import option
 from mde_dist.utils.errors import UserError
 
 _GAIN = 1.03  # from which on a choice is worth naming
@@ -41,17 +41,13 @@ _BATCHES = (8, 64, 256)  # on a GPU, where none are given
 
 @dataclass(frozen=True)
 class Own(Timing):
-    batches: tuple[int, ...] = ()
+    batches: tuple[int, ...] = option((), low=1, high=1e6)
     """Other batch sizes, images on the device at a time; none given = 8, 64 and 256 on a GPU, on a CPU none."""
     all: bool = False
     """On a CPU: also bf16, which few CPUs are fast at, and compile, which takes a minute."""
     profile: Path | None = None
     """Write what the device did in a few steps into this directory, as a trace for chrome://tracing or ui.perfetto.dev,
     and say which kinds of kernels took the time."""
-
-    def check(self) -> None:
-        super().check()
-        check_ranges(self, {"batches": (1, 1e6)})
 
 
 @dataclass(frozen=True)
