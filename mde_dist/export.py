@@ -22,7 +22,7 @@ import torch
 
 from mde_dist import __version__
 from mde_dist.data.augmentation import resize_image
-from mde_dist.data.config import CacheOptions
+from mde_dist.data.config import CacheOptions, eval_shards_of
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.images import IMAGE_SUFFIXES
 from mde_dist.data.shards import open_split
@@ -34,7 +34,6 @@ from mde_dist.inference.predictor import SMALLEST
 from mde_dist.models.depth_model import estimate, load_model
 from mde_dist.models.weights import MODEL
 from mde_dist.training.checkpoint import open_model, run_of
-from mde_dist.training.config import eval_shards_of
 from mde_dist.utils.cli import RUN_DIR, Place, Size, parse, run_command
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError

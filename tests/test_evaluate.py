@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from mde_dist import evaluate
 from mde_dist.data.shards import open_split
+from mde_dist.evaluation import results as results_module
 from mde_dist.inference.predictor import open_predictor
 from mde_dist.models.config import ModelConfig
 from mde_dist.models.depth_model import create_pretrained_model
@@ -73,7 +74,7 @@ def test_results_are_written_before_they_are_printed(checkpoint, tmp_path, monke
         assert json.loads((tmp_path / "result.json").read_text()) and (tmp_path / "images.csv").read_text()
         raise UserError("no terminal")
 
-    monkeypatch.setattr(evaluate, "show", printed)
+    monkeypatch.setattr(results_module, "show", printed)
     with pytest.raises(UserError, match="no terminal"):
         results(checkpoint, tmp_path, "--csv", str(tmp_path / "images.csv"))
 

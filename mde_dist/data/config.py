@@ -1,8 +1,10 @@
 """Options of the data: augmentation, cache. Imports no torch, so that `--help` is quick."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mde_dist.utils.cli import Size, option
 from mde_dist.utils.errors import UserError
@@ -72,3 +74,11 @@ def inner_size(size: tuple[int, int], border: float) -> tuple[int, int]:
 def border_pixels(side: int, border: float) -> int:
     """Pixels that are left out at each end of a side."""
     return math.floor(border * side + 0.5)
+
+
+def eval_shards_of(config: Mapping[str, Any]) -> str:
+    """Directory or URL of the evaluation split in a trained model's config. Raises UserError."""
+    place = config.get("data.eval_shards") or config.get("data.shards")
+    if not place:
+        raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")
+    return place

@@ -34,6 +34,15 @@ def serialize_model(tensors: Tensors, metadata: Mapping[str, Any]) -> bytes:
     return sealed(save(dict(tensors), {"mde_dist": json.dumps(about)}))
 
 
+def hash_tensors(tensors: Tensors) -> str:
+    """sha256 of names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def read_model(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(metadata, tensors) of a model.safetensors of ours. Raises UserError."""
     text, tensors = _read(path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mde_dist.data.config import CacheOptions
+from mde_dist.data.config import CacheOptions, eval_shards_of
 from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.depth import to_metres
 from mde_dist.data.shards import ShardDataset, open_split
@@ -21,7 +21,6 @@ from mde_dist.models.weights import MODEL, read_state_file
 from mde_dist.reporting.history import Run
 from mde_dist.reporting.panels import ImageTile, Scale, scale_of, tile
 from mde_dist.training.checkpoint import open_model
-from mde_dist.training.config import eval_shards_of
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.visualization import colorize, colorize_error
 

@@ -300,11 +300,3 @@ def to_toml(config: Config) -> str:
     defaults = dict(flatten(type(config)()))
     values = ((name, as_typed(value) if _is_path(name, value) else value) for name, value in flatten(config))
     return dump_toml((name, value) for name, value in values if value is not None or defaults[name] is not None)
-
-
-def eval_shards_of(config: dict[str, Any]) -> str:
-    """Directory or URL of the evaluation split in a trained model's config. Raises UserError."""
-    place = config.get("data.eval_shards") or config.get("data.shards")
-    if not place:
-        raise UserError("the checkpoint does not say what it was trained on; name it: --shards DIR or --source DIR")
-    return place
