@@ -156,11 +156,11 @@ def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[st
     """A save every few steps: (called, copied, on disk) of each, and (begin, end, …) of all steps."""
     from mde_dist.training.checkpoint_writer import AsyncCheckpointWriter
 
-    saves, counted, start = [], Rounds(*rounds), AsyncCheckpointWriter.submit
+    saves, counted, submit = [], Rounds(*rounds), AsyncCheckpointWriter.submit
 
-    def start_noting(self: AsyncCheckpointWriter, label: object, copy: Callable, write: Callable) -> None:
+    def submit_noting(self: AsyncCheckpointWriter, label: object, copy: Callable, write: Callable) -> None:
         saves.append(times := [time.perf_counter()])
-        start(self, label, copy, lambda copied: (write(copied), times.append(time.perf_counter())))
+        submit(self, label, copy, lambda copied: (write(copied), times.append(time.perf_counter())))
         times.insert(1, time.perf_counter())
 
     def pause(number: int, *_: Any) -> bool:
@@ -170,7 +170,7 @@ def fed_saves(folder: str, shards: str, rounds: list, **changes: Any) -> dict[st
             counted.end()
         return counted.begin()
 
-    AsyncCheckpointWriter.submit = start_noting
+    AsyncCheckpointWriter.submit = submit_noting
     run, argv = training(folder, shards, train_checkpoint_every=SAVE_STEPS * changes["train_batch_size"], **changes)
     steps = train_fed(argv, pause)
     size = sum(path.stat().st_size for path in max((run / "checkpoints").iterdir()).iterdir()) / 1e6

@@ -180,7 +180,7 @@ def evaluate(command: EvaluateCommand, model: "Model | None", error: Exception |
                 results.write_json(command.json, record)
             if command.csv:
                 results.write_csv(command.csv, protocols, rows, truth)
-            results.show(record, f"{source.title} on {samples.place} {split}")
+            results.show(record, f"{source.title} on {samples.location} {split}")
             for line in [*([stray_in_words(stray)] if stray else []), *summary(command)]:
                 say(line)
         del source  # and with it the model, before the process group goes: see `init_distributed`

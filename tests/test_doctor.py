@@ -26,7 +26,7 @@ from mde_dist.data.shards import open_split
 from mde_dist.tools.diagnostics import data, machine, step
 from mde_dist.tools.diagnostics.examine import duration, verdict
 from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
-from mde_dist.tools.diagnostics.place import check_cache, check_disk
+from mde_dist.tools.diagnostics.run_dir import check_cache, check_disk
 from mde_dist.tools.diagnostics.step import Measured, checkpoint_bytes
 from mde_dist.training.config import read_config
 from mde_dist.training.step import TrainModule, check_statistics

@@ -18,7 +18,7 @@ from mde_dist.distributed.environment import ignored_variables, missing_interfac
 from mde_dist.distributed.process_group import init_distributed, promised_processes
 from mde_dist.training.config import read_config
 from mde_dist.utils.cli import read_alone, run_command
-from mde_dist.utils.console import own_place
+from mde_dist.utils.console import own_rank
 from mde_dist.utils.errors import UserError
 
 LEFTOVERS = {
@@ -169,6 +169,6 @@ def test_the_place_that_another_job_had_among_its_ranks_is_not_this_process_s(mo
     for name, value in {"LOCAL_WORLD_SIZE": "8", "RANK": "3", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert (ranks_here(), own_place("RANK")) == (1, 0)
+    assert (ranks_here(), own_rank("RANK")) == (1, 0)
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert (ranks_here(), own_place("RANK")) == (8, 3)
+    assert (ranks_here(), own_rank("RANK")) == (8, 3)

@@ -52,14 +52,14 @@ def test_a_sign_of_life_is_not_answered_with_another(hub):
 def test_a_rank_that_ends_because_of_another_is_not_named_with_it(hub, monkeypatch):
     rank, lines = hub
     lines[2].close()
-    wait_until(rank._found.is_set)
+    wait_until(rank._loss_known.is_set)
     # what the third one does when it has waited long enough for the second, is what the first one does
     monkeypatch.setattr(os, "_exit", lambda code: None)
     monkeypatch.setattr(peers, "emergency_print", lambda text, terminal: None)
     rank._end_here()
-    assert heard(lines[1], 0.3)[-1] == peers._BYE
-    lines[1].send(peers._MESSAGE.pack(peers._BYE, 1))
+    assert heard(lines[1], 0.3)[-1] == peers._GOODBYE
+    lines[1].send(peers._MESSAGE.pack(peers._GOODBYE, 1))
     lines[1].close()
-    wait_until(lambda: not rank._lines[1].open)
+    wait_until(lambda: not rank._connections[1].open)
     time.sleep(0.1)
-    assert rank._sentence().startswith("rank 2 is gone; ")
+    assert rank._loss_message().startswith("rank 2 is gone; ")

@@ -105,7 +105,7 @@ def test_every_sample_is_what_was_packed(tmp_path: Path, codec: str) -> None:
 
 def test_counts_come_from_the_manifest(whole: Path) -> None:
     manifest = manifest_of(whole)
-    assert manifest.place == str(whole)
+    assert manifest.location == str(whole)
     assert manifest.sha256 == hashlib.sha256((whole / "manifest.json").read_bytes()).hexdigest()
     assert (manifest.codec, manifest.size, manifest.layout, list(manifest.splits)) == (
         "blosc",

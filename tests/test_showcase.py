@@ -59,7 +59,7 @@ def test_what_is_written_is_read_again(tmp_path):
     found = read_snapshots(tmp_path)
     assert found.keys == ["a", "b"]
     assert (found.image == image).all()
-    assert np.allclose(found.truth * 1000, truth, atol=1e-2)
+    assert np.allclose(found.target * 1000, truth, atol=1e-2)
     assert list(found.predictions) == [800, 1600]
     assert np.allclose(found.predictions[1600] * 1000, second, atol=1e-2)
     assert make_image_strips(image, truth, first).shape == (2, 12, 48, 3)
@@ -82,7 +82,7 @@ def test_other_images_take_the_place_of_those_that_a_run_given_up_left(tmp_path)
     write_snapshots(tmp_path, 400, ["b"], image + 7, 2 * ones, ones)
     found = read_snapshots(tmp_path)
     assert (found.keys, list(found.predictions)) == (["b"], [400])
-    assert (found.image == 7).all() and np.allclose(found.truth, 2e-3)
+    assert (found.image == 7).all() and np.allclose(found.target, 2e-3)
 
 
 def test_pictures_of_other_sizes_are_refused(tmp_path):

@@ -139,7 +139,7 @@ def test_training_from_s3_learns_the_same(bucket, room_shards, tmp_path):
 def test_a_query_that_holds_a_key_is_in_no_message(room_shards, tmp_path):
     options = CacheOptions(tmp_path / "cache", 10**8, patience=0.5)
     with FileServer(room_shards) as server, open_split(f"{server.url}/?token=secret", "train", options) as shards:
-        assert "secret" not in shards.manifest.place + shards.file_of(3) + shards.advice
+        assert "secret" not in shards.manifest.location + shards.file_of(3) + shards.advice
         assert "secret" in server.targets[0]
         server.fail(Fault(status=403))
         with pytest.raises(UserError) as error:

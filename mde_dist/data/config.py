@@ -43,7 +43,7 @@ class AugmentConfig:
     """Train on a random window of this size in pixels, of images resized to data.size; None = on all of them. At least
     32x32. Evaluation sees whole images."""
     zoom: float = option(1, low=1, high=4)
-    """Largest magnification, 1..4: each image is magnified z times about a random place, z uniform in 1..zoom, and its
+    """Largest magnification, 1..4: each image is magnified z times about a random point, z uniform in 1..zoom, and its
     depth divided by z (Eigen et al., 2014)."""
     cut_depth: float = option(0, low=0, high=1)
     """Probability of pasting a random rectangle of the depth map into the image, as grey values, 0..1 (CutDepth, Ishii

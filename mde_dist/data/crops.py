@@ -1,6 +1,6 @@
 """Geometry of augmentation, on the device: the part of an image that a training view shows, and what is pasted into it.
 
-All places are drawn and computed on the host in float64; the device only gathers.
+All positions are drawn and computed on the host in float64; the device only gathers.
 """
 
 import numpy as np
@@ -39,8 +39,8 @@ def random_crop_zoom(
     if augment.zoom == 1 and view == (height, width):
         return image, depth
     zoom = 1 + (augment.zoom - 1) * draw[:, 2]
-    rows = _places(draw[:, 0], height, view[0], zoom, augment.zoom > 1)
-    columns = _places(draw[:, 1], width, view[1], zoom, augment.zoom > 1)
+    rows = _positions(draw[:, 0], height, view[0], zoom, augment.zoom > 1)
+    columns = _positions(draw[:, 1], width, view[1], zoom, augment.zoom > 1)
     told = on_device(np.concatenate([zoom[:, None], rows, columns], axis=1), image.device)
     y, x = told[:, 1 : 1 + view[0]], told[:, 1 + view[0] :]
     one = torch.arange(len(image), device=image.device).view(-1, 1, 1)
@@ -55,7 +55,7 @@ def random_crop_zoom(
     return image, depth / told[:, :1, None].float()
 
 
-def _places(draw: np.ndarray, source: int, target: int, zoom: np.ndarray, between: bool) -> np.ndarray:
+def _positions(draw: np.ndarray, source: int, target: int, zoom: np.ndarray, between: bool) -> np.ndarray:
     """Positions of the centres of a window's pixels along one side, float64 (batch, target), from 0 at the first
     pixel's outer edge to `source`. `between`: the window may begin between pixels."""
     room = source - target / zoom
@@ -76,9 +76,9 @@ def rectangles(draw: np.ndarray, size: tuple[int, int], augment: AugmentConfig) 
     return np.stack([first[:, 0], last[:, 0], first[:, 1], last[:, 1]], axis=1)
 
 
-def paste_depth(image: torch.Tensor, depth: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The image 0..1 with grey values of the depth in `places`, as `rectangles` gives them; holes keep the image."""
-    top, bottom, left, right = places[:, :, None].unbind(1)
+def paste_depth(image: torch.Tensor, depth: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """The image 0..1 with grey values of the depth in `boxes`, as `rectangles` gives them; holes keep the image."""
+    top, bottom, left, right = boxes[:, :, None].unbind(1)
     row = torch.arange(depth.shape[-2], device=depth.device)
     column = torch.arange(depth.shape[-1], device=depth.device)
     inside = ((row >= top) & (row < bottom))[:, :, None] & ((column >= left) & (column < right))[:, None, :]

@@ -23,7 +23,7 @@ class DepthDataset(ABC):
 
     size: tuple[int, int]
     """Height and width of every image and depth map, pixels."""
-    place: str
+    location: str
     """Location of the pairs: a directory, a file or a URL."""
     advice: str
     """Advice to the user about damage."""

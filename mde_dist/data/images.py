@@ -218,12 +218,12 @@ def _unknown(data: bytes, formats: tuple[str, ...]) -> str:
 
 def _is_baseline(data: bytes) -> bool:
     """True for a three-component JPEG in baseline mode (SOF0), which every decoder reads at full speed."""
-    place = len(_JPEG)
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+    position = len(_JPEG)
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == 0xC0:
-            return data[place + 9] == 3
+            return data[position + 9] == 3
         if marker in (0xC1, 0xC2, 0xC3, 0xDA):
             return False
-        place += 2 + length
+        position += 2 + length
     return False

@@ -46,7 +46,7 @@ class Index:
         self._file.close()
 
     def _header(self) -> int:
-        """The place of the first row. Raises ValueError."""
+        """Offset of the first row, bytes. Raises ValueError."""
         self._file.seek(0)
         try:
             version = np.lib.format.read_magic(self._file)

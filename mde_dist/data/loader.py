@@ -46,9 +46,9 @@ class Batch:
     epoch: np.ndarray
     """int64 (batch,)."""
     sample: np.ndarray
-    """int64 (batch,), place in the split."""
+    """int64 (batch,), index in the split."""
     replaced: int = 0
-    """Samples of it that are damaged, so that another one is in their place."""
+    """Samples of it that are damaged, so that another one was read instead."""
 
 
 @dataclass
@@ -235,7 +235,7 @@ class DataLoader:
                 slot.ready.set()
 
     def _read(self, sample: int, image: np.ndarray, depth: np.ndarray) -> bool:
-        """Read a sample, or a whole one in its place; returns whether it had to be replaced."""
+        """Read a sample, or a whole one instead of it; returns whether it had to be replaced."""
         reader = threading.get_ident()
         try:
             for step in range(_SUBSTITUTES):

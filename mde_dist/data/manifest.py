@@ -63,7 +63,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    place: str
+    location: str
     """The directory or URL of the shards."""
     sha256: str
     """Hash of manifest.json: two runs with one hash saw the same data."""
@@ -81,15 +81,15 @@ class Manifest:
         return {file.name for split in self.splits.values() for file in (*split.shards, split.index, split.mean_map)}
 
 
-def parse_manifest(data: bytes, place: str) -> Manifest:
-    """The manifest of the shards at `place` from its bytes. Raises UserError."""
-    where = f"{place}/{NAME}"
+def parse_manifest(data: bytes, location: str) -> Manifest:
+    """The manifest of the shards at `location` from its bytes. Raises UserError."""
+    where = f"{location}/{NAME}"
     try:
         raw = json.loads(data)
         if raw["format"] != FORMAT or raw["version"] != VERSION:
             raise UserError(
                 f"{where}: format {raw['format']} {raw['version']}, this version reads {FORMAT} {VERSION}; "
-                f"move the manifest away and make a new one with: {command_for('index', place)}"
+                f"move the manifest away and make a new one with: {command_for('index', location)}"
             )
         if raw["codec"] not in depth.CODECS:
             raise UserError(f"{where}: depth codec {raw['codec']!r}, this version reads {', '.join(depth.CODECS)}")
@@ -102,16 +102,16 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{where} is damaged ({type(error).__name__}: {error}); move it away and make a new one from the tars "
-            f"with: {command_for('index', place)}"
+            f"with: {command_for('index', location)}"
         ) from None
-    return Manifest(place, hashlib.sha256(data).hexdigest(), codec, (height, width), layout, splits, raw)
+    return Manifest(location, hashlib.sha256(data).hexdigest(), codec, (height, width), layout, splits, raw)
 
 
-def command_for(action: str, place: str) -> str:
+def command_for(action: str, location: str) -> str:
     """The command that verifies, repairs or indexes shards; a server's shards where they were made."""
-    if is_remote(place):
+    if is_remote(location):
         return command_line("shard", f"--{action}", then="DIR (where they were packed)")
-    return command_line("shard", f"--{action}", Path(place))
+    return command_line("shard", f"--{action}", Path(location))
 
 
 def _split(name: str, raw: Mapping[str, Any]) -> SplitInfo:

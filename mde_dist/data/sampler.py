@@ -62,14 +62,14 @@ class GlobalSampler:
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 stream positions (any shape, >= 0) -> (epoch, sample index), both int64 of the same shape."""
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
-        samples = np.empty_like(places)
+        epochs, offsets = np.divmod(np.asarray(positions, dtype=np.int64), self.samples)
+        samples = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
-            windows = np.where(epochs == epoch, _epoch(self, epoch).slot_of(places) // self.window, -1)
+            windows = np.where(epochs == epoch, _epoch(self, epoch).slot_of(offsets) // self.window, -1)
             for number in np.unique(windows).tolist():
                 if number >= 0:
                     window, here = _window(self, epoch, number), windows == number
-                    samples[here] = window.samples[places[here] - window.first]
+                    samples[here] = window.samples[offsets[here] - window.first]
         return epochs, samples
 
     def windows(self, position: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -92,10 +92,10 @@ class _Epoch:
     ranges: np.ndarray
     """int64 (blocks, 2): first and end sample of the block at each slot."""
     starts: np.ndarray
-    """int64 (blocks + 1,): place in the epoch of the first sample of each slot, and the end of the last."""
+    """int64 (blocks + 1,): offset in the epoch of the first sample of each slot, and the end of the last."""
 
-    def slot_of(self, place: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.starts, place, side="right") - 1
+    def slot_of(self, offset: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, offset, side="right") - 1
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two
@@ -110,7 +110,7 @@ class _Window:
     """A stretch of an epoch, laid out."""
 
     first: int
-    """Its place in the epoch."""
+    """Its offset in the epoch."""
     samples: np.ndarray
     """int64, in their order."""
 

@@ -52,13 +52,13 @@ def _key_in(header: bytes) -> str:
     return split_name(name.decode(errors="replace"))[0]
 
 
-def _key_at(file: int, place: int) -> str:
-    """The key of the member whose header is at `place`, checked, in an open tar. Raises ValueError or OSError.
+def _key_at(file: int, offset: int) -> str:
+    """The key of the member whose header is at `offset`, checked, in an open tar. Raises ValueError or OSError.
 
     A name that is long or not ASCII may lie in a header of its own before it (POSIX pax, GNU).
     """
-    start = max(0, place - _NAME_BLOCKS * TAR_BLOCK)
-    data = os.pread(file, place + TAR_BLOCK - start, start)
+    start = max(0, offset - _NAME_BLOCKS * TAR_BLOCK)
+    data = os.pread(file, offset + TAR_BLOCK - start, start)
     header = data[-TAR_BLOCK:]
     tarfile.TarInfo.frombuf(header, "utf-8", "replace")  # which checks the header's own sum
     for first in range(len(data) - 3 * TAR_BLOCK, -1, -TAR_BLOCK):
@@ -97,11 +97,11 @@ class ShardDataset(DepthDataset):
 
     def __init__(self, manifest: Manifest, store: Store, split: str):
         if split not in manifest.splits:
-            raise UserError(f"{manifest.place} has no split {split!r}; it has {', '.join(manifest.splits)}")
+            raise UserError(f"{manifest.location} has no split {split!r}; it has {', '.join(manifest.splits)}")
         super().__init__()
         self.manifest, self.info, self.size = manifest, manifest.splits[split], manifest.size
-        self.place, self.remote = manifest.place, store.remote
-        self.advice = f"see what is whole with: {command_for('verify', manifest.place)}"
+        self.location, self.remote = manifest.location, store.remote
+        self.advice = f"see what is whole with: {command_for('verify', manifest.location)}"
         self._store = store
         self._hopeless: set[int] = set()  # samples that are damaged in a file that is the one of the manifest
         for shard in self.info.shards:
@@ -195,7 +195,7 @@ class ShardDataset(DepthDataset):
 
     def file_of(self, sample: int) -> str:
         """Path or URL of the tar that holds the sample."""
-        return f"{self.manifest.place}/{self.info.shards[self._number(sample)].name}"
+        return f"{self.manifest.location}/{self.info.shards[self._number(sample)].name}"
 
     def shards_of(self, ranges: np.ndarray) -> list[int]:
         """Numbers of the shards that hold the samples of `ranges`, int64 (n, 2), first and end of each."""
@@ -257,8 +257,8 @@ class ShardDataset(DepthDataset):
     def _broken(self, info: FileInfo, error: object) -> UserError:
         what = error.strerror if isinstance(error, OSError) else error
         return UserError(
-            f"{self.manifest.place}/{info.name}: {what}; repair the shards with: "
-            f"{command_for('repair', self.manifest.place)}"
+            f"{self.manifest.location}/{info.name}: {what}; repair the shards with: "
+            f"{command_for('repair', self.manifest.location)}"
         )
 
     def _open_shard(self, number: int) -> int:
@@ -279,7 +279,7 @@ class ShardDataset(DepthDataset):
         raise UserError(f"{path} is taken out of the cache at once; give it more room with --data.cache-gb")
 
 
-def open_split(place: str | os.PathLike[str], split: str, cache: CacheOptions = CacheOptions()) -> ShardDataset:  # noqa: B008
+def open_split(location: str | os.PathLike[str], split: str, cache: CacheOptions = CacheOptions()) -> ShardDataset:  # noqa: B008
     """Open one split of a directory of shards, or of a URL. Raises UserError."""
-    manifest, store = open_store(place, cache)
+    manifest, store = open_store(location, cache)
     return ShardDataset(manifest, store, split)

@@ -87,14 +87,14 @@ def tars_in(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("*.tar") if not left_behind(path.name))
 
 
-def open_store(place: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:
+def open_store(location: str | os.PathLike[str], cache: CacheOptions) -> tuple[Manifest, Store]:
     """The manifest of the shards at a directory or URL, and their files. Raises UserError."""
-    if is_remote(str(place)):
-        remote = open_remote(str(place))
+    if is_remote(str(location)):
+        remote = open_remote(str(location))
         data = read_whole(remote, NAME, _MAX_MANIFEST, cache.patience)
         manifest = parse_manifest(data, remote.url("").rstrip("/"))
         return manifest, RemoteStore(remote, Cache(with_home(cache.directory), cache.limit, cache.patience))
-    directory = Path(place)
+    directory = Path(location)
     try:
         data = (directory / NAME).read_bytes()
     except FileNotFoundError:

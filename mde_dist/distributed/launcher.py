@@ -89,14 +89,14 @@ def _may_launch(process: int) -> bool:
     """
     if not Path("/proc/self").is_dir():
         return process != 1
-    place = Path(f"/proc/{process}")
+    proc = Path(f"/proc/{process}")
     try:
-        if place.stat().st_uid != os.geteuid():
+        if proc.stat().st_uid != os.geteuid():
             return False
         try:
-            return b"libtorch" in (place / "maps").read_bytes()
+            return b"libtorch" in (proc / "maps").read_bytes()
         except PermissionError:  # it has privileges that this process has not
-            return b"python" in (place / "cmdline").read_bytes()
+            return b"python" in (proc / "cmdline").read_bytes()
     except OSError:
         return False
 

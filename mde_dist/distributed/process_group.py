@@ -145,9 +145,9 @@ def _missing_interface(promised: int, cuda: bool) -> RankError | None:
 
 def _not_met(failure: Exception) -> str:
     host, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     why = " ".join(str(failure).split())[:200]
-    return f"the processes did not meet at {place} ({why}); see whether all nodes were started and can reach it"
+    return f"the processes did not meet at {address} ({why}); see whether all nodes were started and can reach it"
 
 
 def promised_processes() -> int:

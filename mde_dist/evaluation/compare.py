@@ -88,8 +88,8 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, 
     Both records must have the same fingerprint, hence the same images, in whatever order.
     """
     (keys, first), (others, second) = load_rows(a, protocol.name), load_rows(b, protocol.name)
-    place = {key: row for row, key in enumerate(others)}
-    second = second[[place[key] for key in keys]]
+    row_of = {key: row for row, key in enumerate(others)}
+    second = second[[row_of[key] for key in keys]]
     scored = first[:, 0] > 0
     first, second = first[scored], second[scored]
     found = [means(rows, np.ones((1, len(first))), protocol)[0] for rows in (first, second)]

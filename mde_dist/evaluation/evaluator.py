@@ -96,26 +96,26 @@ def evaluate_split(
     images = min(len(samples), limit or len(samples))
     world, rank = accelerator.num_processes, accelerator.process_index
     starts = range(rank * batch_size, images, world * batch_size)
-    widths = [measure.columns for measure in metrics]
+    widths = [metric.columns for metric in metrics]
     table = torch.zeros((images, sum(widths) + 1), dtype=torch.float64, device=accelerator.device)
 
-    def draws(prefetch: Prefetch) -> Iterator[BatchIndices]:
+    def batch_indices(prefetch: Prefetch) -> Iterator[BatchIndices]:
         for start in starts:
             prefetch.advance(start)
-            drawn = np.arange(start, min(start + batch_size, images))
-            yield np.zeros_like(drawn), drawn
+            indices = np.arange(start, min(start + batch_size, images))
+            yield np.zeros_like(indices), indices
 
     def score_batch(batch: Batch) -> None:
-        truth, prediction = depth_counts(batch), predict(batch)
+        target, prediction = depth_counts(batch), predict(batch)
         with one_thread():
-            for sample, p, g in zip(batch.sample, prediction.split(1), truth.split(1), strict=True):
-                row = torch.cat([measure.of(p, g)[0] for measure in metrics])
+            for sample, p, g in zip(batch.sample, prediction.split(1), target.split(1), strict=True):
+                row = torch.cat([metric.of(p, g)[0] for metric in metrics])
                 table[int(sample), :-1], table[int(sample), -1] = row, 1
         progress(int(batch.sample[-1]) + 1, images)
 
     with (
         Prefetch(samples, samples.in_order()) as prefetch,
-        DataLoader(samples, draws(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
+        DataLoader(samples, batch_indices(prefetch), batch_size, accelerator.device, threads, stop=stop) as loader,
         torch.inference_mode(),
     ):
         for _ in range(-(-images // (world * batch_size))):

@@ -131,4 +131,4 @@ def identity(samples: DepthDataset | None) -> str:
     """Text that is the same on all ranks that read the same images."""
     if isinstance(samples, ShardDataset):
         return samples.manifest.sha256
-    return f"{samples.place}, {len(samples)} images" if samples else "not at hand"
+    return f"{samples.location}, {len(samples)} images" if samples else "not at hand"

@@ -95,8 +95,8 @@ def valid_pairs(
         inside[rows, columns] = True
         scored &= inside
     for p, g, mask in zip(resize_to(prediction, depth), depth, scored, strict=True):
-        truth = g[mask].double()
-        yield (clamp_prediction(p[mask], truth, protocol, per_metre) if len(truth) else truth), truth, mask
+        target = g[mask].double()
+        yield (clamp_prediction(p[mask], target, protocol, per_metre) if len(target) else target), target, mask
 
 
 def clamp_prediction(p: torch.Tensor, g: torch.Tensor, protocol: Protocol, per_metre: float) -> torch.Tensor:
@@ -183,7 +183,7 @@ class Summary:
     images: int
     """Images that were scored."""
     unscored: tuple[int, ...]
-    """Images without a valid pixel, by their place in the split: counted apart."""
+    """Images without a valid pixel, by their index in the split: counted apart."""
     metrics: dict[str, float]
 
 

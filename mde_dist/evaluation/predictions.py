@@ -46,7 +46,7 @@ class _Map:
 
     file: Path
     row: int | None = None
-    """Its place in a file that holds them all."""
+    """Its index in a file that holds all maps."""
 
 
 class Predictions:
@@ -100,29 +100,29 @@ class Predictions:
 
 
 def open_predictions(
-    place: Path, samples: DepthDataset, match: Match = "name", scale: float | None = None
+    path: Path, samples: DepthDataset, match: Match = "name", scale: float | None = None
 ) -> tuple[Predictions, list[str]]:
-    """The predictions in `place` for every image of a split, and what is to be said of how they were found.
+    """The predictions in `path` for every image of a split, and what is to be said of how they were found.
 
-    `place`: a folder with a file per image, or one .npy or .npz with all maps in the order of the split, (images, h,
+    `path`: a folder with a file per image, or one .npy or .npz with all maps in the order of the split, (images, h,
     w). `scale`: as of Predictions. Raises UserError where not every image has exactly one.
     """
     last = len(samples) - 1
-    if place.is_file():
-        count, notes = _header(place)[0][0], list[str]()
-        _check_count(place, count, samples)
-        maps = [_Map(place, row) for row in range(count)]
+    if path.is_file():
+        count, notes = _header(path)[0][0], list[str]()
+        _check_count(path, count, samples)
+        maps = [_Map(path, row) for row in range(count)]
         how = f"in the order of the split: map 0 to {samples.key(0)}, map {last} to {samples.key(last)}"
     else:
-        chosen, notes = _choose(place, samples, match)
+        chosen, notes = _choose(path, samples, match)
         maps = [_Map(file) for file in chosen]
-        ends = (f"{chosen[sample].relative_to(place)} to {samples.key(sample)}" for sample in (0, last))
+        ends = (f"{chosen[sample].relative_to(path)} to {samples.key(sample)}" for sample in (0, last))
         order = ", files in natural order of their names (2 before 10)" if match == "order" else ""
         how = f"matched by {match}{order}: {', '.join(ends)}"
     predictions = Predictions(maps, samples.size, scale)
     size = predictions.read(0).shape
     brought = "" if size == samples.size else f"; {hxw(size)}, brought to {hxw(samples.size)}"
-    return predictions, [f"{place}: {len(maps)} predictions, {how}; {predictions.units}{brought}", *notes]
+    return predictions, [f"{path}: {len(maps)} predictions, {how}; {predictions.units}{brought}", *notes]
 
 
 def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
@@ -138,21 +138,21 @@ def _another_view(size: tuple[int, ...], whole: tuple[int, int]) -> str:
     return "" if off <= stride * (rows + columns) else "a part of the view, as no one scale gives both sides"
 
 
-def _check_count(place: Path, count: int, samples: DepthDataset) -> None:
+def _check_count(path: Path, count: int, samples: DepthDataset) -> None:
     if count != len(samples):
-        raise UserError(f"{place} holds {count} predictions, the split has {len(samples)} images")
+        raise UserError(f"{path} holds {count} predictions, the split has {len(samples)} images")
 
 
-def _choose(place: Path, samples: DepthDataset, match: Match) -> tuple[list[Path], list[str]]:
+def _choose(path: Path, samples: DepthDataset, match: Match) -> tuple[list[Path], list[str]]:
     """The file of each image, all arrays or else all pictures, and what is to be said of the others. Raises UserError.
 
     Arrays say more than pictures, but what lies beside predictions (`intrinsics.npy`) does not stand for them.
     """
-    arrays, pictures, coloured = _find(place)
+    arrays, pictures, coloured = _find(path)
     chosen, failures = list[Path](), list[tuple[int, UserError]]()
     for files in filter(None, (arrays, pictures)):
         try:
-            chosen = _by_name(place, files, samples) if match == "name" else _by_order(place, files, samples)
+            chosen = _by_name(path, files, samples) if match == "name" else _by_order(path, files, samples)
             break
         except UserError as error:
             failures.append((len(files), error))
@@ -160,7 +160,7 @@ def _choose(place: Path, samples: DepthDataset, match: Match) -> tuple[list[Path
         raise max(failures, key=lambda failure: failure[0])[1]
     left = len(files) - len(chosen)
     notes = [f"{left} files have the name of none of the images and were left out"] if left else []
-    if match == "order" and (other := _named_otherwise(place, chosen, samples)):
+    if match == "order" and (other := _named_otherwise(path, chosen, samples)):
         notes.append(other)
     if files is arrays and (beside := len(pictures) + len(coloured)):
         notes.append(f"{beside} pictures beside them were left out")
@@ -170,31 +170,31 @@ def _choose(place: Path, samples: DepthDataset, match: Match) -> tuple[list[Path
     return chosen, notes
 
 
-def _by_order(place: Path, files: list[Path], samples: DepthDataset) -> list[Path]:
-    _check_count(place, len(files), samples)
+def _by_order(path: Path, files: list[Path], samples: DepthDataset) -> list[Path]:
+    _check_count(path, len(files), samples)
     return files
 
 
-def _named_otherwise(place: Path, files: list[Path], samples: DepthDataset) -> str:
+def _named_otherwise(path: Path, files: list[Path], samples: DepthDataset) -> str:
     """A warning where the names of files that were matched by their order say that they are of other images."""
     try:
-        named = _by_name(place, files, samples)
+        named = _by_name(path, files, samples)
     except UserError:
         return ""
     wrong = next((sample for sample, file in enumerate(files) if file != named[sample]), None)
     if wrong is None:
         return ""
     return (
-        f"warning: by their names they belong to other images, such as {named[wrong].relative_to(place)} to "
-        f"{samples.key(wrong)}, for which {files[wrong].relative_to(place)} is taken; --match name goes by the names"
+        f"warning: by their names they belong to other images, such as {named[wrong].relative_to(path)} to "
+        f"{samples.key(wrong)}, for which {files[wrong].relative_to(path)} is taken; --match name goes by the names"
     )
 
 
-def _find(place: Path) -> tuple[list[Path], list[Path], list[Path]]:
+def _find(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """List the files of a folder, in natural order: arrays, grey pictures, coloured ones. Raises UserError."""
-    if not place.is_dir():
-        raise UserError(f"--predictions {place}: no such folder or file")
-    entries = files_below(place)
+    if not folder.is_dir():
+        raise UserError(f"--predictions {folder}: no such folder or file")
+    entries = files_below(folder)
     refuse_dead_links(path for path in entries if path.suffix.lower() in (*SUFFIXES, ""))  # "" may be a folder
     found = [path for path in entries if path.suffix.lower() in SUFFIXES]
     arrays = [path for path in found if path.suffix.lower() != ".png"]
@@ -203,7 +203,7 @@ def _find(place: Path) -> tuple[list[Path], list[Path], list[Path]]:
         if path.suffix.lower() == ".png":
             (coloured if _is_coloured(path) else pictures).append(path)
     if not (arrays or pictures):
-        raise UserError(f"--predictions {place}: no depth map in it (16-bit PNG, .npy or .npz)")
+        raise UserError(f"--predictions {folder}: no depth map in it (16-bit PNG, .npy or .npz)")
     return arrays, pictures, coloured
 
 
@@ -222,7 +222,7 @@ def _parts(name: str) -> tuple[str, ...]:
     return tuple(word for word in words if word not in _KINDS | _UNITS)
 
 
-def _by_name(place: Path, files: Sequence[Path], samples: DepthDataset) -> list[Path]:
+def _by_name(path: Path, files: Sequence[Path], samples: DepthDataset) -> list[Path]:
     """The file of each image: the one whose name ends in most of the same words and numbers. Raises UserError."""
     endings: dict[tuple[str, ...], set[int]] = {}
     for sample in range(len(samples)):
@@ -233,7 +233,7 @@ def _by_name(place: Path, files: Sequence[Path], samples: DepthDataset) -> list[
     known = {word for ending in endings for word in ending}
     best: dict[int, tuple[int, Path]] = {}
     for file in files:
-        words = _parts(file.relative_to(place).as_posix())
+        words = _parts(file.relative_to(path).as_posix())
         parts = tuple(word for word in words if word.isascii() or word in known)  # "depth" in any language is none
         ending = next((parts[start:] for start in range(len(parts)) if parts[start:] in endings), ())
         matches = endings.get(ending, set())
@@ -252,7 +252,7 @@ def _by_name(place: Path, files: Sequence[Path], samples: DepthDataset) -> list[
     lacking = [sample for sample in range(len(samples)) if sample not in best]
     if lacking:
         raise UserError(
-            f"{place}: {len(lacking)} of {len(samples)} images have no prediction of their name, such as "
+            f"{path}: {len(lacking)} of {len(samples)} images have no prediction of their name, such as "
             f"{samples.key(lacking[0])}; it holds {len(files)} files, such as {files[0].name}; where they are in the "
             "order of the split, say --match order"
         )

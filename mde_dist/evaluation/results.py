@@ -43,7 +43,7 @@ N_HASH_COLUMNS = 4
 class GroundTruth:
     """Ground truth of a split."""
 
-    place: str
+    location: str
     split: str
     size: tuple[int, int]
     """Height and width of the maps, pixels."""
@@ -57,7 +57,7 @@ class GroundTruth:
 
 
 def target_hashes(prediction: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
-    """float64 (batch, DIGEST): 192 bits of the sha256 of each truth, uint16 counts, in parts held exactly."""
+    """float64 (batch, DIGEST): 192 bits of the sha256 of each depth map, uint16 counts, in parts held exactly."""
     found = [hashlib.sha256(counts.tobytes()).digest() for counts in depth.cpu().numpy().astype("<u2")]
     parts = [[int.from_bytes(digest[6 * k : 6 * k + 6], "big") for k in range(N_HASH_COLUMNS)] for digest in found]
     return torch.tensor(parts, dtype=torch.float64, device=depth.device)
@@ -70,21 +70,21 @@ def hash_ground_truth(keys: Sequence[str], size: tuple[int, int], rows: torch.Te
 
 
 def ground_truth_of(samples: DepthDataset, split: str, rows: torch.Tensor) -> GroundTruth:
-    """The truth that was scored, the first images of `samples` or all, from their `target_hashes`."""
+    """Ground truth that was scored, the first images of `samples` or all, from their `target_hashes`."""
     keys = [samples.key(sample) for sample in range(len(rows))]
     manifest = samples.manifest.sha256 if isinstance(samples, ShardDataset) else None
     sha256 = hash_ground_truth(keys, samples.size, rows)
-    return GroundTruth(samples.place, split, samples.size, manifest, keys, samples.scenes[: len(keys)], sha256)
+    return GroundTruth(samples.location, split, samples.size, manifest, keys, samples.scenes[: len(keys)], sha256)
 
 
-def fingerprint(protocol: Protocol, images: int, truth: GroundTruth) -> dict[str, Any]:
+def fingerprint(protocol: Protocol, images: int, ground_truth: GroundTruth) -> dict[str, Any]:
     """Everything that two results must have in common to be compared.
 
     The version is that of the definitions of the metrics: records of other releases can be compared. mde_dist 0.1 had
     its own version in place of it.
     """
     numbers = json.loads(json.dumps(asdict(protocol)).replace("Infinity", "null"))  # JSON has no infinity
-    return {"protocol": numbers, "images": images, "ground_truth": truth.sha256, "definitions": DEFINITIONS}
+    return {"protocol": numbers, "images": images, "ground_truth": ground_truth.sha256, "definitions": DEFINITIONS}
 
 
 def short_hash(fingerprint: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def short_hash(fingerprint: Mapping[str, Any]) -> str:
 def to_json(
     tables: Mapping[str, Sequence[torch.Tensor]],
     protocols: Sequence[Protocol],
-    truth: GroundTruth,
+    ground_truth: GroundTruth,
     predictor: Mapping[str, Any],
     findings: Sequence[str],
     where: torch.Tensor | None = None,
@@ -112,27 +112,31 @@ def to_json(
     }
     for summary in summaries["model"]:
         if not summary.images:
-            raise UserError(f"protocol {summary.protocol}: none of the {len(truth.keys)} images has a pixel to score")
+            raise UserError(
+                f"protocol {summary.protocol}: none of the {len(ground_truth.keys)} images has a pixel to score"
+            )
     return {
         "format": FORMAT,
         "version": VERSION,
         "made_by": f"mde_dist {__version__}",
         "predictor": dict(predictor),
         "ground_truth": {
-            **{"place": truth.place, "split": truth.split, "size": list(truth.size)},
-            **{"manifest": truth.manifest, "sha256": truth.sha256, "images": len(truth.keys)},
+            **{"place": ground_truth.location, "split": ground_truth.split, "size": list(ground_truth.size)},
+            **{"manifest": ground_truth.manifest, "sha256": ground_truth.sha256, "images": len(ground_truth.keys)},
         },
-        "fingerprints": {s.protocol: fingerprint(PROTOCOLS[s.protocol], s.images, truth) for s in summaries["model"]},
+        "fingerprints": {
+            s.protocol: fingerprint(PROTOCOLS[s.protocol], s.images, ground_truth) for s in summaries["model"]
+        },
         "results": {
             name: {summary.protocol: {"images": summary.images, **summary.metrics} for summary in column}
             for name, column in summaries.items()
         },
-        "unscored": {s.protocol: [truth.keys[sample] for sample in s.unscored] for s in summaries["model"]},
+        "unscored": {s.protocol: [ground_truth.keys[sample] for sample in s.unscored] for s in summaries["model"]},
         "findings": list(findings),
         "where": {} if where is None else {protocols[0].name: summarise_breakdown(where)},
         "images": {
-            "keys": truth.keys,
-            "scenes": truth.scenes,
+            "keys": ground_truth.keys,
+            "scenes": ground_truth.scenes,
             "terms": {p.name: _terms(rows) for p, rows in zip(protocols, tables["model"], strict=True)},
         },
     }
@@ -153,7 +157,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         write_atomic(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], truth: GroundTruth) -> None:
+def write_csv(
+    path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.Tensor], ground_truth: GroundTruth
+) -> None:
     """One row per image: key, scene, and per protocol scored pixels and metrics; empty where no pixel was scored."""
     columns = [f"{p.name}_{name}" for p in protocols for name in ("pixels", *p.metrics)]
     values = [
@@ -163,7 +169,7 @@ def write_csv(path: Path, protocols: Sequence[Protocol], tables: Sequence[torch.
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["key", "scene", *columns])
-    for key, scene, *image in zip(truth.keys, truth.scenes, *values, strict=True):
+    for key, scene, *image in zip(ground_truth.keys, ground_truth.scenes, *values, strict=True):
         cells = [[int(row[0]), *(row[1:] if row[0] else [""] * len(row[1:]))] for row in image]
         writer.writerow([key, scene, *(cell for row in cells for cell in row)])
     with writing(path):

@@ -66,12 +66,12 @@ def image_statistics(prediction: torch.Tensor, depth: torch.Tensor, per_metre: f
     step = max(1, depth.shape[-1] // _COLUMNS)
     prediction, depth = (x[:, ::step, ::step] for x in (prediction, depth))
     valid = (depth > 0) & torch.isfinite(depth) & is_finite32(prediction)
-    truth, p = torch.where(valid, depth, 1.0), torch.where(valid, prediction, 1.0)
-    ratio = torch.where(valid, p / truth, math.nan).flatten(1).nanmedian(dim=1).values
+    target, p = torch.where(valid, depth, 1.0), torch.where(valid, prediction, 1.0)
+    ratio = torch.where(valid, p / target, math.nan).flatten(1).nanmedian(dim=1).values
     positive = valid & (p > 0)
     inverse = torch.where(positive, 1 / torch.where(positive, p, 1.0), 0.0)
-    cells = [_cells(x, valid).clamp(min=1e-6).log() for x in (p, truth)]
-    correlations = _correlation(p, truth, valid), _correlation(inverse, truth, positive)
+    cells = [_cells(x, valid).clamp(min=1e-6).log() for x in (p, target)]
+    correlations = _correlation(p, target, valid), _correlation(inverse, target, positive)
     columns = [ratio, *correlations, mean]
     return torch.cat([torch.stack(columns, dim=1), *cells, torch.stack(counts, dim=1).double()], dim=1)
 
@@ -182,7 +182,7 @@ def _inverted(rows: torch.Tensor) -> str:
 class _Order:
     """An order in which predictions may have come."""
 
-    truth: torch.Tensor
+    target: torch.Tensor
     """int64 (images,): which image prediction i is of."""
     words: str
 
@@ -194,14 +194,14 @@ def _shuffled(rows: torch.Tensor) -> str:
     count = len(rows)
     if count < _FEWEST:
         return ""
-    predicted, truth = rows[:, 4 : 4 + _CELLS], rows[:, 4 + _CELLS : 4 + 2 * _CELLS]
+    predicted, target = rows[:, 4 : 4 + _CELLS], rows[:, 4 + _CELLS : 4 + 2 * _CELLS]
     if float((predicted - predicted.mean(0)).abs().mean()) < 0.01:  # 1 % of depth
         return "the predictions are the same for every image"
-    shapes = _shapes(predicted) @ _shapes(truth).T  # correlations
-    predicted = predicted - (predicted.median() - truth.median())  # the scale is another matter
-    distance = torch.cdist(predicted, truth, p=1) / _CELLS
+    shapes = _shapes(predicted) @ _shapes(target).T  # correlations
+    predicted = predicted - (predicted.median() - target.median())  # the scale is another matter
+    distance = torch.cdist(predicted, target, p=1) / _CELLS
     own = distance.diagonal()
-    gains = {order.words: own - distance[torch.arange(count), order.truth] for order in _orders(count)}
+    gains = {order.words: own - distance[torch.arange(count), order.target] for order in _orders(count)}
     words, gain = max(gains.items(), key=lambda item: float(item[1].mean()))
     # images of one scene follow one another, so the next image's truth fits as well, but not better than the own
     if float(gain.mean()) > _CLEAR * float(gain.std()) / math.sqrt(count):

@@ -89,7 +89,7 @@ def write_card(
         bytes=weights.stat().st_size,
         origin=origin,
         train=manifest_at(metadata["config"].get("data.shards"), origin.manifest),
-        held_out=manifest_at(scores.place, scores.manifest) if scores else None,
+        held_out=manifest_at(scores.location, scores.manifest) if scores else None,
         programs=programs,
         checked_on=checked_on,
     )
@@ -201,7 +201,7 @@ def _scores(card: Card) -> Iterator[str]:
     for scores in card.origin.scores:
         metrics = scores.columns["model"]
         yield (
-            f"Protocol `{scores.protocol}`, {scores.images:,} images of {code(scores.place)}, split "
+            f"Protocol `{scores.protocol}`, {scores.images:,} images of {code(scores.location)}, split "
             f"{code(scores.split)}; fingerprint `{scores.fingerprint}`: results can be compared where it is the same.\n"
         )
         yield row("", *map(code, scores.columns))

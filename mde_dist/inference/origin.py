@@ -29,7 +29,7 @@ class Scores:
     images: int
     fingerprint: str
     """In twelve letters, see `results.short`."""
-    place: str
+    location: str
     split: str
     manifest: str | None
     """sha256 of the manifest of the shards that were scored on."""
@@ -73,12 +73,12 @@ def find_origin(weights: Path, run: Path) -> Origin:
     return Origin()
 
 
-def manifest_at(place: str | None, sha256: str | None) -> Manifest | None:
-    """The manifest of the shards at `place`, where they lie on this machine and are those of this hash."""
-    if not place or is_remote(place):
+def manifest_at(location: str | None, sha256: str | None) -> Manifest | None:
+    """The manifest of the shards at `location`, where they lie on this machine and are those of this hash."""
+    if not location or is_remote(location):
         return None
     try:
-        manifest, _ = open_store(place, CacheOptions())
+        manifest, _ = open_store(location, CacheOptions())
     except _DAMAGE:
         return None
     return manifest if manifest.sha256 == sha256 else None
@@ -114,8 +114,8 @@ def _score(record: Mapping[str, Any], protocol: str, baselines: list[dict[str, A
     columns = {who: {metric: float(values[metric]) for metric in metrics} for who, values in found.items()}
     if not all(math.isfinite(value) for column in columns.values() for value in column.values()):
         raise ValueError("a score is no number")
-    place, split, manifest = str(truth["place"]), str(truth["split"]), truth["manifest"]
-    return Scores(protocol, int(mark["images"]), short_hash(mark), place, split, manifest and str(manifest), columns)
+    location, split, manifest = str(truth["place"]), str(truth["split"]), truth["manifest"]
+    return Scores(protocol, int(mark["images"]), short_hash(mark), location, split, manifest and str(manifest), columns)
 
 
 def _baselines(run: Path) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ class Results:
 
     def targets(self, name: Path) -> list[Path]:
         """The files that an image of this name becomes."""
-        place = self.folder / name
-        return [place.with_name(place.name + kind) for kind in self.kinds()]
+        base = self.folder / name
+        return [base.with_name(base.name + kind) for kind in self.kinds()]
 
     def save(self, frame: Frame, depth: np.ndarray) -> tuple[int, int]:
         """Write what `frame` with `depth`, float32 metres (height, width), is to become -> its size. Raises UserError.

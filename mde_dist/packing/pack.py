@@ -332,4 +332,4 @@ def _publish(work: PackContext, output: Path, splits: dict[str, Any]) -> Manifes
     manifest = write_manifest(work.partial, work.options.codec, work.size, work.source.layout, splits)
     refuse_full(output)  # it was empty when the packing began, which may be hours ago
     publish(work.partial, output, [*sorted(manifest.files), NAME])
-    return replace(manifest, place=str(output))
+    return replace(manifest, location=str(output))

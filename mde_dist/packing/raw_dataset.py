@@ -14,7 +14,7 @@ class RawDataset(DepthDataset):
     def __init__(self, source: Source, split: str, size: tuple[int, int]):
         """`size`: height and width that every pair must have, pixels."""
         super().__init__()
-        self.size, self.place = size, str(source.root)
+        self.size, self.location = size, str(source.root)
         self._source, self._split, self._name = source, source.splits[split], split
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class RawDataset(DepthDataset):
         return self._split.pairs[sample].key
 
     def file_of(self, sample: int) -> str:
-        return f"{self.place}/{self._split.pairs[sample].image}"
+        return f"{self.location}/{self._split.pairs[sample].image}"
 
     def close(self) -> None:
         """Nothing is held open between reads."""

@@ -84,7 +84,7 @@ def extremes(run: Run) -> BestWorst:
     try:
         with open_split(eval_shards_of(predictor.config), split, options) as shards:
             if shards.manifest.sha256 != run.record["ground_truth"].get("manifest"):
-                raise UserError(f"{shards.place} holds other shards than those that were evaluated")
+                raise UserError(f"{shards.location} holds other shards than those that were evaluated")
             seen = [list(_predicted(shards, predictor, group)) for group in (best, worst)]
     except DamagedSample as error:
         raise UserError(str(error)) from None
@@ -123,7 +123,7 @@ def _predicted(shards: ShardDataset, predictor: Predictor, chosen: Sequence[Chos
     every = -(-shards.size[0] // _ROWS)
     for one in chosen:
         if one.sample >= len(shards) or shards.key(one.sample) != one.key:
-            raise UserError(f"{shards.place} has no {one.key} where it was evaluated")
+            raise UserError(f"{shards.location} has no {one.key} where it was evaluated")
         image, depth = np.empty((*shards.size, 3), np.uint8), np.empty(shards.size, np.uint16)
         shards.read_into(one.sample, image, depth)
         # every so many pixels of a map, not a mean: that would run over holes and edges

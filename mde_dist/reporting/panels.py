@@ -153,17 +153,17 @@ def films(runs: Sequence[Run]) -> list[SnapshotSeries]:
 
 
 def _same_images(one: ValidationSnapshots, other: ValidationSnapshots) -> bool:
-    return one.keys == other.keys and np.array_equal(one.truth, other.truth)
+    return one.keys == other.keys and np.array_equal(one.target, other.target)
 
 
 def _film(group: Sequence[tuple[int, Run, ValidationSnapshots]]) -> SnapshotSeries:
     shown = group[0][2]
     finals = [show.predictions[max(show.predictions)] for _, _, show in group]
-    scale = scale_of(shown.truth, finals)
+    scale = scale_of(shown.target, finals)
     return SnapshotSeries(
         shown.keys,
         [tile(image, "image", f"image {key}") for key, image in zip(shown.keys, shown.image, strict=True)],
-        [_truth(truth, key, scale) for key, truth in zip(shown.keys, shown.truth, strict=True)],
+        [_truth(truth, key, scale) for key, truth in zip(shown.keys, shown.target, strict=True)],
         scale,
         [(place, run, [_moment(run, show, samples, scale) for samples in times_of(run)]) for place, run, show in group],
     )
@@ -184,8 +184,8 @@ def _truth(truth: np.ndarray, key: str, scale: Scale) -> ImageTile:
 
 def _moment(run: Run, show: ValidationSnapshots, samples: int, scale: Scale) -> Snapshot:
     when = f"after {samples:,} samples"
-    scores = [in_words(row) for row in picture_scores(show.predictions[samples], show.truth, run.protocol)]
-    maps = list(zip(show.predictions[samples], show.truth, show.keys, scores, strict=True))
+    scores = [in_words(row) for row in picture_scores(show.predictions[samples], show.target, run.protocol)]
+    maps = list(zip(show.predictions[samples], show.target, show.keys, scores, strict=True))
     line = next((line for line in run.evaluations if line.samples == samples), None)
     shown = [f"{name} {line.values[name]:.4f}" for name in ("abs_rel", "delta1") if line and name in line.values]
     return Snapshot(
@@ -222,6 +222,6 @@ def last_panels(film: SnapshotSeries) -> Iterator[Panel]:
         for _, run, _ in film.runs:
             assert run.showcase is not None
             show, who = run.showcase, (f"{run.name}\n" if len(film.runs) > 1 else "")
-            prediction, truth = show.predictions[max(show.predictions)][image], show.truth[image]
+            prediction, truth = show.predictions[max(show.predictions)][image], show.target[image]
             (value,) = picture_scores(prediction[None], truth[None], run.protocol)
             yield Panel(f"{key}\n{who}{in_words(value)}", show.image[image], truth, prediction)

@@ -69,9 +69,16 @@ def open_trainer(
             state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.total_samples
         )
         metrics = config.run / "metrics.jsonl" if writes else None
-        places = (state.samples_seen, state.evaluated, total)
         monitor = run_on_all_ranks(
-            accelerator, lambda: ProgressMonitor(metrics, *places, on_io_error, live=not config.debug)
+            accelerator,
+            lambda: ProgressMonitor(
+                metrics,
+                samples_seen=state.samples_seen,
+                evaluated=state.evaluated,
+                total=total,
+                on_error=on_io_error,
+                live=not config.debug,
+            ),
         )
         opened.enter_context(monitor)
         if not config.debug:  # a debugger wants the terminal itself

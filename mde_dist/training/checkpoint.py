@@ -223,7 +223,7 @@ def run_of(weights: Path) -> Path | None:
 
 
 def _opened(weights: Path) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
-    """See `open_model`. Weights have the places of shards as they were typed; where those are relative, their run knows
+    """See `open_model`. Weights name their shards as they were typed; where those are relative, their run knows
     from which folder, and is asked."""
     metadata, tensors = read_model(weights)
     config, run = metadata["config"], run_of(weights)

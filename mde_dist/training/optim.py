@@ -53,6 +53,6 @@ def load_optimizer_tensors(
         parameter = parameters[owner]
         if value.ndim and value.shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
-        # laid out in memory as the parameter is: the fused kernel pairs numbers by their place there
+        # laid out in memory as the parameter is: the fused kernel pairs numbers by their position there
         like = parameter if value.ndim else value.to(parameter.device)
         optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -49,12 +49,12 @@ def make_sample(config: Config, accelerator: Accelerator) -> None:
 
 def pack_sample() -> None:
     """Render and pack it, unless another training has done so or is about to. Raises UserError."""
-    place = Path(SAMPLE_SHARDS)
-    if (place / "manifest.json").is_file():
+    path = Path(SAMPLE_SHARDS)
+    if (path / "manifest.json").is_file():
         return
     taken = "another training renders the sample"
-    with writing(place), locked(place / ".rendering.lock", taken, wait=True):
-        if not (place / "manifest.json").is_file():
+    with writing(path), locked(path / ".rendering.lock", taken, wait=True):
+        if not (path / "manifest.json").is_file():
             render_sample()
 
 
@@ -111,7 +111,7 @@ def describe(
     monitor.print(
         f"  {config.train.total_samples:,} samples = {epochs:.2f} epochs of {len(shards):,}, at {height}x{width}"
     )
-    monitor.print(f"  {manifest.place}: {manifest.layout}, manifest {manifest.sha256[:12]}")
+    monitor.print(f"  {manifest.location}: {manifest.layout}, manifest {manifest.sha256[:12]}")
     for line in filter(None, to_toml(config).split("\n")):
         monitor.print(f"  | {line}")
 

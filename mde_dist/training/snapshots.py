@@ -35,57 +35,57 @@ _DAMAGE = (OSError, ValueError, TypeError, SyntaxError, RecursionError, Image.De
 
 
 class PredictionRecorder:
-    """Looks on while a split is scored, and remembers the chosen images and what was predicted for them."""
+    """Records the predictions for a fixed set of validation images while a split is scored."""
 
     def __init__(self, images: int, size: tuple[int, int]):
         """`images`: of the split that are scored; `size`: height and width of its depth maps."""
         self.chosen = [int(sample) for sample in np.unique(np.linspace(0, images - 1, min(COUNT, images)).astype(int))]
         self._every = -(-size[0] // _ROWS)  # pixels
         self._size = (-(-size[0] // self._every), -(-size[1] // self._every))
-        self._seen: dict[int, torch.Tensor] = {}
+        self._recorded: dict[int, torch.Tensor] = {}
 
     def wrap(self, predict: Predict) -> Predict:
-        """`predict`, looked upon."""
+        """`predict` with its predictions recorded."""
 
-        def watched(batch: Batch) -> torch.Tensor:
+        def recorded(batch: Batch) -> torch.Tensor:
             prediction = predict(batch)
-            wanted = [place for place, sample in enumerate(batch.sample) if int(sample) in self.chosen]
+            wanted = [index for index, sample in enumerate(batch.sample) if int(sample) in self.chosen]
             if wanted:
-                self._remember(batch, prediction, wanted)
+                self._record(batch, prediction, wanted)
             return prediction
 
-        return watched
+        return recorded
 
-    def _remember(self, batch: Batch, prediction: torch.Tensor, wanted: Sequence[int]) -> None:
-        truth = depth_counts(batch)[wanted]
+    def _record(self, batch: Batch, prediction: torch.Tensor, wanted: Sequence[int]) -> None:
+        target = depth_counts(batch)[wanted]
         # every so many pixels of the maps, not a mean: that would run over holes and edges
-        maps = torch.stack([truth, resize_to(prediction[wanted], truth)], 1).float()[
+        maps = torch.stack([target, resize_to(prediction[wanted], target)], 1).float()[
             ..., :: self._every, :: self._every
         ]
         both = torch.cat([prepare_images(batch, self._size)[wanted], maps], dim=1)
-        self._seen |= {int(batch.sample[place]): one for place, one in zip(wanted, both, strict=True)}
+        self._recorded |= {int(batch.sample[index]): one for index, one in zip(wanted, both, strict=True)}
 
     def all_gather(self, accelerator: Accelerator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gather the recordings of all ranks -> (images uint8 (count, h, w, 3), truths and predictions uint16 mm
+        """Gather the recordings of all ranks -> (images uint8 (count, h, w, 3), targets and predictions uint16 mm
         (count, h, w))."""
         table = torch.zeros((len(self.chosen), 5, *self._size), dtype=torch.float32, device=accelerator.device)
-        for place, sample in enumerate(self.chosen):
-            if sample in self._seen:
-                table[place] = self._seen[sample]
-        self._seen.clear()
+        for index, sample in enumerate(self.chosen):
+            if sample in self._recorded:
+                table[index] = self._recorded[sample]
+        self._recorded.clear()
         found = all_reduce_sum(accelerator, table).cpu().numpy()
         images = np.rint(found[:, :3] * 255).astype(np.uint8).transpose(0, 2, 3, 1)
         return images, to_millimetres(found[:, 3], MILLIMETRES), to_millimetres(found[:, 4], MILLIMETRES)
 
 
-def make_image_strips(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+def make_image_strips(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Join the arrays of `PredictionRecorder.all_gather` -> RGB uint8 (count, h, 3 w, 3): image, ground truth and
     prediction, all depth in one scale."""
     from mde_dist.utils.visualization import colorize  # takes matplotlib; only trackers show pictures while training
 
-    seen = truth[truth > 0]
+    seen = target[target > 0]
     low, high = (float(edge) for edge in np.percentile(to_metres(seen), (1, 99))) if len(seen) else (0.0, 10.0)
-    maps = (colorize(to_metres(depth), low, high) for depth in (truth, prediction))
+    maps = (colorize(to_metres(depth), low, high) for depth in (target, prediction))
     return np.concatenate([image, *maps], axis=2)
 
 
@@ -96,14 +96,14 @@ class ValidationSnapshots:
     keys: list[str]
     image: np.ndarray
     """uint8 (count, height, width, 3)."""
-    truth: np.ndarray
+    target: np.ndarray
     """float32 (count, height, width) metres, 0 = hole."""
     predictions: dict[int, np.ndarray]
     """By samples seen: float32 (count, height, width) metres."""
 
 
 def write_snapshots(
-    run: Path, samples_seen: int, keys: Sequence[str], image: np.ndarray, truth: np.ndarray, prediction: np.ndarray
+    run: Path, samples_seen: int, keys: Sequence[str], image: np.ndarray, target: np.ndarray, prediction: np.ndarray
 ) -> None:
     """Write the arrays of `PredictionRecorder.all_gather` into the run directory. Raises UserError where the disk does
     not take them."""
@@ -115,7 +115,7 @@ def write_snapshots(
                 left.unlink()
             with atomic_file(folder / "image.png") as file:
                 Image.fromarray(image.reshape(-1, width, 3)).save(file, format="PNG")
-            write_atomic(folder / "truth.png", png_bytes(truth.reshape(-1, width)))
+            write_atomic(folder / "truth.png", png_bytes(target.reshape(-1, width)))
             write_atomic(folder / "keys.json", json.dumps(list(keys)) + "\n")
         write_atomic(folder / f"samples-{samples_seen:08d}.png", png_bytes(prediction.reshape(-1, width)))
 
@@ -138,17 +138,17 @@ def read_snapshots(run: Path) -> ValidationSnapshots | None:
     try:
         keys = [str(key) for key in json.loads((folder / "keys.json").read_text("utf-8"))]
         image = _read(folder / "image.png", len(keys))
-        truth = _read(folder / "truth.png", len(keys))
+        target = _read(folder / "truth.png", len(keys))
         found = {}
         for path in sorted(folder.glob("samples-*.png")):
             if match := re.fullmatch(r"samples-(\d+)", path.stem):
                 found[int(match[1])] = _read(path, len(keys))
-        if image.shape[3:] != (3,) or any(maps.shape != image.shape[:3] for maps in (truth, *found.values())):
+        if image.shape[3:] != (3,) or any(maps.shape != image.shape[:3] for maps in (target, *found.values())):
             raise ValueError("its pictures do not fit each other")
     except _DAMAGE as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
     return ValidationSnapshots(
-        keys, image, to_metres(truth), {samples: to_metres(maps) for samples, maps in found.items()}
+        keys, image, to_metres(target), {samples: to_metres(maps) for samples, maps in found.items()}
     )
 
 

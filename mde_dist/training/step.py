@@ -105,7 +105,7 @@ class TrainModule:
             self._warm_up_buckets()
 
     def set_lr(self, samples_seen: int) -> float:
-        """The learning rate of the step at this place of the stream."""
+        """The learning rate of the step that begins at sample `samples_seen`."""
         train = self._config.train
         lr = learning_rate(self._config.optim, samples_seen, train.total_samples, train.batch_size)
         for group in self.optimizer.param_groups:
@@ -181,7 +181,7 @@ class TrainModule:
         """A pass over nothing, after which the model is as before.
 
         DDP lays out its buckets anew after the first backward pass, and a sum over three ranks and more is rounded by
-        the place in a bucket: without this, the first step of a run that goes on would differ in the last digits.
+        the position in a bucket: without this, the first step of a run that goes on would differ in the last digits.
         """
         self._guard.snapshot_buffers()
         parts = self._accelerator.num_processes * self._config.train.grad_accum_steps

@@ -32,7 +32,7 @@ class Trackers:
         return bool(self._accelerator.trackers) and self._accelerator.is_main_process
 
     def log(self, samples_seen: int, prefix: str, values: Mapping[str, Any]) -> None:
-        """Numbers at a place of the stream, as `prefix`/name; what is no number is left out."""
+        """Log numbers at a sample of the stream, as `prefix`/name; what is no number is left out."""
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         self._each("log", numbers, samples_seen)
 

@@ -103,7 +103,7 @@ class Validator:
         """
         run, protocol = self._config.run, PROTOCOLS[self._config.evaluate.protocol]
         assert self._hashes is not None
-        truth = ground_truth_of(self._eval_set, self._config.data.eval_split, self._hashes)
+        ground_truth = ground_truth_of(self._eval_set, self._config.data.eval_split, self._hashes)
         predictor = {
             "path": str(run),
             "samples": samples_seen,
@@ -111,7 +111,7 @@ class Validator:
             "flip": self._config.evaluate.flip,
             "precision": self._accelerator.mixed_precision,
         }
-        record = to_json({"model": [found.rows]}, [protocol], truth, predictor, [], found.breakdown)
+        record = to_json({"model": [found.rows]}, [protocol], ground_truth, predictor, [], found.breakdown)
         for name in ("last", "best") if best else ("last",):
             write_json(run / EVALUATIONS / f"{name}.json", record)
         keys = [self._eval_set.key(sample) for sample in found.chosen]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from mde_dist.utils.console import alone, lasting, own_place, say
+from mde_dist.utils.console import alone, lasting, own_rank, say
 from mde_dist.utils.errors import OtherRankError, RankError, UserError
 from mde_dist.utils.io import decode_text
 from mde_dist.utils.paths import expanded, local_path
@@ -145,7 +145,7 @@ def _run(main: Callable[[list[str]], None]) -> str | int | None:
             raise
         if isinstance(error, OtherRankError):
             return 2
-        if own_place("LOCAL_RANK") == 0 or isinstance(error, RankError):
+        if own_rank("LOCAL_RANK") == 0 or isinstance(error, RankError):
             if error.__cause__ is not None:
                 traceback.print_exception(error.__cause__)
             where = f" (rank {rank})" if rank is not None and isinstance(error, RankError) else ""
@@ -258,11 +258,11 @@ def _check(name: str, number: float, low: float, high: float) -> None:
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
-    for place, argument in enumerate(argv):
-        if argument == "--config" and place + 1 < len(argv):
-            return argv[:place] + argv[place + 2 :], local_path(argv[place + 1])
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            return argv[:index] + argv[index + 2 :], local_path(argv[index + 1])
         if argument.startswith("--config="):
-            return argv[:place] + argv[place + 1 :], local_path(argument.removeprefix("--config="))
+            return argv[:index] + argv[index + 1 :], local_path(argument.removeprefix("--config="))
     return argv, None
 
 

@@ -45,13 +45,13 @@ def say(*lines: str, file: TextIO | io.TextIOBase | None = None) -> None:
     print(*map(printable, lines), sep="\n  ", file=file, flush=True)
 
 
-def own_place(name: Literal["RANK", "LOCAL_RANK"]) -> int:
+def own_rank(name: Literal["RANK", "LOCAL_RANK"]) -> int:
     """Rank of this process, as its launcher says; 0 where it has none, whatever another job left behind.
 
-    A number that is none counts as 0: to find and say so is for `run.environment.check_ranks`.
+    A number that is none counts as 0: to find and say so is for `distributed.environment.check_ranks`.
     """
-    place = os.environ.get(name, "0")
-    return int(place) if "WORLD_SIZE" in os.environ and place.isdecimal() else 0
+    rank = os.environ.get(name, "0")
+    return int(rank) if "WORLD_SIZE" in os.environ and rank.isdecimal() else 0
 
 
 def alone() -> bool:
@@ -61,7 +61,7 @@ def alone() -> bool:
 
 def say_once(text: str, file: TextIO | io.TextIOBase | None = None) -> None:
     """A line that every rank has reason to say, once for all of them. `file`: by default stdout."""
-    if own_place("RANK") == 0:
+    if own_rank("RANK") == 0:
         say(text, file=file)
 
 

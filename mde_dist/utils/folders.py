@@ -91,18 +91,18 @@ def list_below(folder: Path, without: Path | None = None) -> Below:
     found = Below()
     waiting = [(folder, frozenset([_identity(without)]) if without and without.exists() else frozenset())]
     while waiting:
-        place, above = waiting.pop()
+        path, above = waiting.pop()
         try:
-            here = _identity(place)
+            here = _identity(path)
             if here in above:
                 continue
-            names = list_folder(place)
+            names = list_folder(path)
         except OSError:
-            found.closed.append(place)
+            found.closed.append(path)
             continue
-        found.files += (place / name for name in names.files)
-        found.left_behind += (place / name for name in names.left_behind)
-        waiting += ((place / name, above | {here}) for name in names.folders)
+        found.files += (path / name for name in names.files)
+        found.left_behind += (path / name for name in names.left_behind)
+        waiting += ((path / name, above | {here}) for name in names.folders)
     for paths in vars(found).values():
         paths.sort(key=lambda path: natural_order(path.relative_to(folder).as_posix()))
     return found
@@ -132,16 +132,16 @@ def locate(folder: Path, name: str) -> Path:
 
     An accented letter is one code point where most people write it (NFC), and two where macOS has stored it (NFD).
     """
-    place = folder / name
-    if name.isascii() or os.path.lexists(place):
-        return place
-    place = folder
+    path = folder / name
+    if name.isascii() or os.path.lexists(path):
+        return path
+    path = folder
     for part in PurePosixPath(name).parts:
-        if os.path.lexists(place / part):
-            place /= part
+        if os.path.lexists(path / part):
+            path /= part
         else:
-            place /= _composed(place).get(normalize("NFC", part), part)
-    return place
+            path /= _composed(path).get(normalize("NFC", part), part)
+    return path
 
 
 def _composed(folder: Path) -> dict[str, str]:

@@ -128,9 +128,9 @@ def refuse_dead_links(paths: Iterable[Path]) -> None:
 def natural_order(name: str) -> tuple[list[object], str]:
     """Sort key of names in which numbers count: 2 before 10. Names that differ only in leading zeros stay apart."""
     parts: list[object] = list(re.split(r"(\d+)", name))
-    for place in range(1, len(parts), 2):  # the numbers
-        digits = str(parts[place]).lstrip("0")
-        parts[place] = len(digits), digits
+    for index in range(1, len(parts), 2):  # the numbers
+        digits = str(parts[index]).lstrip("0")
+        parts[index] = len(digits), digits
     return parts, name
 
 
@@ -148,10 +148,10 @@ def is_sealed(data: bytes, seal: object) -> bool:
     """True where data is as `sealed` made it. `seal`: the sha256 that it states; None = it states none."""
     if seal is None:
         return True
-    place = data.find(seal.encode()) if isinstance(seal, str) and len(seal) == len(UNSEALED) else -1
-    if place < 0:
+    offset = data.find(seal.encode()) if isinstance(seal, str) and len(seal) == len(UNSEALED) else -1
+    if offset < 0:
         return False
-    digest = hashlib.sha256(memoryview(data)[:place])
+    digest = hashlib.sha256(memoryview(data)[:offset])
     digest.update(UNSEALED.encode())
-    digest.update(memoryview(data)[place + len(UNSEALED) :])
+    digest.update(memoryview(data)[offset + len(UNSEALED) :])
     return digest.hexdigest() == seal

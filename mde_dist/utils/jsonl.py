@@ -82,7 +82,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
     """
     *lines, rest = path.read_bytes().split(b"\n")
     found = [_record(line) for line in lines]
-    bad = [str(place) for place, record in enumerate(found, 1) if record is None]
+    bad = [str(number) for number, record in enumerate(found, 1) if record is None]
     last = _record(rest)  # of a line that was cut off nothing is said: the process died while writing it
     note = ""
     if bad:

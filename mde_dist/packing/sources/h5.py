@@ -74,7 +74,7 @@ def _walked(tree: Tree, split: str) -> FileList | None:
 
 def _pairs(listed: FileList, base: str, drop: str) -> tuple[Pair, ...]:
     names, places, pairs = [], [], []
-    for where, row in listed.places():
+    for where, row in listed.numbered_rows():
         if len(row) != 1 or not row[0].endswith(".h5"):
             raise UserError(f"{where}: expected the path of an .h5 file, found {' '.join(row)!r}")
         path = inside(row[0], base, where)

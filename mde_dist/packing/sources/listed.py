@@ -93,8 +93,8 @@ def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Sour
         pairs = pairs_of(listed, base, _drop(kind, base, split), depth=column)
         held = ("raw" if column == 1 else "filled") if split in two else AS_GIVEN
         splits[split] = Split(pairs, choice.scale(split, MILLIMETRES), held)
-        if listed.place.suffix:
-            notes.append(f"{split}: listed in {listed.place.name}, with paths below {base or tree.root}")
+        if listed.path.suffix:
+            notes.append(f"{split}: listed in {listed.path.name}, with paths below {base or tree.root}")
         notes += listed.notes(split)
     return Source(kind.name, tree.root, splits, PictureReader(tree), tuple(notes))
 

@@ -22,7 +22,7 @@ _FIRST_ROWS = 8  # with which the folder is sought that paths start from
 class FileList:
     """The rows of a list, by columns, and where it came from."""
 
-    place: Path
+    path: Path
     rows: list[Row]
     lines: Sequence[int] = ()
     """Number of each row's line in the file."""
@@ -31,14 +31,14 @@ class FileList:
     cut: str = ""
     """Beginning of the paths, of another machine, that was left out."""
 
-    def places(self) -> Iterator[tuple[str, Row]]:
+    def numbered_rows(self) -> Iterator[tuple[str, Row]]:
         """Each row, and where it stands, in words."""
         numbers = self.lines or itertools.count(1)
-        return ((f"{self.place}, row {number}", row) for number, row in zip(numbers, self.rows, strict=False))
+        return ((f"{self.path}, row {number}", row) for number, row in zip(numbers, self.rows, strict=False))
 
     def notes(self, split: str) -> list[str]:
         """A line about what was left out of the paths."""
-        return [f"{split}: the paths in {self.place.name} are taken without {self.cut} in front"] if self.cut else []
+        return [f"{split}: the paths in {self.path.name} are taken without {self.cut} in front"] if self.cut else []
 
 
 def find_list(tree: Tree, names: Iterable[str], bases: Sequence[str], given: Path | None = None) -> FileList | None:
@@ -52,17 +52,17 @@ def find_list(tree: Tree, names: Iterable[str], bases: Sequence[str], given: Pat
     return None if found is None else _parsed(tree, tree.root / found, _read(tree, found), bases)
 
 
-def _parsed(tree: Tree, place: Path, data: bytes, bases: Sequence[str]) -> FileList:
+def _parsed(tree: Tree, path: Path, data: bytes, bases: Sequence[str]) -> FileList:
     folders = _Bases(tree, bases)
     try:
         rows = read_rows(data, cache(lambda path: _find(folders, [path], len(_parts(path))) is not None))
     except UnicodeError as error:
-        raise UserError(f"{place}: not a readable list of files ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: not a readable list of files ({error}); save it as UTF-8") from None
     except csv.Error as error:
-        raise UserError(f"{place}: not a readable list of files ({error})") from None
+        raise UserError(f"{path}: not a readable list of files ({error})") from None
     if not rows:
-        raise UserError(f"{place} lists no pairs")
-    return FileList(place, [row for _, row in rows], [number for number, _ in rows])
+        raise UserError(f"{path} lists no pairs")
+    return FileList(path, [row for _, row in rows], [number for number, _ in rows])
 
 
 def _read(tree: Tree, name: str) -> bytes:
@@ -72,19 +72,19 @@ def _read(tree: Tree, name: str) -> bytes:
         raise UserError(f"{tree.root / name}: not a readable list of files ({error})") from None
 
 
-def _unpacked(place: Path, data: bytes) -> bytes:
+def _unpacked(path: Path, data: bytes) -> bytes:
     """The bytes of a .gz, up to the limit of a file; others as they are."""
-    if place.suffix != ".gz":
+    if path.suffix != ".gz":
         return data
     stream = zlib.decompressobj(wbits=31)  # 31 = with the head of gzip
     try:
         plain = stream.decompress(data, MAX_FILE)
         if stream.unconsumed_tail:
-            raise UserError(f"{place}: more than {MAX_FILE:,} bytes when unpacked; that is no list of files")
+            raise UserError(f"{path}: more than {MAX_FILE:,} bytes when unpacked; that is no list of files")
         if not stream.eof:
             raise zlib.error("it is cut off")
     except zlib.error as error:
-        raise UserError(f"{place}: not a readable list of files ({error})") from None
+        raise UserError(f"{path}: not a readable list of files ({error})") from None
     return plain
 
 
@@ -151,7 +151,7 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
     `image` and `depth` say which columns. Raises UserError with the row.
     """
     names, places, pairs = [], [], []
-    for where, row in listed.places():
+    for where, row in listed.numbered_rows():
         if len(row) <= max(image, depth) or not (row[image] and row[depth]):
             raise UserError(f"{where}: expected an image and a depth path, found {' '.join(row)!r}")
         picture, target = (inside(row[column], folder, where) for column in (image, depth))

@@ -67,7 +67,7 @@ def check_shards(
         Row(
             "shards",
             "ok",
-            f"{train.place}: {len(train):,} to train on, {len(held_out):,} to evaluate on, "
+            f"{train.location}: {len(train):,} to train on, {len(held_out):,} to evaluate on, "
             f"{len(train.info.shards) + len(held_out.info.shards)} shards of {in_words(size)} in all, "
             f"{train.size[0]}x{train.size[1]}, manifest {train.manifest.sha256[:12]}"
             + (" on all ranks" if panel.world > 1 else ""),
@@ -95,14 +95,14 @@ def check_samples(panel: RankSurvey, config: Config, splits: tuple[ShardDataset,
                     damaged.append(str(error))
         return {"damaged": damaged, "read": [read]}
 
-    advice = f"see what is whole with: {command_for('verify', splits[0].place)}"
+    advice = f"see what is whole with: {command_for('verify', splits[0].location)}"
     answers = panel.ask(look, advice, patience(config))
     if panel.failed("samples", answers):
         return
     read = sum(answer.value["read"][0] for answer in answers)
     bad = {rank: _first(answer.value["damaged"]) for rank, answer in enumerate(answers) if answer.value["damaged"]}
     if bad:
-        places = dict.fromkeys(split.place for split in splits)
+        places = dict.fromkeys(split.location for split in splits)
         commands = "; ".join(command_for("verify", place) for place in places)
         advice = f"look at every byte with: {commands} (then --repair leaves out what is damaged)"
         panel.add(Row("samples", "fail", panel.differing(bad), advice))
@@ -170,7 +170,7 @@ def measure_loader(panel: RankSurvey, config: Config, shards: ShardDataset, samp
                 raise TimeoutError("no batch came in time") from None
             return images / (time.perf_counter() - start)
 
-    answers = panel.ask(look, f"see what is whole with: {command_for('verify', shards.place)}")
+    answers = panel.ask(look, f"see what is whole with: {command_for('verify', shards.location)}")
     if not panel.failed("loader", answers):
         supply.speeds = [answer.value for answer in answers]
     return supply

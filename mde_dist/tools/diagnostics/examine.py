@@ -20,7 +20,7 @@ from mde_dist.tools.diagnostics.machine import (
     check_versions,
 )
 from mde_dist.tools.diagnostics.panel import RankSurvey, Row
-from mde_dist.tools.diagnostics.place import check_cache, check_disk, check_run
+from mde_dist.tools.diagnostics.run_dir import check_cache, check_disk, check_run
 from mde_dist.tools.diagnostics.step import Measured, check_divides, check_network, measure_step
 from mde_dist.training.config import Config
 from mde_dist.utils.console import open_console, say
