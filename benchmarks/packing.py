@@ -91,7 +91,11 @@ def bare(source: Path, codec: str, per_shard: int, place: Path) -> float:
         write(
             Path(folder),
             (
-                (data for scale, pair in group for data in members(scale, *map(opened.place, (pair.image, pair.depth))))
+                (
+                    data
+                    for scale, pair in group
+                    for data in members(scale, *map(opened.path_of, (pair.image, pair.depth)))
+                )
                 for group in groups
             ),
         )

@@ -59,7 +59,7 @@ class ShardConfig:
     limit: int | None = option(None, low=1, high=1e9)
     """Pack the first N pairs of each split only."""
     validation: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
-    """Hold whole places (all scenes of a room) with this share of the training pairs out of split train into a split
+    """Hold whole rooms (all scenes of a room) with this share of the training pairs out of split train into a split
     val, to choose on with --data.eval-split val, so that the test pairs are left for the end; for example 0.15."""
     skip_bad: bool = False
     """Leave out pairs that are missing, unreadable or mismatched, and count them, instead of stopping."""

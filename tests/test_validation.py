@@ -1,4 +1,4 @@
-"""Whole places held out of the training split: which, how many pairs, and that nothing but the options decides it."""
+"""Whole rooms held out of the training split: which, how many pairs, and that nothing but the options decides it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from trees import (
 from warm import warm_run
 
 from mde_dist.data.depth import DepthScale
-from mde_dist.packing.holdout import choose, count_places, make_val_split, place_of
+from mde_dist.packing.holdout import choose, count_rooms, make_val_split, room_of
 from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import Pair, Source, Split, open_source
 from mde_dist.shard import main
@@ -116,7 +116,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     ],
 )
 def test_parts_of_one_place_have_its_name(scene: str, place: str) -> None:
-    assert place_of(scene) == place
+    assert room_of(scene) == place
 
 
 # the sha256 of these letters begin with 18 (d), 2e (c), 3e (b), 3f (e), ca (a): that is their order
@@ -174,13 +174,13 @@ def test_places_stay_whole_and_pairs_keep_their_order(names: list[str], share: f
     try:
         held_out = make_val_split(source, share)
     except UserError:
-        assert len(count_places(pairs)) == 1 or len(choose(count_places(pairs), share)) == len(count_places(pairs))
+        assert len(count_rooms(pairs)) == 1 or len(choose(count_rooms(pairs), share)) == len(count_rooms(pairs))
         return
     train, val = (held_out.source.splits[name].pairs for name in ("train", "val"))
     assert list(held_out.source.splits) == ["train", "val", "test"]
     assert train
     assert val
-    assert not count_places(train).keys() & count_places(val).keys()
+    assert not count_rooms(train).keys() & count_rooms(val).keys()
     assert sorted(train + val, key=lambda pair: int(pair.key)) == list(pairs)
     assert all([pair for pair in pairs if pair in part] == list(part) for part in (train, val))
     mixed = draw.sample(pairs, len(pairs))
@@ -243,7 +243,7 @@ def test_train_val_and_test_are_packed_apart_with_statistics_of_their_own(tmp_pa
     assert splits["val"]["held_out"] == {
         "of": "train",
         "share": 0.4,
-        "places": sorted(map(place_of, val - Counter(living_room_0001b=9))),
+        "places": sorted(map(room_of, val - Counter(living_room_0001b=9))),
     }
     assert "held_out" not in splits["train"]
     for split in ("train", "val"):
@@ -311,7 +311,7 @@ def test_a_dry_run_says_how_many_and_its_command_packs_them(
     root = tree(tmp_path / "tree")
     main(["--source", str(root), "--dry-run", "--validation", "0.15"])
     lines = capfd.readouterr().out.splitlines()
-    start = lines.index("--validation 0.15: 1 of 4 places are held out of train as val, to choose on")
+    start = lines.index("--validation 0.15: 1 of 4 rooms are held out of train as val, to choose on")
     assert lines[start + 1 : start + 4] == [
         "  train: 12 pairs of 4 scenes",
         "  val: 2 pairs of 1 scene",
@@ -336,8 +336,8 @@ def test_what_cannot_be_is_one_line(
     root = tree(tmp_path / "tree")
     for share in ("0", "1", "-0.1", "15", "nan"):
         assert "must be a share between 0 and 1, such as 0.15" in attempt(root, share)
-    assert "no place of the 4 would be left to train on" in attempt(root, 0.99)
-    assert "the pairs of train are all of one place, basement_0001;" in attempt(bts(tmp_path / "one", train=1), 0.15)
+    assert "no room of the 4 would be left to train on" in attempt(root, 0.99)
+    assert "the pairs of train are all of one room, basement_0001;" in attempt(bts(tmp_path / "one", train=1), 0.15)
     assert "the pairs of train name no scene" in attempt(folder(tmp_path / "plain"), 0.15)
     for split in ("train", "val"):
         folder(tmp_path / f"own/{split}")

@@ -81,8 +81,8 @@ def thumbnails(source: Source) -> Iterator[Thumbnail]:
         counts[name] = min(len(source.splits[name].pairs), max(1, left // (len(source.splits) - done)))
         left -= counts[name]
     for name, split in source.splits.items():
-        for place in linspace_indices(len(split.pairs), counts[name]):
-            pair = split.pairs[place]
+        for index in linspace_indices(len(split.pairs), counts[name]):
+            pair = split.pairs[index]
             try:
                 raw = source.read(pair, split.scale)
             except BadPair:

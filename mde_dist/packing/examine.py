@@ -140,5 +140,5 @@ def statistics_of(reports: Sequence[Report]) -> Statistics:
 
 
 def relative(directory: Path, problem: str) -> str:
-    """A problem without the place of the directory, which may move."""
+    """A problem without the path of the directory, which may move."""
     return problem.removeprefix(f"{directory}/")

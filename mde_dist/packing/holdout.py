@@ -1,4 +1,4 @@
-"""Training pairs to choose on: whole places of the split `train` held out into a split `val`, so that no result is
+"""Training pairs to choose on: whole rooms of the split `train` held out into a split `val`, so that no result is
 chosen on the test pairs.
 """
 
@@ -22,14 +22,14 @@ class ValSplit:
     source: Source
     """With the split `val` behind `train`; the pairs of both are in the order of the data set."""
     share: float
-    places: tuple[str, ...]
+    rooms: tuple[str, ...]
     """Those that went to `val`, sorted."""
     of: int
-    """Places in all."""
+    """Rooms in all."""
 
     def record(self) -> dict[str, object]:
         """For the manifest."""
-        return {"of": TRAIN, "share": self.share, "places": list(self.places)}
+        return {"of": TRAIN, "share": self.share, "places": list(self.rooms)}
 
     def in_words(self) -> list[str]:
         """Lines with the number of pairs and scenes that each split has now."""
@@ -37,17 +37,17 @@ class ValSplit:
         for name, split in self.source.splits.items():
             pairs, scenes = len(split.pairs), len({pair.scene for pair in split.pairs})
             lines.append(f"{name}: {pairs:,} pairs of {scenes:,} {'scene' if scenes == 1 else 'scenes'}")
-        chosen = f"{len(self.places):,} of {self.of:,} places are held out of {TRAIN} as {VAL}"
+        chosen = f"{len(self.rooms):,} of {self.of:,} rooms are held out of {TRAIN} as {VAL}"
         return [f"--validation {self.share:g}: {chosen}, to choose on", *lines]
 
 
-def place_of(scene: str) -> str:
+def room_of(scene: str) -> str:
     """Room that a scene shows a part of: `living_room_0001a`, `living_room_0001b_out` -> `living_room_0001`."""
     return re.sub(r"(?<=\d)[a-zA-Z]$", "", scene.removesuffix("_out"))
 
 
 def make_val_split(source: Source, share: float) -> ValSplit:
-    """Whole places with a `share` of the pairs of `train` -> the split `val`. Raises UserError where that cannot be.
+    """Whole rooms with a `share` of the pairs of `train` -> the split `val`. Raises UserError where that cannot be.
 
     What goes where is a function of the names of the scenes, each as often as it has pairs, and of `share`; not of the
     order of the pairs.
@@ -58,17 +58,17 @@ def make_val_split(source: Source, share: float) -> ValSplit:
     if TRAIN not in source.splits:
         raise UserError(f"{option}: {source.root} has no split {TRAIN} to hold pairs out of; leave the option out")
     train = source.splits[TRAIN]
-    counts = count_places(train.pairs)
+    counts = count_rooms(train.pairs)
     if len(counts) < 2:
-        place = next(iter(counts), "")
-        shown = f"are all of one place, {place}" if place else "name no scene that they belong to"
-        raise UserError(f"{option}: the pairs of {TRAIN} {shown}; whole places are held out, and it takes two or more")
+        room = next(iter(counts), "")
+        shown = f"are all of one room, {room}" if room else "name no scene that they belong to"
+        raise UserError(f"{option}: the pairs of {TRAIN} {shown}; whole rooms are held out, and it takes two or more")
     chosen = choose(counts, share)
     if len(chosen) == len(counts):
-        raise UserError(f"{option}: no place of the {len(counts)} would be left to train on; name a smaller share")
+        raise UserError(f"{option}: no room of the {len(counts)} would be left to train on; name a smaller share")
     parts: dict[str, list[Pair]] = {TRAIN: [], VAL: []}
     for pair in train.pairs:
-        parts[VAL if place_of(pair.scene) in chosen else TRAIN].append(pair)
+        parts[VAL if room_of(pair.scene) in chosen else TRAIN].append(pair)
     splits: dict[str, Split] = {}
     for name, split in source.splits.items():
         if name == TRAIN:
@@ -78,24 +78,24 @@ def make_val_split(source: Source, share: float) -> ValSplit:
     return ValSplit(replace(source, splits=splits), share, tuple(sorted(chosen)), len(counts))
 
 
-def count_places(pairs: Iterable[Pair]) -> Counter[str]:
-    """Pairs of each place."""
-    return Counter(place_of(pair.scene) for pair in pairs)
+def count_rooms(pairs: Iterable[Pair]) -> Counter[str]:
+    """Pairs of each room."""
+    return Counter(room_of(pair.scene) for pair in pairs)
 
 
 def choose(counts: Mapping[str, int], share: float) -> frozenset[str]:
-    """The places to hold out, at least one: those whose pairs come nearest to `share` of all of them.
+    """The rooms to hold out, at least one: those whose pairs come nearest to `share` of all of them.
 
-    The places stand in the order of the sha256 of their names. The fewest of the first that can make up the nearest
+    The rooms stand in the order of the sha256 of their names. The fewest of the first that can make up the nearest
     count are looked at, and of these the last ones are left out where the others can make it up without them. Of two
     counts that are equally near the smaller one is taken.
     """
-    order = sorted(counts, key=lambda place: hashlib.sha256(place.encode(errors="surrogateescape")).digest())
+    order = sorted(counts, key=lambda room: hashlib.sha256(room.encode(errors="surrogateescape")).digest())
     wanted = share * sum(counts.values())
     whole = max(1, math.ceil(wanted - 0.5))
-    reached = [1]  # bit n of entry i: some of the first i places have n pairs in all
-    for place in order:
-        reached.append(reached[-1] | reached[-1] << counts[place])
+    reached = [1]  # bit n of entry i: some of the first i rooms have n pairs in all
+    for room in order:
+        reached.append(reached[-1] | reached[-1] << counts[room])
         if reached[-1] >> whole & 1:
             break
     sums = (
@@ -104,8 +104,8 @@ def choose(counts: Mapping[str, int], share: float) -> frozenset[str]:
     left = min(sums, key=lambda n: abs(n - wanted))
     chosen = set()
     for number in range(len(reached) - 1, 0, -1):
-        place = order[number - 1]
+        room = order[number - 1]
         if not reached[number - 1] >> left & 1:
-            chosen.add(place)
-            left -= counts[place]
+            chosen.add(room)
+            left -= counts[room]
     return frozenset(chosen)

@@ -107,10 +107,10 @@ def training_command(shards: Path) -> str:
     return f"next: {command_line('train', '--data.shards', shards, launcher='accelerate launch')}"
 
 
-def show_splits(console: Console, manifest: Manifest, place: Path) -> None:
+def show_splits(console: Console, manifest: Manifest, path: Path) -> None:
     """The table of what a directory of shards holds."""
     height, width = manifest.size
-    table = Table(title=f"{place} ({height}x{width}, depth as {manifest.codec})", title_justify="left")
+    table = Table(title=f"{path} ({height}x{width}, depth as {manifest.codec})", title_justify="left")
     for column in ("split", "pairs", "shards", "MB", "metres: min, median, mean, max", "holes"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for name, split in manifest.splits.items():

@@ -61,7 +61,7 @@ class PackConfig:
     skip_bad: bool = False
     """Leave out pairs that cannot be used, and count them, instead of stopping."""
     validation: float | None = None
-    """Share of the pairs of `train`, as whole places, that become the split `val`."""
+    """Share of the pairs of `train`, as whole rooms, that become the split `val`."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,9 @@ def _write_tar(work: PackContext, job: ShardJob, tar: Path, statistics: Statisti
         for pair in job.pairs:
             try:
                 raw = work.source.read(pair, work.source.splits[job.split].scale)
-                jpeg, millimetres = _fit(work.source.place(pair.image), raw, work.size, work.options)
+                jpeg, millimetres = _fit(work.source.path_of(pair.image), raw, work.size, work.options)
                 if not millimetres.any():
-                    raise BadPair(f"{work.source.place(pair.depth)} has no valid pixel")
+                    raise BadPair(f"{work.source.path_of(pair.depth)} has no valid pixel")
             except BadPair as error:
                 if not work.options.skip_bad:
                     raise

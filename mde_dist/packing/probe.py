@@ -48,18 +48,18 @@ def probe(source: Source) -> dict[str, Probe]:
     for name, split in source.splits.items():
         raw, bad = [], []
         chosen = linspace_indices(len(split.pairs), _PROBES)
-        for place in chosen:
+        for index in chosen:
             try:
-                found = source.read(split.pairs[place], split.scale)
+                found = source.read(split.pairs[index], split.scale)
                 if not found.depth.any():
-                    raise BadPair(f"{source.place(split.pairs[place].depth)} has no valid pixel")
+                    raise BadPair(f"{source.path_of(split.pairs[index].depth)} has no valid pixel")
                 raw.append(found)
             except BadPair as error:
                 bad.append(str(error))
-        tried = [split.pairs[place] for place in chosen]
-        if not raw and all(source.place(pair.image) in source.missing(pair) for pair in tried):
+        tried = [split.pairs[index] for index in chosen]
+        if not raw and all(source.path_of(pair.image) in source.missing(pair) for pair in tried):
             raise UserError(
-                f"split {name}: {source.place(tried[0].image)} is missing, and so are the other images "
+                f"split {name}: {source.path_of(tried[0].image)} is missing, and so are the other images "
                 "that were tried; --source has to be the folder that the paths of its list start from"
             )
         if not raw:
@@ -84,7 +84,7 @@ def probe(source: Source) -> dict[str, Probe]:
 
 
 def linspace_indices(count: int, most: int) -> list[int]:
-    """At most `most` of `count` places, evenly spaced."""
+    """At most `most` of `count` indices, evenly spaced."""
     return list(range(0, count, max(1, count // most)))[:most]
 
 

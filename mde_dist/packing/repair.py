@@ -63,8 +63,10 @@ def _rewrite(report: Report, manifest: Manifest, revision: str) -> Report:
     target = report.path.with_name(f"{stem}{revision}.tar")
     with report.path.open("rb") as old, atomic_file(target) as new, ShardWriter(new, manifest.codec) as writer:
         for key, row in zip(report.keys, report.rows, strict=True):
-            places = {member: (int(row[f"{member}_bytes"]), int(row[f"{member}_offset"])) for member in MEMBERS}
-            writer.write_members(key, {m: os.pread(old.fileno(), *place) for m, place in places.items() if place[0]})
+            extents = {member: (int(row[f"{member}_bytes"]), int(row[f"{member}_offset"])) for member in MEMBERS}
+            writer.write_members(
+                key, {m: os.pread(old.fileno(), *extent) for m, extent in extents.items() if extent[0]}
+            )
     written = validate_shard(target, manifest.codec, manifest.size, None)
     if written.problems or written.keys != report.keys:
         raise UserError(f"{target} did not come out whole ({written.problems}); nothing was changed")

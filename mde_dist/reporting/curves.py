@@ -32,7 +32,7 @@ class Curve:
     """Curve of one run in a chart."""
 
     run: int
-    """Its place among the runs of the page, which decides its colour."""
+    """Its index among the runs of the page, which decides its colour."""
     name: str
     stretches: Sequence[Sequence[Point]]
     """Points that a line joins; between two stretches there is none."""
@@ -99,7 +99,7 @@ _MUCH = 8.0
 
 
 def score_charts(runs: Sequence[RunPoint], protocol: str) -> list[Chart]:
-    """One chart per metric of evaluations under one protocol. `runs`: with their places on the page."""
+    """One chart per metric of evaluations under one protocol. `runs`: with their indices on the page."""
     first = ("abs_rel", "delta1", "rmse")
     metrics = [name for name in first if name in PROTOCOLS[protocol].metrics]
     metrics += [name for name in PROTOCOLS[protocol].metrics if name not in first]
@@ -108,7 +108,7 @@ def score_charts(runs: Sequence[RunPoint], protocol: str) -> list[Chart]:
 
 
 def _score_chart(runs: Sequence[RunPoint], metric: str) -> Chart:
-    curves = [_curve(place, run, run.evaluations, metric, _samples) for place, run in runs]
+    curves = [_curve(index, run, run.evaluations, metric, _samples) for index, run in runs]
     return Chart(
         *(metric, _UNITS.get(metric, ""), "samples", curves, _references([run for _, run in runs], metric)),
         better="higher" if metric in HIGHER_IS_BETTER else "lower",
@@ -135,8 +135,8 @@ def _references(runs: Sequence[Run], metric: str) -> list[tuple[str, float]]:
 def training_charts(runs: Sequence[RunPoint]) -> list[Chart]:
     """Loss, learning rate and gradient norm over samples seen. Losses of two kinds have a chart each."""
     by_loss: dict[tuple[str, str], list[RunPoint]] = {}
-    for place, run in runs:
-        by_loss.setdefault(_loss_of(run), []).append((place, run))
+    for index, run in runs:
+        by_loss.setdefault(_loss_of(run), []).append((index, run))
     charts = []
     for (words, unit), same in by_loss.items():
         title = "Training loss" if len(by_loss) == 1 else f"Training loss ({words})"
@@ -157,16 +157,16 @@ def _loss_of(run: Run) -> tuple[str, str]:
 def speed_charts(runs: Sequence[RunPoint]) -> list[Chart]:
     """Throughput, wait for data and memory, over samples seen and then over time."""
     over_samples = _step_charts(runs, _SPEED, "samples")
-    return over_samples + _step_charts([(place, run) for place, run in runs if run.starts], _SPEED, "time")
+    return over_samples + _step_charts([(index, run) for index, run in runs if run.starts], _SPEED, "time")
 
 
 def _step_charts(runs: Sequence[RunPoint], kinds: Iterable[_Kind], over: Literal["samples", "time"]) -> list[Chart]:
-    marks = [mark for place, run in runs for mark in restarts(place, run, over)]
+    marks = [mark for index, run in runs for mark in restarts(index, run, over)]
     charts = []
     for kind in kinds:
         curves = [
-            _curve(place, run, run.steps, kind.value, time_in_training(run) if over == "time" else _samples)
-            for place, run in runs
+            _curve(index, run, run.steps, kind.value, time_in_training(run) if over == "time" else _samples)
+            for index, run in runs
         ]
         values = [point.y for curve in curves for point in curve.points]
         if values:
@@ -177,15 +177,15 @@ def _step_charts(runs: Sequence[RunPoint], kinds: Iterable[_Kind], over: Literal
 
 
 def _curve(
-    place: int, run: Run, lines: Sequence[Line], value: str, where: Callable[[Line], tuple[int, float | None]]
+    index: int, run: Run, lines: Sequence[Line], value: str, where: Callable[[Line], tuple[int, float | None]]
 ) -> Curve:
-    """`where`: a line -> the stretch that it belongs to, and its place along the chart."""
+    """`where`: a line -> the stretch that it belongs to, and its index along the chart."""
     known = [(where(line), line.values.get(value)) for line in lines]
     pairs = [(stretch, (x, y)) for (stretch, x), y in known if x is not None]
     groups = [[pair for _, pair in group] for _, group in groupby(pairs, key=lambda item: item[0])]
     if not any(y is not None for group in groups for _, y in group):
-        return Curve(place, run.name, [], 0)
-    return Curve(place, run.name, thin(groups), sum(y is None for group in groups for _, y in group))
+        return Curve(index, run.name, [], 0)
+    return Curve(index, run.name, thin(groups), sum(y is None for group in groups for _, y in group))
 
 
 def thin(groups: Sequence[Sequence[Pair]]) -> list[list[Point]]:
@@ -229,13 +229,13 @@ def _sums(run: Run) -> list[float]:
     return sums
 
 
-def restarts(place: int, run: Run, over: Literal["samples", "time"]) -> list[RestartMarker]:
+def restarts(index: int, run: Run, over: Literal["samples", "time"]) -> list[RestartMarker]:
     """Positions at which the run was resumed after a stop; a start without progress is left out."""
     spans, sums = run.spans(), _sums(run)
     return [
         RestartMarker(
             start.samples if over == "samples" else sums[number],
-            place,
+            index,
             f"{run.name}: went on at sample {start.samples:,}, "
             f"{duration(max(0.0, start.time - spans[number - 1][1]))} after the last line before",
         )

@@ -109,11 +109,11 @@ def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list
     keys, rows = load_rows(record, protocol)
     metrics = PROTOCOLS[protocol].metrics
     values = image_metrics(torch.from_numpy(rows), PROTOCOLS[protocol])
-    order = [int(place) for place in np.argsort(values[:, metrics.index("abs_rel")].numpy(), kind="stable")]
+    order = [int(index) for index in np.argsort(values[:, metrics.index("abs_rel")].numpy(), kind="stable")]
     scored = [
-        Chosen(place, keys[place], dict(zip(metrics, values[place].tolist(), strict=True)))
-        for place in order
-        if rows[place, 0] > 0
+        Chosen(index, keys[index], dict(zip(metrics, values[index].tolist(), strict=True)))
+        for index in order
+        if rows[index, 0] > 0
     ]
     count = min(MOST, len(scored) // 2)
     return scored[:count], scored[::-1][:count]

@@ -52,8 +52,8 @@ def _draw(axis: "Axes", chart: Chart) -> None:
         axis.axhline(value, color="0.4", linestyle=":", linewidth=1.2)
         side, gap = ("right", -3) if at.at_end else ("left", 3)
         up, edge = (2, "bottom") if at.name_y < at.y else (-2, "top")
-        place = (float(at.at_end), value), (gap, up), ("axes fraction", "data"), "offset points"
-        axis.annotate(name, *place, fontsize=7, color="0.25", ha=side, va=edge)
+        position = (float(at.at_end), value), (gap, up), ("axes fraction", "data"), "offset points"
+        axis.annotate(name, *position, fontsize=7, color="0.25", ha=side, va=edge)
     for mark in chart.marks:
         axis.axvline(mark.x, color=style(mark.run).light, linestyle=(0, (1, 2)), linewidth=1)
     if y_axis.log:

@@ -120,7 +120,7 @@ class Run:
 
 
 RunPoint = tuple[int, Run]
-"""A run, and its place among the runs of the page, which decides its colour."""
+"""A run, and its index among the runs of the page, which decides its colour."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

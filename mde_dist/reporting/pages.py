@@ -64,10 +64,10 @@ class Report:
 def groups_of(runs: Sequence[Run]) -> list[list[RunPoint]]:
     """Runs by what they were scored by; those that were not scored yet are in none."""
     found: dict[tuple[Any, ...], list[RunPoint]] = {}
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         if run.last is not None:
             mark = short_hash(run.mark) if run.mark else run.manifest("eval_manifest")
-            found.setdefault((run.protocol, run.last.values.get("images"), mark), []).append((place, run))
+            found.setdefault((run.protocol, run.last.values.get("images"), mark), []).append((index, run))
     return list(found.values())
 
 
@@ -91,12 +91,12 @@ def collect(runs: Sequence[Run]) -> Report:
         extremes=[],
     )
     found = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         who = f"{run.name}: " if len(runs) > 1 else ""
         report.missing += [who + note for note in (*run.notes, *_lacking(run))]
         if run.record is not None:
             try:
-                found.append((place, run, extremes(run)))
+                found.append((index, run, extremes(run)))
             except UserError as error:
                 report.missing.append(f"{who}no pictures of its best and worst images: {error}")
     report.extremes = found
@@ -118,7 +118,7 @@ def _lacking(run: Run) -> Iterator[str]:
 def _group(runs: Sequence[RunPoint], several: bool) -> Group:
     first = runs[0][1]
     protocol = str(first.protocol)
-    broken_down = [(place, run.name, there) for place, run in runs if (there := breakdown_of(run)) is not None]
+    broken_down = [(index, run.name, there) for index, run in runs if (there := breakdown_of(run)) is not None]
     names, mark = (
         ", ".join(run.name for _, run in runs),
         f", fingerprint {short_hash(first.mark)}" if first.mark else "",

@@ -135,20 +135,20 @@ class SnapshotSeries:
 
 def _until(moments: Sequence[Snapshot], samples: int) -> int:
     """Index of the last moment until then; of the first one where there is none."""
-    return max((place for place, moment in enumerate(moments) if moment.samples <= samples), default=0)
+    return max((index for index, moment in enumerate(moments) if moment.samples <= samples), default=0)
 
 
 def films(runs: Sequence[Run]) -> list[SnapshotSeries]:
     """Runs with the same images share one, so that they can be held against each other."""
     groups: list[list[tuple[int, Run, ValidationSnapshots]]] = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         if run.showcase is None:
             continue
         same = next((group for group in groups if _same_images(group[0][2], run.showcase)), None)
         if same is None:
-            groups.append([(place, run, run.showcase)])
+            groups.append([(index, run, run.showcase)])
         else:
-            same.append((place, run, run.showcase))
+            same.append((index, run, run.showcase))
     return [_film(group) for group in groups]
 
 
@@ -165,7 +165,7 @@ def _film(group: Sequence[tuple[int, Run, ValidationSnapshots]]) -> SnapshotSeri
         [tile(image, "image", f"image {key}") for key, image in zip(shown.keys, shown.image, strict=True)],
         [_truth(truth, key, scale) for key, truth in zip(shown.keys, shown.target, strict=True)],
         scale,
-        [(place, run, [_moment(run, show, samples, scale) for samples in times_of(run)]) for place, run, show in group],
+        [(index, run, [_moment(run, show, samples, scale) for samples in times_of(run)]) for index, run, show in group],
     )
 
 
@@ -174,7 +174,7 @@ def times_of(run: Run) -> list[int]:
     assert run.showcase is not None
     known = sorted(run.showcase.predictions)
     spaced = np.linspace(0, len(known) - 1, min(MOST_TIMES - 1, len(known))).round().astype(int)
-    chosen = {known[place] for place in spaced}
+    chosen = {known[index] for index in spaced}
     return sorted(chosen | ({run.best.samples} & set(known) if run.best else set()))
 
 

@@ -218,7 +218,7 @@ def bar_plot(
     columns: Sequence[tuple[int | None, str, Sequence[float | None]]],
     percent: bool = False,
 ) -> BarPlot | None:
-    """`columns`: place and name of a run, and its value between each two edges. None where there is no value."""
+    """`columns`: index and name of a run, and its value between each two edges. None where there is no value."""
     known = [value for _, _, values in columns for value in values if value is not None]
     if not known:
         return None
@@ -229,14 +229,14 @@ def bar_plot(
     bars, said = [], []
     for number, (run, name, values) in enumerate(columns):
         spoken = []
-        for place, value in enumerate(values):
+        for index, value in enumerate(values):
             if value is None:
                 continue
             top = _y(axis, value)
             shown = f"{100 * value:.1f}%" if percent else f"{value:+.3f}" if axis.low < 0 else f"{value:.3f}"
             shown = f"{shown} {unit}".strip() if not percent else shown
-            text = f"{edges[place]:g} to {edges[place + 1]:g} m: {shown}"
-            x = LEFT + step * (place + 0.12) + wide * number
+            text = f"{edges[index]:g} to {edges[index + 1]:g} m: {shown}"
+            x = LEFT + step * (index + 0.12) + wide * number
             bars.append(
                 Bar(run, round(x, 1), min(top, zero), round(wide, 1), round(abs(top - zero), 1), f"{name}, {text}")
             )
@@ -244,7 +244,7 @@ def bar_plot(
         said.append(f"{name}: {'; '.join(spoken)}.")
     return BarPlot(
         *(title, unit, bars, zero),
-        [(round(LEFT + step * place, 1), f"{edge:g}") for place, edge in enumerate(edges)],
+        [(round(LEFT + step * index, 1), f"{edge:g}") for index, edge in enumerate(edges)],
         [(_y(axis, value), text) for value, text in axis.ticks],
         f"{title} by true distance. {' '.join(said)}",
     )

@@ -56,7 +56,7 @@ def lead(run: Run) -> str:
     parts = [state_of(run)]
     if spans:
         parts += [when(spans[0][0]), in_training(run)]
-        parts += [place for place in (on_what(run.starts[-1].values),) if place]
+        parts += [name for name in (on_what(run.starts[-1].values),) if name]
     return " · ".join(parts)
 
 
@@ -129,10 +129,10 @@ def _versions(run: Run) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
 
 
-def _shards(config: Mapping[str, Any], place: str, split: str, manifest: str | None) -> str:
-    if place not in config:
+def _shards(config: Mapping[str, Any], name: str, split: str, manifest: str | None) -> str:
+    if name not in config:
         return ""
-    return f"{config[place]}, split {config.get(split, '')}" + (f", manifest {manifest[:_HASH]}" if manifest else "")
+    return f"{config[name]}, split {config.get(split, '')}" + (f", manifest {manifest[:_HASH]}" if manifest else "")
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -160,12 +160,12 @@ class Score:
 def scores(runs: Sequence[RunPoint]) -> list[Score]:
     """The last and the best evaluation of each run, predicting without looking, and the blog's figures."""
     rows = []
-    for place, run in runs:
+    for index, run in runs:
         if run.last is not None and run.best is not None:
             who = f"{run.name}: " if len(runs) > 1 else ""
             moments = {"last": run.last, "best": run.best} if run.best is not run.last else {"last and best": run.last}
             rows += [
-                Score(f"{who}{what}, after {line.samples:,} samples", place, line.values)
+                Score(f"{who}{what}, after {line.samples:,} samples", index, line.values)
                 for what, line in moments.items()
             ]
     lines: dict[tuple[str, float | None], Line] = {}
@@ -196,7 +196,7 @@ def image_table(runs: Sequence[RunPoint]) -> ImageTable | None:
     first, keys, table = known[0]
     scenes = _scenes(first, len(keys))
     columns = [Column("image", False)] + ([Column("scene", False)] if scenes else []) + [Column("pixels", True)]
-    heads = [[key, *([scenes[place]] if scenes else []), f"{table[key][0]:.0f}"] for place, key in enumerate(keys)]
+    heads = [[key, *([scenes[index]] if scenes else []), f"{table[key][0]:.0f}"] for index, key in enumerate(keys)]
     if len(known) == 1:
         metrics = PROTOCOLS[first.protocol or "eigen"].metrics
         columns += [Column(metric, True) for metric in metrics]
@@ -261,7 +261,7 @@ MOST_SCENES = 16
 
 def scene_table(runs: Sequence[RunPoint]) -> Scenes | None:
     """Scores by scene of runs that were scored on the same images; None where no scenes are known."""
-    known = [(place, run) for place, run in runs if run.record is not None]
+    known = [(index, run) for index, run in runs if run.record is not None]
     if not known:
         return None
     tables = [_images(run)[1] for _, run in known]

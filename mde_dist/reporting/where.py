@@ -55,8 +55,8 @@ def distance_plots(found: Sequence[tuple[int, str, Breakdown]]) -> list[BarPlot]
     edges = found[0][2].edges
     found = [entry for entry in found if entry[2].edges == edges]
     plots = [
-        bar_plot("abs_rel", "", edges, [(place, name, there.abs_rel) for place, name, there in found]),
-        bar_plot("bias, too far is above 0", "m", edges, [(place, name, there.bias) for place, name, there in found]),
+        bar_plot("abs_rel", "", edges, [(index, name, there.abs_rel) for index, name, there in found]),
+        bar_plot("bias, too far is above 0", "m", edges, [(index, name, there.bias) for index, name, there in found]),
         bar_plot("share of the pixels", "", edges, [(None, "all runs", found[0][2].share)], percent=True),
     ]
     return [plot for plot in plots if plot is not None]

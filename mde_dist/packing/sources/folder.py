@@ -40,8 +40,8 @@ def folder(tree: Tree, choice: SourceOptions) -> Source | None:
             raise UserError(f"{tree.root / within / 'images'} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         hidden = [name for name in tree.left_behind(f"{within}images") if _is_image(name) and name[:2] != "._"]
         if hidden:
-            place = tree.root / within / "images" / hidden[0]
-            notes.append(f"{split}: {len(hidden):,} hidden images, such as {place}, were left out")
+            hidden_path = tree.root / within / "images" / hidden[0]
+            notes.append(f"{split}: {len(hidden):,} hidden images, such as {hidden_path}, were left out")
         scale = choice.given(split) or _guess(tree, [row[1] for row in rows], split)
         pairs = pairs_of(FileList(tree.root / base, rows), "", f"{within}images")
         splits[split] = Split(pairs, scale)

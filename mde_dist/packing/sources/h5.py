@@ -73,15 +73,15 @@ def _walked(tree: Tree, split: str) -> FileList | None:
 
 
 def _pairs(listed: FileList, base: str, drop: str) -> tuple[Pair, ...]:
-    names, places, pairs = [], [], []
+    names, locations, pairs = [], [], []
     for where, row in listed.numbered_rows():
         if len(row) != 1 or not row[0].endswith(".h5"):
             raise UserError(f"{where}: expected the path of an .h5 file, found {' '.join(row)!r}")
         path = inside(row[0], base, where)
         names.append(_below(PurePosixPath(row[0].lstrip("/")), drop))
-        places.append(f"{where}: {path}")
+        locations.append(f"{where}: {path}")
         pairs.append(Pair("", path.parent.name, str(path), str(path)))
-    keys = unique_keys(names, places)
+    keys = unique_keys(names, locations)
     return tuple(replace(pair, key=key) for pair, key in zip(pairs, keys, strict=True))
 
 
@@ -187,7 +187,7 @@ def _members(tree: FolderTree, tar: str, name: str) -> Iterator[tuple[PurePosixP
 
 
 class TarReader:
-    """Reads pairs that are members of tars, at the places that their index gives."""
+    """Reads pairs that are members of tars, at the offsets that their index gives."""
 
     def __init__(self, tree: FolderTree):
         self.tree = tree

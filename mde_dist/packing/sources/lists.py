@@ -150,16 +150,16 @@ def pairs_of(listed: FileList, folder: str, drop: str, image: int = 0, depth: in
 
     `image` and `depth` say which columns. Raises UserError with the row.
     """
-    names, places, pairs = [], [], []
+    names, locations, pairs = [], [], []
     for where, row in listed.numbered_rows():
         if len(row) <= max(image, depth) or not (row[image] and row[depth]):
             raise UserError(f"{where}: expected an image and a depth path, found {' '.join(row)!r}")
         picture, target = (inside(row[column], folder, where) for column in (image, depth))
         name = picture.relative_to(drop) if drop and picture.is_relative_to(drop) else picture
         names.append(name)
-        places.append(f"{where}: {picture}")
+        locations.append(f"{where}: {picture}")
         pairs.append(Pair("", name.parent.name.removesuffix("_out"), str(picture), str(target)))
-    keys = unique_keys(names, places)
+    keys = unique_keys(names, locations)
     return tuple(replace(pair, key=key) for pair, key in zip(pairs, keys, strict=True))
 
 

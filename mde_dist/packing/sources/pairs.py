@@ -88,7 +88,7 @@ class Source:
         The image is turned as its EXIF data say; the depth map is taken to be upright already.
         """
         if not is_utf8(pair.image):
-            raise BadPair(f"{self.place(pair.image)}: {NOT_UTF8}")
+            raise BadPair(f"{self.path_of(pair.image)}: {NOT_UTF8}")
         raw = self.reader.read(pair, scale)
         if raw.image.shape[:2] != raw.depth.shape:
             shown = hxw(raw.image.shape)
@@ -97,18 +97,17 @@ class Source:
                     f" when it is turned as its EXIF data say (orientation {raw.orientation}), and nothing says "
                     "whether the depth is to be turned as well; store both upright, without that entry"
                 )
-            raise BadPair(
-                f"{self.place(pair.depth)} is {hxw(raw.depth.shape)}, but its image {self.place(pair.image)} is {shown}"
-            )
+            image, depth = self.path_of(pair.image), self.path_of(pair.depth)
+            raise BadPair(f"{depth} is {hxw(raw.depth.shape)}, but its image {image} is {shown}")
         return raw
 
-    def place(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """Path of an image or depth map of a pair, for the user to find it."""
         return self.root / name
 
     def missing(self, pair: Pair) -> list[Path]:
         """The files of the pair that are not there, or whose name cannot be written into a shard."""
-        return self.reader.missing(pair) if is_utf8(pair.image) else [self.place(pair.image)]
+        return self.reader.missing(pair) if is_utf8(pair.image) else [self.path_of(pair.image)]
 
     def stamp(self, pair: Pair) -> list[Any]:
         """Values that change when a source file of the pair does. Raises OSError."""

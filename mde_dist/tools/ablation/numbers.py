@@ -50,9 +50,9 @@ class RowStatistics:
 
     def common(self, other: "RowStatistics") -> "RowStatistics":
         """Statistics over the seeds that the other has, too."""
-        places = [place for place, seed in enumerate(self.seeds) if seed in other.seeds]
-        seeds = tuple(self.seeds[place] for place in places)
-        return replace(self, seeds=seeds, each=self.each[places], resampled=self.resampled[places])
+        indices = [index for index, seed in enumerate(self.seeds) if seed in other.seeds]
+        seeds = tuple(self.seeds[index] for index in indices)
+        return replace(self, seeds=seeds, each=self.each[indices], resampled=self.resampled[indices])
 
     def relative(self, other: "RowStatistics", k: int) -> np.ndarray:
         """(3,): the same as a share of the other, for metric `k`, an error that is never 0."""

@@ -41,13 +41,13 @@ def show(found: AblationResult, table: Table) -> None:
     """On the terminal."""
     headings = _headings(found, table)
     # the numbers that one chooses by; table.md has them all
-    chosen = [place for place, name in enumerate(headings) if name not in _LEFT_TO_FILE and name != "rmse"]
+    chosen = [index for index, name in enumerate(headings) if name not in _LEFT_TO_FILE and name != "rmse"]
     grid = Grid()
-    for place in chosen:
-        grid.add_column(headings[place], justify="right" if place else "left", overflow="fold")
+    for index in chosen:
+        grid.add_column(headings[index], justify="right" if index else "left", overflow="fold")
     for figures in found.figures.values():
         cells_of = _cells(figures, found, table)
-        grid.add_row(*(cells_of[place].replace(" [", "\n[") for place in chosen))
+        grid.add_row(*(cells_of[index].replace(" [", "\n[") for index in chosen))
     open_console().print(grid)
     for note in _notes(found, table):
         say(note)

@@ -55,9 +55,9 @@ def check_shards(
         found = f"no shards at {SAMPLE_SHARDS} yet{where}; the next checks make do with a batch of noise"
         panel.add(Row("shards", "warn", found, "nothing: the rooms will be rendered and packed first, in a minute"))
         return None
-    for name, place in (("training", 0), ("evaluation", 1)):
-        hashes = {rank: f"{name} manifest {answer.value[place][:12]}" for rank, answer in enumerate(answers)}
-        if len({answer.value[place] for answer in answers}) > 1:
+    for name, index in (("training", 0), ("evaluation", 1)):
+        hashes = {rank: f"{name} manifest {answer.value[index][:12]}" for rank, answer in enumerate(answers)}
+        if len({answer.value[index] for answer in answers}) > 1:
             advice = "the nodes have shards of different packings: copy one directory to all, or share it"
             panel.add(Row("shards", "fail", panel.differing(hashes), advice))
             return None
@@ -102,8 +102,8 @@ def check_samples(panel: RankSurvey, config: Config, splits: tuple[ShardDataset,
     read = sum(answer.value["read"][0] for answer in answers)
     bad = {rank: _first(answer.value["damaged"]) for rank, answer in enumerate(answers) if answer.value["damaged"]}
     if bad:
-        places = dict.fromkeys(split.location for split in splits)
-        commands = "; ".join(command_for("verify", place) for place in places)
+        locations = dict.fromkeys(split.location for split in splits)
+        commands = "; ".join(command_for("verify", location) for location in locations)
         advice = f"look at every byte with: {commands} (then --repair leaves out what is damaged)"
         panel.add(Row("samples", "fail", panel.differing(bad), advice))
     else:
@@ -119,7 +119,7 @@ def _chosen(split: ShardDataset, config: Config, most: int) -> list[int]:
         return linspace_indices(len(split), most)
     _, ranges = next(training_order(config, split).windows(0))
     some = [sample for first, end in ranges[:_REMOTE_SHARDS].tolist() for sample in range(first, end)]
-    return [some[place] for place in linspace_indices(len(some), most)]
+    return [some[index] for index in linspace_indices(len(some), most)]
 
 
 def _first(texts: Sequence[str]) -> str:

@@ -165,7 +165,7 @@ def lacking(probe: Path, option: str) -> list[str]:
 
     Raises UserError where it cannot be written.
     """
-    lacks, place = [], probe.parent
+    lacks, folder = [], probe.parent
     try:
         with probe.open("xb") as file:
             file.write(bytes(2**16))
@@ -173,11 +173,11 @@ def lacking(probe: Path, option: str) -> list[str]:
             if not has_flock(file):
                 until = f"only after {SILENCE:.0f} s of silence"
                 lacks.append(f"no file locks: a process killed on another machine is known for dead {until}")
-            if not (sync(file.fileno(), place) and sync_directory(place)):
+            if not (sync(file.fileno(), folder) and sync_directory(folder)):
                 lacks.append("nothing tells when the disk has it all: a power cut may undo what was written last")
     except OSError as error:
         raise UserError(
-            f"{place}: cannot be written ({error.strerror}); give yourself the right to, or another {option}"
+            f"{folder}: cannot be written ({error.strerror}); give yourself the right to, or another {option}"
         ) from None
     return lacks
 
