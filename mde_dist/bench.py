@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     module = import_module(f"mde_dist.tools.benchmarking.{word}")
     options = validate(parse(module.Options, rest, f"python -m mde_dist.bench {word}"))
     options.check()
-    result = module.bench(options)
+    result = module.measure(options)
     if result is None:  # a rank that has nothing to show
         return
     if options.json is not None:

@@ -24,8 +24,7 @@ from typing import Any
 from pairs import Truth, take_pairs
 
 from mde_dist.data.shards import open_split
-from mde_dist.tools.benchmarking.pinned import on_cores
-from mde_dist.tools.benchmarking.result import Column, Table, cores_at_hand, over_rounds, ratio, show_table
+from mde_dist.tools.benchmarking.harness import Column, Table, available_cores, on_cores, over_rounds, ratio
 from mde_dist.utils.cli import run_command
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
@@ -125,7 +124,7 @@ def main(argv: list[str]) -> None:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     height, width = shards.size
-    show_table(Table(f"pairs of {height}x{width}, batches of {options.batch}, pairs/s", columns(counts), rows))
+    Table(f"pairs of {height}x{width}, batches of {options.batch}, pairs/s", columns(counts), rows).show()
     for row in rows:
         if row.get("note"):
             say(f"{row['what']} ({row['depth']}): {row['note']}")
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> None:
 
 def compare(options: argparse.Namespace, shards: Any, work: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Prepare, check and measure all loaders -> (rows, numbers of cores). Raises UserError."""
-    at_hand, pairs = cores_at_hand(), min(options.pairs, len(shards))
+    at_hand, pairs = available_cores(), min(options.pairs, len(shards))
     counts = sorted(count for count in set(options.cores) if count <= len(at_hand))
     work.mkdir(parents=True, exist_ok=True)
     interpreters = {"": sys.executable} | chosen_interpreters(options.python)
@@ -185,7 +184,7 @@ def prepare(peer: Peer, interpreter: str, row: dict[str, Any], pairs: Path, trut
     Fills in the row. Raises PeerFailed.
     """
     work = pairs.parent
-    folder, note, cores = work / peer.key, json.loads((work / "pairs.json").read_text("utf-8")), cores_at_hand()
+    folder, note, cores = work / peer.key, json.loads((work / "pairs.json").read_text("utf-8")), available_cores()
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=work) as temporary:
             call(interpreter, peer.script, cores, "prepare", pairs, Path(temporary, "out"))

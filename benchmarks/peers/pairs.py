@@ -9,7 +9,6 @@ import numpy as np
 
 from mde_dist.data import depth
 from mde_dist.data.shards import ShardDataset
-from mde_dist.tools.benchmarking.reading import Members
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic, writing
 
@@ -29,12 +28,12 @@ def take_pairs(shards: ShardDataset, place: str, split: str, pairs: int, work: P
             raise UserError(f"{work} holds other pairs, or another number of them; name another place with --work")
         return folder
     size = 0
-    with writing(folder), Members(shards) as members:
+    with writing(folder):
         for kind in ("images", "depth"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         millimetres = np.empty(shards.size, np.uint16)
         for sample in range(pairs):
-            encoded, jpeg = members.read(sample)
+            encoded, jpeg = shards.read_encoded(sample)
             size += len(encoded) + len(jpeg)
             depth.decode(encoded, shards.manifest.codec, millimetres)
             (folder / f"images/{sample:06}.jpg").write_bytes(jpeg)

@@ -143,6 +143,15 @@ class ShardDataset(DepthDataset):
 
         self._read(sample, read)
 
+    def read_encoded(self, sample: int) -> tuple[memoryview, memoryview]:
+        """Payloads of one pair, depth map and image, as they were packed. Raises DamagedSample."""
+
+        def read() -> tuple[memoryview, memoryview]:
+            (_, encoded), (_, jpeg) = self._members(self._index[sample], ("depth", "image"))
+            return encoded, jpeg
+
+        return self._read(sample, read)
+
     def meta(self, sample: int) -> dict[str, str]:
         def read() -> dict[str, str]:
             row = self._index[sample]

@@ -9,17 +9,16 @@ import numpy as np
 import with_mde_dist
 
 from mde_dist.data.shards import decode_pair, open_split
-from mde_dist.tools.benchmarking.reading import Members
 
 _IN_MEMORY = 64_000_000  # bytes that the loop goes round: more than a core's cache holds
 
 
 def batches(out: Path, batch: int, workers: int) -> harness.Batches:
     note = json.loads((out / "pairs.json").read_text("utf-8"))
-    with open_split(note["shards"], note["split"]) as shards, Members(shards) as members:
-        pairs, taken = list[list[bytes]](), 0
+    with open_split(note["shards"], note["split"]) as shards:
+        pairs, taken = list[tuple[memoryview, memoryview]](), 0
         for sample in np.random.default_rng(0).permutation(note["pairs"]):
-            pairs.append(members.read(int(sample)))
+            pairs.append(shards.read_encoded(int(sample)))
             taken += sum(map(len, pairs[-1]))
             if taken > _IN_MEMORY:
                 break

@@ -1,6 +1,5 @@
-"""What `python -m mde_dist.bench` measures: a module per word behind it.
+"""Measurements of `python -m mde_dist.bench`: a module per word, and `harness`, which all share.
 
-Each module has `Options`, a dataclass (config.Config for the options of training, result.Timing for those of a
-measurement, and its own), and `bench(options)`, which measures and returns a result.Result, or None on a rank that has
-nothing to show. Options' docstring is the head of its `--help`.
+Each module has `Options`, a dataclass (the config of training, harness.Timing, its own options; its docstring is the
+head of `--help`), and `measure(options)`, which returns a harness.Result, or None on a rank with nothing to show.
 """
