@@ -144,7 +144,7 @@ def test_a_picture_of_a_name_that_the_font_lacks_is_drawn_in_silence(tmp_path, r
 
 def test_nothing_writes_to_the_terminal_past_these_functions():
     """All of the package prints with `say` and draws on `open_console`; the exceptions write for programs."""
-    for_programs = {"console.py", "config.py", "bench.py"}
+    for_programs = {"utils/console.py", "config.py", "bench.py"}
     package, found = Path(mde_dist.__file__).parent, set()
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

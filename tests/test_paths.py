@@ -92,7 +92,7 @@ def test_a_file_of_toml_and_what_stands_behind_a_sign_are_expanded(tmp_path: Pat
         assert (config.data.shards, config.data.eval_shards) == (f"{folder}/shards", str(home))
         assert config.model.weights == f"{folder}/w"
     assert given_lists(("train=~/list.txt",)) == {"train": home / "list.txt"}
-    (folder / "table.toml").write_text('base = "$SCRATCH/mine.toml"\n[rows.one]\n[rows.two]\noptim.ema = 9\n')
+    (folder / "table.toml").write_text('base = "$SCRATCH/mine.toml"\n[rows.one]\n[rows.two]\noptim.ema_samples = 9\n')
     table = read_table(folder / "table.toml", tmp_path / "out")
     assert table.trainings[0].config.data.shards == f"{folder}/shards"
 
