@@ -8,37 +8,28 @@ What cannot be read is named, the rest is done, and the exit code is 2.
 """
 
 import math
-import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import tyro
 
 from mde_dist.data.images import stray_in_words
 from mde_dist.distributed.config import Precision
-from mde_dist.inference.inputs import Frame, Inputs, ReadError, find_inputs
+from mde_dist.inference.inputs import Inputs, find_inputs
 from mde_dist.inference.outputs import Results
 from mde_dist.inference.point_cloud import Intrinsics
-from mde_dist.inference.predictor import Predictor, pick_device
-from mde_dist.inference.prefetch import in_order, threads
-from mde_dist.models.depth_model import load_model
-from mde_dist.training.checkpoint import open_model
 from mde_dist.utils.cli import RUN_DIR, option, parse, run_command
-from mde_dist.utils.console import open_console, say
+from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import command_line
-from mde_dist.utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mde_dist.inference.pipeline import Summary
+    from mde_dist.inference.predictor import Predictor
 
 _NAMED = 20  # unreadable inputs that are listed
-_MOST_THREADS = 16
-_HELD = 3  # batches' worth of images that wait for others of their size
 
 
 @dataclass(frozen=True)
@@ -87,27 +78,17 @@ class PredictCommand:
     """Images per forward pass; by default 4 on a CPU and 32 on a GPU. Where memory runs out it is halved."""
 
 
-@dataclass
-class Summary:
-    """What came of it."""
-
-    sizes: Counter[tuple[int, int]]
-    """How many images were predicted, by height and width."""
-    damage: list[str]
-    """A line about each input that could not be read."""
-    stray: int = 0
-    """JPEGs with stray bytes that were read."""
-
-    @property
-    def images(self) -> int:
-        return self.sizes.total()
-
-
 def main(argv: list[str]) -> None:
     command = parse(PredictCommand, argv, "python -m mde_dist.predict")
     inputs = find_inputs(command.images, command.output)
     results = open_results(command)
     check(command, inputs, results)
+    # imported here: torch takes seconds and hundreds of megabytes, which --help and a wrong option do without
+    from mde_dist.inference.pipeline import predict_all
+    from mde_dist.inference.predictor import Predictor, pick_device
+    from mde_dist.models.depth_model import load_model
+    from mde_dist.training.checkpoint import open_model
+
     device = pick_device(command.device)
     _, metadata, tensors = open_model(command.run, command.checkpoint)
     predictor = Predictor(load_model(metadata, tensors), metadata, device, command.flip, command.precision)
@@ -115,8 +96,8 @@ def main(argv: list[str]) -> None:
     for note in inputs.notes:
         say(note)
     began = time.monotonic()
-    outcome = predict(predictor, inputs, results, command.every)
-    summarise(outcome, predictor, results, time.monotonic() - began)
+    summary = predict_all(predictor, inputs, results, command.every)
+    show(summary, predictor, results, time.monotonic() - began)
 
 
 def open_results(command: PredictCommand) -> Results:
@@ -146,78 +127,24 @@ def check(command: PredictCommand, inputs: Inputs, results: Results) -> None:
             raise UserError(f"a result of {file} would replace {replaced}; name another folder for --output")
 
 
-def predict(predictor: Predictor, inputs: Inputs, results: Results, every: int) -> Summary:
-    """Read, predict and write all, each beside the others. Raises UserError where results cannot be written."""
-    outcome = Summary(Counter(), [])
-    number = min(_MOST_THREADS, os.cpu_count() or 1)
-    ahead = predictor.batch_size + number
-    expected = inputs.expected(every)
-    with (
-        threads(number) as pool,
-        closing(inputs.frames(every, pool, ahead)) as found,
-        progress_bar(open_console(), "predicting", "images") as progress,
-    ):
-        predicted = estimate_all(predictor, readable(found, outcome))
-        for size in in_order((partial(results.save, *pair) for pair in predicted), pool, ahead):
-            outcome.sizes[size] += 1
-            done = outcome.images + len(outcome.damage)
-            progress(done, max(expected, done))
-    return outcome
-
-
-def readable(found: Iterable[Frame | ReadError], outcome: Summary) -> Iterator[Frame]:
-    """The frames; what is said of the others, and of stray bytes, is added to the outcome."""
-    for one in found:
-        if isinstance(one, Frame):
-            outcome.stray += one.stray_bytes
-            yield one
-        else:
-            outcome.damage.append(one.what)
-
-
-def estimate_all(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[tuple[Frame, np.ndarray]]:
-    """Each frame with its depth, float32 metres (height, width)."""
-    for batch in batches(predictor, frames):
-        before = predictor.batch_size
-        depths = predictor.predict_batch([frame.image for frame in batch])
-        if predictor.batch_size < before:
-            say(
-                f"{predictor.device}: too little memory for {len(batch)} images at once; on with {predictor.batch_size}"
-            )
-        yield from zip(batch, depths, strict=True)
-
-
-def batches(predictor: Predictor, frames: Iterable[Frame]) -> Iterator[list[Frame]]:
-    """Frames that the model sees at one size, together. Where sizes are many, few wait for others of theirs."""
-    waiting: dict[tuple[int, int], list[Frame]] = {}
-    for frame in frames:
-        size = predictor.input_size(*frame.image.shape[:2])
-        waiting.setdefault(size, []).append(frame)
-        if len(waiting[size]) >= predictor.batch_size:
-            yield waiting.pop(size)
-        elif sum(map(len, waiting.values())) >= _HELD * predictor.batch_size:
-            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
-    yield from waiting.values()
-
-
-def summarise(outcome: Summary, predictor: Predictor, results: Results, seconds: float) -> None:
-    """What was made, where, how fast, and what can be done with it. Raises UserError where something was not."""
-    if outcome.images:
-        made = f"{outcome.images:,} depth maps in {results.folder}"
-        speed = f"{outcome.images / seconds:.1f} images/s on {predictor.device}, {predictor.precision}"
+def show(summary: "Summary", predictor: "Predictor", results: Results, seconds: float) -> None:
+    """Say how many results were made, where, how fast, and the next command. Raises UserError where inputs were bad."""
+    if summary.images:
+        made = f"{summary.images:,} depth maps in {results.folder}"
+        speed = f"{summary.images / seconds:.1f} images/s on {predictor.device}, {predictor.precision}"
         kinds = [f"NAME{kind}: {words}" for kind, words in results.kinds().items()]
-        say(f"made: {made} ({speed})", *kinds, *(results.cameras(outcome.sizes) if results.ply else ()))
+        say(f"made: {made} ({speed})", *kinds, *(results.cameras(summary.sizes) if results.ply else ()))
         score = command_line("evaluate", "--predictions", results.folder, then="--source DATA")
         say(f"next: {score}  (where truth is known)")
-    if outcome.stray:
-        say(stray_in_words(outcome.stray))
-    for line in outcome.damage[:_NAMED]:
+    if summary.stray:
+        say(stray_in_words(summary.stray))
+    for line in summary.damage[:_NAMED]:
         say(f"skipped {line}")
-    damaged = len(outcome.damage)
+    damaged = len(summary.damage)
     if damaged > _NAMED:
         say(f"skipped {damaged - _NAMED:,} more")
     if damaged:
-        total = damaged + outcome.images
+        total = damaged + summary.images
         raise UserError(f"{damaged:,} of {total:,} images could not be read; they are named above")
 
 

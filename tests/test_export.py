@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
 from mde_dist import export
+from mde_dist.inference import export_check
 from mde_dist.inference.export_formats import OLDEST_TORCH
 from mde_dist.models.config import ModelConfig
 from mde_dist.models.depth_model import DepthModel
@@ -282,12 +283,12 @@ TRUTH = torch.full((5, 4, 4), 2.0)
 def test_the_tolerance_is_a_millimetre_and_a_ten_thousandth(change, words):
     images = torch.zeros(5, 3, 4, 4)
     if words is None:
-        assert export.compare(lambda batch: change(TRUTH[: len(batch)]), images, TRUTH, "f") == pytest.approx(
+        assert export_check.compare(lambda batch: change(TRUTH[: len(batch)]), images, TRUTH, "f") == pytest.approx(
             0.0011, 1e-3
         )
         return
     with pytest.raises(UserError, match=words):
-        export.compare(lambda batch: change(TRUTH[: len(batch)]), images, TRUTH, "f")
+        export_check.compare(lambda batch: change(TRUTH[: len(batch)]), images, TRUTH, "f")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import textwrap
 
 from commands import environment
 
-COMMANDS = ("train", "evaluate", "doctor", "report", "ablate", "bench", "shard", "config")
+COMMANDS = ("train", "evaluate", "predict", "export", "doctor", "report", "ablate", "bench", "shard", "config")
 HEAVY = ("torch", "torchvision", "accelerate", "matplotlib", "webdataset")
 
 

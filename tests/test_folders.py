@@ -28,7 +28,7 @@ from trees import (
 from mde_dist.data.config import CacheOptions
 from mde_dist.data.store import open_store
 from mde_dist.evaluation.predictions import open_predictions
-from mde_dist.export import images_below
+from mde_dist.inference.export_check import images_below
 from mde_dist.inference.inputs import find_inputs
 from mde_dist.packing.index_tars import index_tars
 from mde_dist.packing.sources import open_source

@@ -21,7 +21,7 @@ from mde_dist.data.images import UnreadableImage, decode_image, decode_jpeg
 from mde_dist.data.manifest import NAME
 from mde_dist.data.shards import open_split
 from mde_dist.evaluation.predictions import open_predictions
-from mde_dist.export import from_files
+from mde_dist.inference.export_check import from_files
 from mde_dist.inference.images import Unreadable, read_image
 from mde_dist.packing.inspect import open_checked
 from mde_dist.packing.pack import PackConfig, pack

@@ -17,6 +17,7 @@ from test_point_cloud import read_ply
 from warm import warm_start
 
 from mde_dist import evaluate, predict
+from mde_dist.inference import pipeline
 from mde_dist.inference.inputs import Frame
 from mde_dist.inference.predictor import open_predictor
 from mde_dist.inference.prefetch import threads
@@ -191,7 +192,7 @@ def test_of_many_sizes_few_images_wait_for_others_of_theirs(checkpoint):
             pulled.append(number)
             yield Frame(Path(str(number)), np.zeros((60, width, 3), np.uint8))
 
-    for batch in predict.batches(predictor, frames()):
+    for batch in pipeline.batches(predictor, frames()):
         assert len({predictor.input_size(*frame.image.shape[:2]) for frame in batch}) == 1
         assert len(pulled) - len(given) <= 6
         given += [int(str(frame.name)) for frame in batch]

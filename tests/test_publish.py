@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from trees import bts, contents, packed, packed_yet, silent
 
-from mde_dist import export, shard
+from mde_dist import shard
 from mde_dist.data.shards import open_split
 from mde_dist.packing.index_tars import index_tars
 from mde_dist.packing.pack import PackConfig, pack, pack_part
@@ -22,7 +22,9 @@ from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils import publish
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic
-from mde_dist.utils.publish import is_free
+from mde_dist.utils.publish import is_free, whole_folder
+
+EXPORT = ".exporting"
 
 OPTIONS = PackConfig(samples_per_shard=2)
 OTHERS = PackConfig(samples_per_shard=3, codec="png")
@@ -182,14 +184,14 @@ def test_a_mounted_volume_takes_an_export_and_a_run(volume):
     names = ["model.safetensors", "model.pt2", "README.md"]
     with RunDirectory(volume, {}, "", writes=True):
         pass
-    with pytest.raises(UserError, match="No space left"), export.whole_folder(volume, names) as folder:
+    with pytest.raises(UserError, match="No space left"), whole_folder(volume, names, EXPORT) as folder:
         write_atomic(folder / names[0], bytes(2**23 + 1))
     assert packed_yet(volume) == ["lost+found"] and not (volume / ".exporting").exists()
-    with export.whole_folder(volume, names) as folder:
+    with whole_folder(volume, names, EXPORT) as folder:
         assert folder.stat().st_dev == volume.stat().st_dev
         for name in names:
             write_atomic(folder / name, name)
-        with pytest.raises(UserError, match="another export"), export.whole_folder(volume, names):
+        with pytest.raises(UserError, match="another export"), whole_folder(volume, names, EXPORT):
             pass
     assert packed_yet(volume) == sorted(["lost+found", *names])
 
@@ -200,7 +202,7 @@ def test_an_export_killed_at_any_step_of_publishing_is_whole_or_replaced(tmp_pat
 
     def fill(*names: str) -> None:
         assert is_free(output, output / ".exporting")
-        with export.whole_folder(output, names) as folder:
+        with whole_folder(output, names, EXPORT) as folder:
             for name in names:
                 write_atomic(folder / name, name)
 
@@ -230,7 +232,7 @@ def test_an_export_that_the_disk_refuses_half_way_leaves_nothing(tmp_path, monke
     monkeypatch.setattr(Path, "rename", rename)
     with (
         pytest.raises(UserError, match=r"out: cannot be written \(Input/output error\)"),
-        export.whole_folder(tmp_path / "out", names) as folder,
+        whole_folder(tmp_path / "out", names, EXPORT) as folder,
     ):
         for name in names:
             write_atomic(folder / name, name)
@@ -245,7 +247,7 @@ def test_an_output_of_ones_own_in_a_folder_of_others_is_filled():
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
-        with export.whole_folder(Path("closed/out"), ["a", "README.md"]) as folder:
+        with whole_folder(Path("closed/out"), ["a", "README.md"], EXPORT) as folder:
             for name in ("a", "README.md"):
                 write_atomic(folder / name, name)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mde_dist import __version__
 from mde_dist.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from mde_dist.models.depth_model import load_model
 from mde_dist.utils.errors import UserError
@@ -40,6 +41,16 @@ class DepthProgram(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.model((image - self.mean) / self.std)
+
+
+def about(size: tuple[int, int]) -> dict[str, str]:
+    """Description of a program, which its file carries."""
+    height, width = size
+    return {
+        "input": f"image: float32 (batch, 3, {height}, {width}), RGB, 0 to 1; the normalisation is inside",
+        "output": f"depth: float32 (batch, {height}, {width}), metres",
+        "made_by": f"mde_dist {__version__}, torch {torch.__version__}",
+    }
 
 
 def trace(

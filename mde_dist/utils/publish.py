@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mde_dist.utils.folders import list_folder
 from mde_dist.utils.io import sync_directory, write_atomic, writing
+from mde_dist.utils.locks import locked
 
 _LIST = "publishing.json"
 """In the hidden folder, from the first rename until the set is whole: the names of its files."""
@@ -40,6 +41,25 @@ def work_folder(output: Path, name: str) -> Iterator[Path]:
         for folder in [work, output] if made else [work]:
             with suppress(OSError):  # not empty, or not there
                 folder.rmdir()
+
+
+@contextmanager
+def whole_folder(path: Path, files: Sequence[str], name: str) -> Iterator[Path]:
+    """A folder to make files in, which move to `path` when the block ends well, and vanish otherwise. Raises UserError.
+
+    The last one of `files` comes last. They are made in a hidden folder `name`; what a killed process has left there is
+    replaced.
+    """
+    taken = f"--output {path}: another export into it is at work"
+    with writing(path), work_folder(path, name) as work, locked(work / ".lock", taken):
+        try:
+            take_back(work, path)
+            yield work
+            publish(work, path, files)
+        finally:
+            with suppress(OSError):  # then the next export does so
+                take_back(work, path)
+                shutil.rmtree(work)
 
 
 def publish(work: Path, output: Path, names: Sequence[str]) -> None:
