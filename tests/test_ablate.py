@@ -119,7 +119,7 @@ def test_a_table_is_refused_before_anything_is_trained(tmp_path, text, complaint
 
 def test_rows_begin_at_their_base_under_what_is_common(tmp_path):
     (tmp_path / "other.toml").write_text("[optim]\nlr = 0.5\nema_samples = 500\n[train]\nevaluate_every = 7\n")
-    text = "seeds = [3, 4]\n[common]\noptim.lr = 0.1\n[rows.a]\n[rows.b]\nbase = 'other.toml'\noptim.clip = 2"
+    text = "seeds = [3, 4]\n[common]\noptim.lr = 0.1\n[rows.a]\n[rows.b]\nbase = 'other.toml'\noptim.grad_clip_norm = 2"
     table = read_table(written(tmp_path, text), tmp_path / "out")
     config = table.rows["b"][4].config
     assert (config.optim.lr, config.optim.ema_samples, config.optim.grad_clip_norm) == (0.1, 500, 2)

@@ -113,7 +113,7 @@ def test_a_packing_into_a_folder_with_such_a_name_ends_well(tmp_path, capsys):
 
 
 def test_rows_of_an_ablation_and_lines_of_metrics_are_shown_as_they_are_named(tmp_path, capsys):
-    (tmp_path / "table.toml").write_text('[rows."[/b] :smile: \\u001b[31m"]\n[rows."[red]b"]\noptim.ema = 0\n')
+    (tmp_path / "table.toml").write_text('[rows."[/b] :smile: \\u001b[31m"]\n[rows."[red]b"]\noptim.ema_samples = 0\n')
     table = read_table(tmp_path / "table.toml", tmp_path / "out")
     protocol, rows = PROTOCOLS["eigen"], np.full((3, 1 + len(SUFFICIENT_STATISTICS)), 0.5)
     cost = {"seconds": 1.0, "images_per_second": 1.0, "million_parameters": 1.0}
