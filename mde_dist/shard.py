@@ -139,7 +139,7 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     """Say what the source is, pack it, and show what came of it. Raises UserError."""
     source, probes = open_checked(config.source, config.layout, config.depth_scale, config.list, config.depth_map)
     if config.validation:
-        say(*make_val_split(source, config.validation).in_words())
+        say(*make_val_split(source, config.validation).describe())
     before = output.absolute().with_name(f".{output.absolute().name}.partial")
     if before.is_dir():
         say(f"note: {before} is what an earlier version left of a packing; nothing reads it, so remove it")

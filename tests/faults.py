@@ -27,10 +27,9 @@ from mde_dist.reporting import report
 from mde_dist.tools.diagnostics import data as checkup_data
 from mde_dist.tools.diagnostics import machine
 from mde_dist.tools.diagnostics import step as checkup_step
-from mde_dist.training import checkpoint
+from mde_dist.training import checkpoint, snapshots
 from mde_dist.training import data_stream as stream
 from mde_dist.training import run_dir as directory
-from mde_dist.training import snapshots as showcase
 from mde_dist.training import step as train_module
 from mde_dist.utils import jsonl as run_records
 
@@ -46,7 +45,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "line of metrics": (run_records.JsonlLogger, "write"),
     "file of the run": (directory, "write_atomic"),
     "file of an evaluation": (results, "write_atomic"),
-    "picture of an evaluation": (showcase, "write_atomic"),
+    "picture of an evaluation": (snapshots, "write_atomic"),
     "pictures": (report, "draw_report"),
 }
 """What can be struck: by the place where it is looked up."""

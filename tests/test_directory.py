@@ -20,7 +20,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from mde_dist.training.run_dir import RunDirectory
-with RunDirectory(Path(sys.argv[1]), {}, "", writes=True):
+with RunDirectory(Path(sys.argv[1]), {}, "", is_main=True):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -32,24 +32,24 @@ def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path):
         assert holder.stdout and holder.stdout.readline() == "held\n"
         with (
             pytest.raises(UserError, match=f"another training is at work in it .process {holder.pid} on "),
-            RunDirectory(tmp_path, {}, "", writes=True),
+            RunDirectory(tmp_path, {}, "", is_main=True),
         ):
             pass
     finally:
         holder.kill()
         holder.communicate()
-    with RunDirectory(tmp_path, {}, "", writes=True):  # the lock died with its holder
+    with RunDirectory(tmp_path, {}, "", is_main=True):  # the lock died with its holder
         pass
 
 
 def test_a_rank_that_does_not_write_does_not_lock(tmp_path):
-    with RunDirectory(tmp_path, {}, "", writes=True), RunDirectory(tmp_path, {}, "", writes=False):
+    with RunDirectory(tmp_path, {}, "", is_main=True), RunDirectory(tmp_path, {}, "", is_main=False):
         pass
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="not a run directory"), RunDirectory(tmp_path, {}, "", writes=True):
+    with pytest.raises(UserError, match="not a run directory"), RunDirectory(tmp_path, {}, "", is_main=True):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
@@ -61,7 +61,7 @@ def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path, link):
     (tmp_path / link).symlink_to(tmp_path / "disk/run")
     with (
         pytest.raises(UserError, match=f"{link} is a link that leads nowhere"),
-        RunDirectory(tmp_path / "run", {}, "", writes=True),
+        RunDirectory(tmp_path / "run", {}, "", is_main=True),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -69,17 +69,17 @@ def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path, link):
 
 def test_a_path_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), RunDirectory(tmp_path / "file/run", {}, "", writes=True):
+    with pytest.raises(UserError, match="cannot be written"), RunDirectory(tmp_path / "file/run", {}, "", is_main=True):
         pass
 
 
 def test_preempted_is_there_from_the_stop_to_the_next_start(tmp_path):
-    with RunDirectory(tmp_path, {}, "a = 1\n", writes=True) as directory:
+    with RunDirectory(tmp_path, {}, "a = 1\n", is_main=True) as directory:
         directory.start()
         assert (tmp_path / "config.toml").read_text() == "a = 1\n"
         directory.mark_preempted("stopped at sample 3")
     assert (tmp_path / "PREEMPTED").read_text() == "stopped at sample 3\n"
-    with RunDirectory(tmp_path, {}, "", writes=True) as directory:
+    with RunDirectory(tmp_path, {}, "", is_main=True) as directory:
         directory.start()
     assert not (tmp_path / "PREEMPTED").exists()
 

@@ -25,7 +25,7 @@ from warm import warm_run
 from mde_dist.data.shards import open_split
 from mde_dist.tools.diagnostics import data, machine, step
 from mde_dist.tools.diagnostics.examine import duration, verdict
-from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, format_bytes
 from mde_dist.tools.diagnostics.run_dir import check_cache, check_disk
 from mde_dist.tools.diagnostics.step import Measured, checkpoint_bytes
 from mde_dist.training.config import read_config
@@ -316,7 +316,7 @@ def test_one_value_per_channel_is_told_as_training_tells_it(panel):
 
 
 def test_a_check_that_does_not_come_back_is_a_failure(panel):
-    (answer,) = panel.ask(lambda: time.sleep(5), "", limit=0.05)
+    (answer,) = panel.query_ranks(lambda: time.sleep(5), "", limit=0.05)
     assert answer.error == "no answer within 0 s"
 
 
@@ -335,7 +335,7 @@ def test_words_for_ranks_bytes_and_time(panel):
     panel.world = 4
     assert panel.differing(dict.fromkeys(range(4), "same")) == "same"
     assert panel.differing({2: "bad"}) == "rank 2 (b): bad"
-    assert [in_words(size) for size in (999, 1500, 152.6e6, 43e9, 2e12)] == [
+    assert [format_bytes(size) for size in (999, 1500, 152.6e6, 43e9, 2e12)] == [
         *("999 bytes", "1.5 KB", "153 MB", "43 GB", "2 TB")
     ]
     cpu = SimpleNamespace(device=torch.device("cpu"))

@@ -142,7 +142,7 @@ def test_a_hidden_image_is_said(tmp_path: Path) -> None:
 def test_a_folder_with_nothing_else_in_it_may_become_a_run(tmp_path: Path) -> None:
     for name in ("lost+found", ".DS_Store"):
         (tmp_path / name).mkdir()
-    with RunDirectory(tmp_path, {}, "", writes=True) as run:
+    with RunDirectory(tmp_path, {}, "", is_main=True) as run:
         assert run.path == tmp_path
 
 

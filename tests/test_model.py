@@ -230,7 +230,7 @@ def test_a_trained_model_is_taken_whole(tmp_path, config):
     assert sum(count for count, _ in start.taken.values()) == len(own)
     assert sum(size for _, size in start.taken.values()) == sum(p.numel() for p in model.parameters())
     assert (dict(start.random), start.unused) == ({}, 0)
-    assert "random" not in start.in_words()
+    assert "random" not in start.describe()
     from_folder = create_pretrained_model(replace(config, weights=str(tmp_path)), seed=0)
     assert all(value.equal(trained[name]) for name, value in from_folder.state_dict().items())
 
@@ -256,7 +256,7 @@ def test_of_a_trained_model_of_other_parts_the_rest_is_taken_and_said(tmp_path, 
         assert (name in taken) == (name in before and not head_is_random), name
         assert name in taken or value.equal(scratch[name])  # as without the file
     assert (dict(start.random), start.unused) == (random, unused)
-    assert all(f"{part} ({count} tensors: {why})" in start.in_words() for (part, why), count in random.items())
+    assert all(f"{part} ({count} tensors: {why})" in start.describe() for (part, why), count in random.items())
 
 
 def test_a_layer_of_another_shape_is_left_random_as_a_whole(tmp_path):

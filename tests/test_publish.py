@@ -182,7 +182,7 @@ def test_a_mounted_volume_takes_shards_packed_in_parts_though_its_parent_is_read
 
 def test_a_mounted_volume_takes_an_export_and_a_run(volume):
     names = ["model.safetensors", "model.pt2", "README.md"]
-    with RunDirectory(volume, {}, "", writes=True):
+    with RunDirectory(volume, {}, "", is_main=True):
         pass
     with pytest.raises(UserError, match="No space left"), whole_folder(volume, names, EXPORT) as folder:
         write_atomic(folder / names[0], bytes(2**23 + 1))

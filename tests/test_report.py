@@ -14,13 +14,13 @@ from PIL import Image
 
 from mde_dist import report
 from mde_dist.reporting.axes import linear, logarithmic
-from mde_dist.reporting.curves import MOST_POINTS, Chart, score_charts, speed_charts, thin, training_charts
+from mde_dist.reporting.curves import MOST_POINTS, Chart, downsample, score_charts, speed_charts, training_charts
 from mde_dist.reporting.extremes import extremes, ranked
 from mde_dist.reporting.history import Run, read_run, read_runs, short_names
 from mde_dist.reporting.pages import collect, groups_of, render
 from mde_dist.reporting.panels import MOST_TIMES, films, times_of
 from mde_dist.reporting.plots import plot
-from mde_dist.reporting.tables import differing, facts, image_table, lead, scene_table
+from mde_dist.reporting.tables import differing, headline, image_table, run_info, scene_table
 from mde_dist.reporting.where import breakdown_of
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.visualization import Panel, colorize, colorize_error, draw_panels
@@ -146,7 +146,7 @@ def test_a_start_that_nothing_came_of_is_told_but_not_marked(calm):
     write_lines(calm, [*lines, {**again, "samples": 1200, "start": {**again["start"], "time": BEGAN + 9000}}])
     run = read_run(calm, "calm")
     assert not any(chart.marks for chart in all_charts(run))
-    assert facts(run)["starts"] == "2" and "2 min in training" in lead(run)
+    assert run_info(run)["starts"] == "2" and "2 min in training" in headline(run)
 
 
 def test_lines_that_were_written_twice_count_once(calm):
@@ -174,7 +174,7 @@ def test_values_that_are_not_finite_are_holes(calm):
 def test_a_long_run_is_thinned_and_nothing_that_stood_out_is_lost():
     values = np.sin(np.arange(100_000) / 9000) + 2
     values[70_000], values[70_001] = 50, -50
-    (stretch,) = thin([list(zip(range(100_000), values, strict=True))])
+    (stretch,) = downsample([list(zip(range(100_000), values, strict=True))])
     assert MOST_POINTS / 2 < len(stretch) <= MOST_POINTS
     assert max(point.high for point in stretch) == 50 and min(point.low for point in stretch) == -50
     xs = [point.x for point in stretch]
@@ -196,7 +196,7 @@ def test_the_best_evaluation_is_marked_however_many_there_are(made):
 
 def test_a_short_run_is_drawn_as_it_is_and_groups_stay_apart():
     pairs = [(1.0, 2.0), (2.0, 3.0), (3.0, None), (4.0, 5.0)]
-    stretches = thin([pairs, [(5.0, 1.0)], [(6.0, None)]])
+    stretches = downsample([pairs, [(5.0, 1.0)], [(6.0, None)]])
     assert [[(p.x, p.y, p.low, p.high) for p in stretch] for stretch in stretches] == [
         [(1, 2, 2, 2), (2, 3, 3, 3)],
         [(4, 5, 5, 5)],
@@ -234,8 +234,8 @@ def test_a_logarithmic_axis_has_few_ticks_whatever_it_spans():
 
 def test_a_run_in_one_line_and_in_facts(made):
     run = read_run(made / "restarted", "restarted")
-    assert lead(run) == "finished at sample 1,200 · 21 September 2026 14:13 UTC · 2 min in training · 2 × cpu, fp32"
-    known = facts(run)
+    assert headline(run) == "finished at sample 1,200 · 21 September 2026 14:13 UTC · 2 min in training · 2 × cpu, fp32"
+    known = run_info(run)
     assert known["starts"] == "4"
     assert known["devices"] == "2 × cpu, fp32 on node1, node2, node3, node4"
     assert run.record["ground_truth"]["manifest"][:12] in known["held out"]
@@ -252,7 +252,7 @@ def test_an_old_run_has_no_times_no_panels_and_no_records(calm):
     assert [path.name for path in made] == ["report.html", "curves.png", "speed.png"]
     assert len(said) == 3 and "an older version" in said[2] and "last.json is not there" in said[0]
     run = read_run(calm, "calm")
-    assert run.starts == [] and run.record is None and run.showcase is None
+    assert run.starts == [] and run.record is None and run.snapshots is None
     assert {chart.over for chart in all_charts(run)} == {"samples"}
 
 
@@ -357,10 +357,10 @@ def test_colours_follow_depth_and_holes_are_grey():
 
 def test_few_moments_of_a_long_training_are_shown_with_the_first_the_best_and_the_last(made):
     run = read_run(made / "calm", "calm")
-    one = run.showcase.predictions[240]
-    show = replace(run.showcase, predictions={samples: one for samples in range(100, 10_001, 100)})
+    one = run.snapshots.predictions[240]
+    show = replace(run.snapshots, predictions={samples: one for samples in range(100, 10_001, 100)})
     best = replace(run.evaluations[0], samples=4300, values={"abs_rel": 0.01})
-    times = times_of(replace(run, showcase=show, evaluations=[*run.evaluations, best]))
+    times = times_of(replace(run, snapshots=show, evaluations=[*run.evaluations, best]))
     assert len(times) <= MOST_TIMES
     assert times[0] == 100 and times[-1] == 10_000 and 4300 in times
 

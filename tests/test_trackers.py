@@ -42,7 +42,7 @@ def test_a_run_killed_three_times_has_one_log_and_one_curve(room_shards, tmp_pat
     assert len(told.starts) == 4
     assert [line.attempt for line in told.steps] == sorted(line.attempt for line in told.steps)
     assert told.steps[-1].attempt == 3
-    assert sorted(told.showcase.predictions) == evaluations
+    assert sorted(told.snapshots.predictions) == evaluations
 
 
 def test_a_tracker_that_is_not_there_is_one_line(room_shards, tmp_path):

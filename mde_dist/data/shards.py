@@ -221,7 +221,7 @@ class ShardDataset(DepthDataset):
 
     def local(self, info: FileInfo) -> Path:
         """A shard or the index as a file of this machine, fetched first where it lies on a server. Raises UserError."""
-        return self._store.locate(info, self._closing)
+        return self._store.fetch(info, self._closing)
 
     def mean_map(self) -> np.ndarray:
         """Per-pixel mean depth of the split, uint16 millimetres (height, width)."""
@@ -274,7 +274,7 @@ class ShardDataset(DepthDataset):
         """A descriptor of a shard. Raises OSError or ValueError; UserError where a server does not give it."""
         info = self.info.shards[number]
         for _ in range(3):
-            path = self._store.locate(info, self._closing)
+            path = self._store.fetch(info, self._closing)
             try:
                 file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:

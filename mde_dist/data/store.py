@@ -26,7 +26,7 @@ class Store(Protocol):
     def check(self, info: FileInfo) -> None:
         """Refuse what contradicts the manifest and can be seen without reading. Raises UserError."""
 
-    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+    def fetch(self, info: FileInfo, closing: threading.Event) -> Path:
         """The file on this machine's disks, fetched if need be. Raises UserError."""
 
     def renew(self, info: FileInfo, closing: threading.Event) -> bool:
@@ -56,7 +56,7 @@ class LocalStore:
         if found.st_size != info.bytes:
             raise UserError(f"{path}: {found.st_size} bytes, the manifest says {info.bytes}; {repair}")
 
-    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+    def fetch(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._directory / info.name
 
     def renew(self, info: FileInfo, closing: threading.Event) -> bool:
@@ -74,7 +74,7 @@ class RemoteStore:
     def check(self, info: FileInfo) -> None:
         """Nothing: a file is checked when it is fetched."""
 
-    def locate(self, info: FileInfo, closing: threading.Event) -> Path:
+    def fetch(self, info: FileInfo, closing: threading.Event) -> Path:
         return self._cache.find(info) or self._cache.fetch(self._remote, info, closing)
 
     def renew(self, info: FileInfo, closing: threading.Event) -> bool:

@@ -17,10 +17,10 @@ COLUMNS = N_COLUMNS + 3 * _BINS + 2 * _CELLS
 def score_with_breakdown(
     prediction: torch.Tensor, depth: torch.Tensor, protocol: Protocol, per_metre: float = 1
 ) -> torch.Tensor:
-    """-> float64 (batch, COLUMNS): rows of `learning.metrics.score`, and beside them sums over the same pixels.
+    """-> float64 (batch, COLUMNS): rows of `evaluation.metrics.score`, and beside them sums over the same pixels.
 
     Per bin of true distance the number of pixels, their |p-g|/g and their p-g in metres; per cell of the image the
-    number of pixels and their |p-g|/g. Arguments as of `learning.metrics.score`.
+    number of pixels and their |p-g|/g. Arguments as of `evaluation.metrics.score`.
     """
     images = valid_pairs(prediction, depth, protocol, per_metre)
     return torch.stack(

@@ -39,13 +39,13 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
     found: dict[str, list[Difference]] = {}
     reasons: dict[str, list[str]] = {}
     for name in {**a["fingerprints"], **b["fingerprints"]}:
-        mark, other = (record["fingerprints"].get(name) for record in (a, b))
-        if other != mark:
-            reasons.setdefault(why_not(mark, other), []).append(name)
+        ours, other = (record["fingerprints"].get(name) for record in (a, b))
+        if other != ours:
+            reasons.setdefault(why_not(ours, other), []).append(name)
             continue
         check_same_images(load_rows(a, name), load_rows(b, name), (str(first), str(second)))
         found[name] = differences(a, b, PROTOCOLS[name], seed)
-        show(found[name], f"protocol {name}, {mark['images']} images, fingerprint {short_hash(mark)}")
+        show(found[name], f"protocol {name}, {ours['images']} images, fingerprint {short_hash(ours)}")
     say(f"A: {_who(a)} ({first})")
     say(f"B: {_who(b)} ({second})")
     refused = [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]
@@ -57,29 +57,29 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
     return found
 
 
-def why_not(mark: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
+def why_not(fingerprint: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
     """In what two fingerprints differ."""
-    if mark is None or other is None:
+    if fingerprint is None or other is None:
         return "only one of them has the protocol"
     words = {
-        "images": f"{mark.get('images')} images against {other.get('images')}",
+        "images": f"{fingerprint.get('images')} images against {other.get('images')}",
         "ground_truth": "the ground truth differs (other images, other depth maps, or another size)",
         "protocol": "the protocol's numbers differ",
     }
-    found = [text for name, text in words.items() if mark.get(name) != other.get(name)]
-    if _definitions(mark) != _definitions(other):
+    found = [text for name, text in words.items() if fingerprint.get(name) != other.get(name)]
+    if _definitions(fingerprint) != _definitions(other):
         found.append(
-            f"the metrics are defined otherwise ({_definitions(mark)} and {_definitions(other)}); score both with the "
-            "same version of mde_dist"
+            f"the metrics are defined otherwise ({_definitions(fingerprint)} and {_definitions(other)}); score both "
+            "with the same version of mde_dist"
         )
     return ", ".join(found) or "their fingerprints differ"
 
 
-def _definitions(mark: Mapping[str, Any]) -> str:
+def _definitions(fingerprint: Mapping[str, Any]) -> str:
     """The version of the metrics' definitions, in words. In records of mde_dist 0.1 it is that of the package."""
-    if "definitions" in mark:
-        return f"version {mark['definitions']}"
-    return f"version 1, of mde_dist {mark.get('version')}"
+    if "definitions" in fingerprint:
+        return f"version {fingerprint['definitions']}"
+    return f"version 1, of mde_dist {fingerprint.get('version')}"
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], protocol: Protocol, seed: int) -> list[Difference]:

@@ -53,12 +53,12 @@ class ImageMetric:
 
 
 def protocol_metric(protocol: Protocol) -> ImageMetric:
-    """The rows that `learning.metrics.summarise` takes."""
+    """The rows that `evaluation.metrics.summarise` takes."""
     return ImageMetric(N_COLUMNS, partial(score, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 
 def breakdown_metric(protocol: Protocol) -> ImageMetric:
-    """The same, and where the errors are: the rows that `learning.breakdown.split_breakdown` takes."""
+    """The same, and where the errors are: the rows that `evaluation.breakdown.split_breakdown` takes."""
     return ImageMetric(COLUMNS, partial(score_with_breakdown, protocol=protocol, per_metre=COUNTS_PER_METRE))
 
 

@@ -78,10 +78,10 @@ def open_train_split(
     Raises UserError.
     """
     split = config.get("data.train_split", "train")
-    for place in (config.get("data.shards"), shards):  # a checkpoint may be far from where it was trained
-        if place and (is_remote(place) or Path(place, NAME).is_file()):
+    for source in (config.get("data.shards"), shards):  # a checkpoint may be far from where it was trained
+        if source and (is_remote(source) or Path(source, NAME).is_file()):
             try:
-                manifest, store = open_store(place, cache)
+                manifest, store = open_store(source, cache)
             except NotThere:  # it has moved, or its URL was a signed one
                 continue
             if split in manifest.splits:
@@ -90,7 +90,7 @@ def open_train_split(
 
 
 def open_source(
-    place: Model | Path | None,
+    source: Model | Path | None,
     samples: DepthDataset,
     accelerator: Accelerator,
     *,
@@ -103,19 +103,19 @@ def open_source(
 
     Raises UserError.
     """
-    if isinstance(place, tuple):
-        path, metadata, tensors = place
+    if isinstance(source, tuple):
+        path, metadata, tensors = source
         size = size or (metadata["size"][0], metadata["size"][1])
         network = load_model(metadata, tensors).to(accelerator.device).eval()
         about = {"path": str(path), "size": list(size), "flip": flip, "precision": accelerator.mixed_precision}
         title = f"{path}{', with flip averaging,' if flip else ''}"
         return PredictionSource(model_predict(network, size, accelerator, flip), title, about)
-    assert place
-    predictions, notes = open_predictions(place, samples, match, scale)
+    assert source
+    predictions, notes = open_predictions(source, samples, match, scale)
     if accelerator.is_main_process:
         say(*notes)
-    about = {"path": str(place), "match": match, "units": predictions.units}
-    return PredictionSource(partial(_read, predictions, accelerator.device), str(place), about)
+    about = {"path": str(source), "match": match, "units": predictions.units}
+    return PredictionSource(partial(_read, predictions, accelerator.device), str(source), about)
 
 
 def _read(predictions: Predictions, device: torch.device, batch: Batch) -> torch.Tensor:

@@ -105,17 +105,27 @@ def _scores(run: Path, samples: int) -> Iterator[Scores]:
 
 def _score(record: Mapping[str, Any], protocol: str, baselines: list[dict[str, Any]]) -> Scores:
     """Raises ValueError, KeyError or TypeError."""
-    truth, mark = record["ground_truth"], record["fingerprints"][protocol]
+    truth, fingerprint = record["ground_truth"], record["fingerprints"][protocol]
     found = {str(who): results[protocol] for who, results in record["results"].items()}
     found |= {
-        str(b["baseline"]): b for b in baselines if (b.get("evaluation"), b["images"]) == (protocol, mark["images"])
+        str(b["baseline"]): b
+        for b in baselines
+        if (b.get("evaluation"), b["images"]) == (protocol, fingerprint["images"])
     }
     metrics = PROTOCOLS[protocol].metrics
     columns = {who: {metric: float(values[metric]) for metric in metrics} for who, values in found.items()}
     if not all(math.isfinite(value) for column in columns.values() for value in column.values()):
         raise ValueError("a score is no number")
     location, split, manifest = str(truth["place"]), str(truth["split"]), truth["manifest"]
-    return Scores(protocol, int(mark["images"]), short_hash(mark), location, split, manifest and str(manifest), columns)
+    return Scores(
+        protocol,
+        int(fingerprint["images"]),
+        short_hash(fingerprint),
+        location,
+        split,
+        manifest and str(manifest),
+        columns,
+    )
 
 
 def _baselines(run: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ class Start:
         """For metrics.jsonl: the file, and how many tensors of each part are its."""
         return {"source": self.source, "sha256": self.sha256, "tensors": {p: n for p, (n, _) in self.taken.items()}}
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         taken = (f"{part} ({count} tensors, {size:,} parameters)" for part, (count, size) in self.taken.items())
         line = f"model.weights {self.source}: took {', '.join(taken)}"
         left = [f"{part} ({count} tensors: {why})" for (part, why), count in self.random.items()]

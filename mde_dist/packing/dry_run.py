@@ -50,7 +50,7 @@ def dry_run(
         except UserError as error:
             refused.append(str(error))
         else:
-            say(*held_out.in_words())
+            say(*held_out.describe())
             source = held_out.source
     refused += packing_problems(source, probes, options)
     if refused:

@@ -31,7 +31,7 @@ class ValSplit:
         """For the manifest."""
         return {"of": TRAIN, "share": self.share, "places": list(self.rooms)}
 
-    def in_words(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Lines with the number of pairs and scenes that each split has now."""
         lines = []
         for name, split in self.source.splits.items():

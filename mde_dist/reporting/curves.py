@@ -185,10 +185,10 @@ def _curve(
     groups = [[pair for _, pair in group] for _, group in groupby(pairs, key=lambda item: item[0])]
     if not any(y is not None for group in groups for _, y in group):
         return Curve(index, run.name, [], 0)
-    return Curve(index, run.name, thin(groups), sum(y is None for group in groups for _, y in group))
+    return Curve(index, run.name, downsample(groups), sum(y is None for group in groups for _, y in group))
 
 
-def thin(groups: Sequence[Sequence[Pair]]) -> list[list[Point]]:
+def downsample(groups: Sequence[Sequence[Pair]]) -> list[list[Point]]:
     """Values along a chart, in groups that no line joins -> at most about MOST_POINTS points, in stretches."""
     size = max(1, -(-sum(map(len, groups)) // MOST_POINTS))
     stretches: list[list[Point]] = []

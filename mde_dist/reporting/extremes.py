@@ -52,7 +52,7 @@ class BestWorst:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ScoredImage:
     sample: int
     """Its number in the split."""
     key: str
@@ -61,7 +61,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Prediction:
     """An image as it was read and predicted; depths in metres."""
 
     key: str
@@ -92,7 +92,7 @@ def extremes(run: Run) -> BestWorst:
     scale = scale_of(
         np.stack([case.truth for case in everything]), [np.stack([case.prediction for case in everything])]
     )
-    good, bad = ([_case(case, scale) for case in group] for group in seen)
+    good, bad = ([_example(case, scale) for case in group] for group in seen)
     return BestWorst(good, bad, scale, learned)
 
 
@@ -104,14 +104,14 @@ def _predictor(run: Run) -> tuple[Predictor, int | None]:
     return Predictor(load_model(metadata, tensors), metadata, torch.device("cpu"), precision="fp32"), learned
 
 
-def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list[Chosen]]:
+def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[ScoredImage], list[ScoredImage]]:
     """The best images of an evaluation, and the worst, by abs_rel."""
     keys, rows = load_rows(record, protocol)
     metrics = PROTOCOLS[protocol].metrics
     values = image_metrics(torch.from_numpy(rows), PROTOCOLS[protocol])
     order = [int(index) for index in np.argsort(values[:, metrics.index("abs_rel")].numpy(), kind="stable")]
     scored = [
-        Chosen(index, keys[index], dict(zip(metrics, values[index].tolist(), strict=True)))
+        ScoredImage(index, keys[index], dict(zip(metrics, values[index].tolist(), strict=True)))
         for index in order
         if rows[index, 0] > 0
     ]
@@ -119,7 +119,7 @@ def ranked(record: Mapping[str, Any], protocol: str) -> tuple[list[Chosen], list
     return scored[:count], scored[::-1][:count]
 
 
-def _predicted(shards: ShardDataset, predictor: Predictor, chosen: Sequence[Chosen]) -> Iterator[_Seen]:
+def _predicted(shards: ShardDataset, predictor: Predictor, chosen: Sequence[ScoredImage]) -> Iterator[_Prediction]:
     every = -(-shards.size[0] // _ROWS)
     for one in chosen:
         if one.sample >= len(shards) or shards.key(one.sample) != one.key:
@@ -129,15 +129,15 @@ def _predicted(shards: ShardDataset, predictor: Predictor, chosen: Sequence[Chos
         # every so many pixels of a map, not a mean: that would run over holes and edges
         truth, prediction = (metres[::every, ::every] for metres in (to_metres(depth), predictor(image)))
         small = Image.fromarray(image).resize(truth.shape[::-1], Image.Resampling.BOX)
-        yield _Seen(one.key, one.scores, np.asarray(small), truth, prediction)
+        yield _Prediction(one.key, one.scores, np.asarray(small), truth, prediction)
 
 
-def _case(seen: _Seen, scale: Scale) -> Example:
-    said = f"abs_rel {seen.scores['abs_rel']:.2f}"
+def _example(image: _Prediction, scale: Scale) -> Example:
+    said = f"abs_rel {image.scores['abs_rel']:.2f}"
     shown = (
-        ("image", seen.image, f"image {seen.key}"),
-        ("truth", colorize(seen.truth, scale.low, scale.high), f"true depth of {seen.key}"),
-        ("prediction", colorize(seen.prediction, scale.low, scale.high), f"predicted depth of {seen.key}, {said}"),
-        ("error", colorize_error(seen.prediction, seen.truth, scale.worst), f"error of the depth of {seen.key}"),
+        ("image", image.image, f"image {image.key}"),
+        ("truth", colorize(image.truth, scale.low, scale.high), f"true depth of {image.key}"),
+        ("prediction", colorize(image.prediction, scale.low, scale.high), f"predicted depth of {image.key}, {said}"),
+        ("error", colorize_error(image.prediction, image.truth, scale.worst), f"error of the depth of {image.key}"),
     )
-    return Example(seen.key, seen.scores, [tile(pixels, label, alt) for label, pixels, alt in shown])
+    return Example(image.key, image.scores, [tile(pixels, label, alt) for label, pixels, alt in shown])

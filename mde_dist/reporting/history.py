@@ -67,7 +67,7 @@ class Run:
     """state.json of its newest checkpoint."""
     record: Mapping[str, Any] | None
     """The last evaluation, as `evaluate --json` writes it."""
-    showcase: ValidationSnapshots | None
+    snapshots: ValidationSnapshots | None
     """Pictures of held-out images while it learned: one prediction of each at least."""
     preempted: bool
     """Stopped by a signal, and waiting to be continued."""
@@ -106,7 +106,7 @@ class Run:
         return min(scored, key=lambda line: line.values["abs_rel"], default=None)
 
     @property
-    def mark(self) -> Mapping[str, Any] | None:
+    def fingerprint(self) -> Mapping[str, Any] | None:
         """The fingerprint of its evaluations."""
         return self.record["fingerprints"].get(self.protocol) if self.record else None
 
@@ -151,30 +151,30 @@ def read_run(path: Path, name: str) -> Run:
         records, note = read_lines(metrics)
     except OSError as error:
         raise UserError(f"{metrics}: cannot be read ({error.strerror})") from None
-    starts, lines = sort_out(records)
+    starts, lines = parse_records(records)
     notes = [note] if note else []
     toml, config = _config(path / "config.toml", notes)
-    evaluations = once_each(line for line in lines if line.kind in PROTOCOLS)
+    evaluations = dedupe(line for line in lines if line.kind in PROTOCOLS)
     protocol = evaluations[-1].kind if evaluations else None
     return Run(
         path=path,
         name=name,
         config=config,
         toml=toml,
-        steps=once_each(line for line in lines if line.kind == "step"),
+        steps=dedupe(line for line in lines if line.kind == "step"),
         evaluations=[line for line in evaluations if line.kind == protocol],
         baselines=[line for line in lines if line.kind not in ("step", *PROTOCOLS)],
         protocol=protocol,
         starts=starts,
         state=newest_record(path),
         record=_record(path / EVALUATIONS / "last.json", protocol, notes),
-        showcase=_showcase(path, notes),
+        snapshots=_snapshots(path, notes),
         preempted=(path / PREEMPTED).is_file(),
         notes=notes,
     )
 
 
-def sort_out(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], list[Line]]:
+def parse_records(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], list[Line]]:
     """The records of a metrics.jsonl, in their order; those of kinds that are not known here are left out."""
     starts: list[Start] = []
     lines: list[Line] = []
@@ -192,7 +192,7 @@ def sort_out(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], list[Li
     return starts, lines
 
 
-def once_each(lines: Iterator[Line]) -> list[Line]:
+def dedupe(lines: Iterator[Line]) -> list[Line]:
     """By samples seen; what was written last counts."""
     found = {line.samples: line for line in lines}
     return [found[samples] for samples in sorted(found)]
@@ -229,7 +229,7 @@ def _record(path: Path, protocol: str | None, notes: list[str]) -> Mapping[str, 
     return record
 
 
-def _showcase(path: Path, notes: list[str]) -> ValidationSnapshots | None:
+def _snapshots(path: Path, notes: list[str]) -> ValidationSnapshots | None:
     try:
         found = read_snapshots(path)
     except UserError as error:

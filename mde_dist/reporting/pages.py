@@ -66,7 +66,7 @@ def groups_of(runs: Sequence[Run]) -> list[list[RunPoint]]:
     found: dict[tuple[Any, ...], list[RunPoint]] = {}
     for index, run in enumerate(runs):
         if run.last is not None:
-            mark = short_hash(run.mark) if run.mark else run.manifest("eval_manifest")
+            mark = short_hash(run.fingerprint) if run.fingerprint else run.manifest("eval_manifest")
             found.setdefault((run.protocol, run.last.values.get("images"), mark), []).append((index, run))
     return list(found.values())
 
@@ -107,7 +107,7 @@ def _lacking(run: Run) -> Iterator[str]:
     """Lines about what a run does not tell, by design of an older version or because it just began."""
     if not run.evaluations:
         yield "not evaluated yet: no scores"
-    elif run.showcase is None:
+    elif run.snapshots is None:
         yield "no pictures of held-out images were kept while it trained"
     if not run.steps:
         yield "no step was logged yet"
@@ -121,7 +121,7 @@ def _group(runs: Sequence[RunPoint], several: bool) -> Group:
     broken_down = [(index, run.name, there) for index, run in runs if (there := breakdown_of(run)) is not None]
     names, mark = (
         ", ".join(run.name for _, run in runs),
-        f", fingerprint {short_hash(first.mark)}" if first.mark else "",
+        f", fingerprint {short_hash(first.fingerprint)}" if first.fingerprint else "",
     )
     title = f"{names}: {protocol} protocol{mark}"
     return Group(
@@ -155,10 +155,10 @@ def render(report: Report, command: str) -> str:
         **{"css": Markup(css), "js": Markup(js), "hashes": {"css": _csp_hash(css), "js": _csp_hash(js)}},
         **{"tables": tables, "bars": bars(), "size": SIZE, "version": __version__},
         title=f"{len(runs)} runs side by side" if several else runs[0].name,
-        leads=[tables.lead(run) for run in runs],
+        leads=[tables.headline(run) for run in runs],
         parts=list(_parts(report)),
         starts=[tables.starts(run) for run in runs],
-        facts=tables.aligned([tables.facts(run) for run in runs]),
+        facts=tables.as_table([tables.run_info(run) for run in runs]),
         differing=tables.differing(runs),
         command=command,
         next_commands=list(next_commands(runs)),

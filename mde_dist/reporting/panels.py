@@ -142,13 +142,13 @@ def films(runs: Sequence[Run]) -> list[SnapshotSeries]:
     """Runs with the same images share one, so that they can be held against each other."""
     groups: list[list[tuple[int, Run, ValidationSnapshots]]] = []
     for index, run in enumerate(runs):
-        if run.showcase is None:
+        if run.snapshots is None:
             continue
-        same = next((group for group in groups if _same_images(group[0][2], run.showcase)), None)
+        same = next((group for group in groups if _same_images(group[0][2], run.snapshots)), None)
         if same is None:
-            groups.append([(index, run, run.showcase)])
+            groups.append([(index, run, run.snapshots)])
         else:
-            same.append((index, run, run.showcase))
+            same.append((index, run, run.snapshots))
     return [_film(group) for group in groups]
 
 
@@ -171,8 +171,8 @@ def _film(group: Sequence[tuple[int, Run, ValidationSnapshots]]) -> SnapshotSeri
 
 def times_of(run: Run) -> list[int]:
     """Samples seen of the predictions that are shown."""
-    assert run.showcase is not None
-    known = sorted(run.showcase.predictions)
+    assert run.snapshots is not None
+    known = sorted(run.snapshots.predictions)
     spaced = np.linspace(0, len(known) - 1, min(MOST_TIMES - 1, len(known))).round().astype(int)
     chosen = {known[index] for index in spaced}
     return sorted(chosen | ({run.best.samples} & set(known) if run.best else set()))
@@ -184,7 +184,7 @@ def _truth(truth: np.ndarray, key: str, scale: Scale) -> ImageTile:
 
 def _moment(run: Run, show: ValidationSnapshots, samples: int, scale: Scale) -> Snapshot:
     when = f"after {samples:,} samples"
-    scores = [in_words(row) for row in picture_scores(show.predictions[samples], show.target, run.protocol)]
+    scores = [format_score(row) for row in picture_scores(show.predictions[samples], show.target, run.protocol)]
     maps = list(zip(show.predictions[samples], show.target, show.keys, scores, strict=True))
     line = next((line for line in run.evaluations if line.samples == samples), None)
     shown = [f"{name} {line.values[name]:.4f}" for name in ("abs_rel", "delta1") if line and name in line.values]
@@ -212,7 +212,7 @@ def picture_scores(predictions: np.ndarray, truths: np.ndarray, protocol: str | 
     return [((p - g).abs() / g).mean().item() if len(g) else None for p, g, _ in pairs]
 
 
-def in_words(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     return "" if value is None else f"abs_rel {value:.2f}"
 
 
@@ -220,8 +220,8 @@ def last_panels(film: SnapshotSeries) -> Iterator[Panel]:
     """The last prediction of every run, image by image."""
     for image, key in enumerate(film.keys):
         for _, run, _ in film.runs:
-            assert run.showcase is not None
-            show, who = run.showcase, (f"{run.name}\n" if len(film.runs) > 1 else "")
+            assert run.snapshots is not None
+            show, who = run.snapshots, (f"{run.name}\n" if len(film.runs) > 1 else "")
             prediction, truth = show.predictions[max(show.predictions)][image], show.target[image]
             (value,) = picture_scores(prediction[None], truth[None], run.protocol)
-            yield Panel(f"{key}\n{who}{in_words(value)}", show.image[image], truth, prediction)
+            yield Panel(f"{key}\n{who}{format_score(value)}", show.image[image], truth, prediction)

@@ -18,7 +18,7 @@ _HASH = 12
 """Letters of a hash that are shown."""
 
 
-def facts(run: Run) -> dict[str, str]:
+def run_info(run: Run) -> dict[str, str]:
     """Facts about a run, its data and its device, by their names."""
     config, found = run.config, {"state": state_of(run)}
     spans = run.spans()
@@ -39,18 +39,18 @@ def facts(run: Run) -> dict[str, str]:
     found["held out"] = _shards(config, held_out, "data.eval_split", run.manifest("eval_manifest"))
     if run.last is not None:
         images = f"{run.last.values.get('images', 0):,.0f} images"
-        mark = f", fingerprint {short_hash(run.mark)}" if run.mark else ""
+        mark = f", fingerprint {short_hash(run.fingerprint)}" if run.fingerprint else ""
         found["evaluation"] = f"{run.protocol} protocol, {images}{mark}"
     return {name: text for name, text in found.items() if text}
 
 
-def aligned(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+def as_table(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     """The facts of several runs by their names, each with the value of each run."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
 
 
-def lead(run: Run) -> str:
+def headline(run: Run) -> str:
     """A run in one line."""
     spans = run.spans()
     parts = [state_of(run)]

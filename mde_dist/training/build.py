@@ -45,14 +45,14 @@ def open_trainer(
     """Build what is trained, take the run directory, and go on where it is. Raises UserError on every rank."""
     size = config.data.size or shards.size
     flops = run_on_all_ranks(accelerator, lambda: training_flops(config.model, view_size(size, config.augment)))
-    rank, world, writes = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    rank, world, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     begun = bool(config.debug_from or newest_record(config.run))
     train_module = run_on_all_ranks(accelerator, lambda: TrainModule(config, accelerator, size, resumes=begun))
-    if train_module.start and writes:
-        say(train_module.start.in_words())
+    if train_module.start and is_main:
+        say(train_module.start.describe())
     this_run = resume_key(config, shards.manifest.sha256, eval_set.manifest.sha256)
     toml = to_toml(with_whole_paths(config))
-    directory = RunDirectory(config.run, this_run, toml, writes, defaults=as_json(Config()) | {ORDER: 1})
+    directory = RunDirectory(config.run, this_run, toml, is_main, defaults=as_json(Config()) | {ORDER: 1})
     io_errors: list[UserError] = []
 
     def on_io_error(error: UserError) -> None:
@@ -68,7 +68,7 @@ def open_trainer(
         total = (
             state.samples_seen + DEBUG_STEPS * config.train.batch_size if config.debug else config.train.total_samples
         )
-        metrics = config.run / "metrics.jsonl" if writes else None
+        metrics = config.run / "metrics.jsonl" if is_main else None
         monitor = run_on_all_ranks(
             accelerator,
             lambda: ProgressMonitor(

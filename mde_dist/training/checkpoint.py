@@ -113,9 +113,9 @@ def save_checkpoint(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)  # on a full disk every byte counts
         raise UserError(f"cannot write the checkpoint {target}: {error.strerror}; the earlier ones are whole") from None
-    troubles = list(_prune(directory, keep, best))
-    if troubles:
-        warn(troubles[0])
+    problems = list(_prune(directory, keep, best))
+    if problems:
+        warn(problems[0])
     return target
 
 

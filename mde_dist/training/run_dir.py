@@ -31,25 +31,25 @@ PREEMPTED = "PREEMPTED"
 
 
 class RunDirectory:
-    """Use it in a `with`: it is locked meanwhile. Only the process with `writes` (rank 0) locks and writes."""
+    """Use it in a `with`: it is locked meanwhile. Only the process with `is_main` (rank 0) locks and writes."""
 
     def __init__(
         self,
         path: Path,
         identity: Mapping[str, Any],
         toml: str,
-        writes: bool,
+        is_main: bool,
         defaults: Mapping[str, Any] = MappingProxyType({}),
     ):
         """`identity`: what makes this run this run, by name; a checkpoint of another one is refused. `defaults`: of all
         fields of the config, for those that an older version did not have."""
-        self.path, self._identity, self._toml, self._writes = path, dict(identity), toml, writes
+        self.path, self._identity, self._toml, self._is_main = path, dict(identity), toml, is_main
         self._defaults = defaults
         self._lock = contextlib.ExitStack()
         self._warned = False
 
     def __enter__(self) -> "RunDirectory":
-        if self._writes:
+        if self._is_main:
             with writing(f"--run {self.path}"):
                 self._claim()
         return self
@@ -65,7 +65,7 @@ class RunDirectory:
                 found = item
             else:
                 broken += 1
-                if self._writes:
+                if self._is_main:
                     tell(item)
         if found is None and broken:
             raise UserError(
@@ -91,7 +91,7 @@ class RunDirectory:
         """Say which of these config values the checkpoint was made with others of: they may change, but they matter.
         `then`: what follows from it."""
         before = {name: checkpoint.config.get(name, self._defaults.get(name)) for name in values}
-        for change in differences(before, values) if self._writes else ():
+        for change in differences(before, values) if self._is_main else ():
             tell(f"note: {change} from sample {checkpoint.state.samples_seen} on{then}")
 
     def refuse_less(self, checkpoint: Checkpoint, samples: int) -> None:
@@ -105,7 +105,7 @@ class RunDirectory:
 
     def start(self) -> None:
         """Note the config; a run that goes on is not preempted any more."""
-        if self._writes:
+        if self._is_main:
             with writing(f"--run {self.path}"):
                 write_atomic(self.path / "config.toml", self._toml)
                 (self.path / PREEMPTED).unlink(missing_ok=True)
@@ -141,7 +141,7 @@ class RunDirectory:
 
     def mark_preempted(self, text: str) -> None:
         """For job scripts: this run wants to be continued."""
-        if self._writes:
+        if self._is_main:
             with writing(self.path / PREEMPTED, "the checkpoint stands; the same command goes on from it"):
                 write_atomic(self.path / PREEMPTED, text + "\n")
 

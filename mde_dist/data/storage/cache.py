@@ -67,7 +67,7 @@ class Cache:
         """The whole file, downloaded if need be, by one caller while the others wait.
 
         It may be evicted at any time: where opening it fails, call again; once open it stays readable. Raises
-        UserError, and Closed soon after `closing` is set (a silent server is waited for up to its time-out).
+        UserError, and Cancelled soon after `closing` is set (a silent server is waited for up to its time-out).
         """
         path = self._path(wanted)
         if wanted.bytes > self.limit:
@@ -103,7 +103,7 @@ class Cache:
     def renew(self, remote: Remote, wanted: FileInfo, closing: threading.Event) -> None:
         """Fetch a file anew where the one that is there is damaged. Who has that one open goes on with it.
 
-        Raises UserError and Closed as `fetch` does.
+        Raises UserError and Cancelled as `fetch` does.
         """
         path = self._path(wanted)
         part = path.with_name(f"{path.name}.part")
@@ -126,7 +126,7 @@ class Cache:
         return self.directory / wanted.sha256
 
     def _download(self, file: io.FileIO, remote: Remote, wanted: FileInfo, patience: RetryPolicy) -> None:
-        """Make the part whole, going on from what it has. Raises UserError, Closed or OSError."""
+        """Make the part whole, going on from what it has. Raises UserError, Cancelled or OSError."""
         for _ in range(2):  # what is there may be no start of this file: then once more from nothing
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256")
@@ -180,7 +180,7 @@ class Cache:
 
 @contextmanager
 def _locked(path: Path, closing: threading.Event, patience: RetryPolicy | None = None) -> Iterator[io.FileIO]:
-    """A file, opened to read and append, that no other process or thread has locked. Raises Closed or OSError.
+    """A file, opened to read and append, that no other process or thread has locked. Raises Cancelled or OSError.
 
     While another one makes it grow, that is news from the server for our patience, too.
     """
@@ -192,7 +192,7 @@ def _locked(path: Path, closing: threading.Event, patience: RetryPolicy | None =
                 raise Cancelled
             if patience is not None and os.fstat(file.fileno()).st_size != size:
                 grown, size = abs(os.fstat(file.fileno()).st_size - size), os.fstat(file.fileno()).st_size
-                patience.news(grown, ours=False)
+                patience.progress(grown, ours=False)
         try:
             yield file
         finally:

@@ -69,7 +69,8 @@ class Remote(ABC):
     def read(self, name: str, start: int = 0) -> Iterator[bytes]:
         """The bytes of a file from `start` on, in chunks of at most 1 MiB; a chunk may be empty.
 
-        Raises Temporary where it is worth asking again, PastEnd where the file ends before `start`, else NotThere.
+        Raises RetryableError where it is worth asking again, RangeError where the file ends before `start`, else
+        NotThere.
         """
 
 
@@ -94,7 +95,9 @@ def open_remote(location: str, timeout: float = TIMEOUT) -> Remote:
 
 
 def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE) -> bytes:
-    """A small file of unknown size. `limit`: bytes; `patience`: seconds. Raises UserError, NotThere or Away.
+    """A small file of unknown size. `limit`: bytes; `patience`: seconds.
+
+    Raises UserError, NotThere or ServerUnavailable.
 
     Every try begins anew: the file may have been replaced meanwhile, and nobody would notice a mixture. So what a try
     brings is news only beyond what another one brought.
@@ -108,7 +111,7 @@ def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE
                 data += chunk
                 if len(data) > limit:
                     raise UserError(f"{remote.url(name)}: more than {limit} bytes; is it the right file?")
-                waiting.news(max(0, len(data) - furthest))
+                waiting.progress(max(0, len(data) - furthest))
                 furthest = max(furthest, len(data))
             return bytes(data)
         except RetryableError as reason:
@@ -118,8 +121,8 @@ def read_whole(remote: Remote, name: str, limit: int, patience: float = PATIENCE
 def with_retries(remote: Remote, name: str, start: int, patience: "RetryPolicy") -> Iterator[bytes]:
     """The bytes of a file from `start` on, asked for again from where they stopped.
 
-    Raises NotThere, PastEnd, Away, and Closed soon after the `closing` of the patience is set (a silent server is
-    waited for up to its time-out).
+    Raises NotThere, RangeError, ServerUnavailable, and Cancelled soon after the `closing` of the patience is set (a
+    silent server is waited for up to its time-out).
     """
     patience.begin()
     while not patience.closing.is_set():
@@ -130,7 +133,7 @@ def with_retries(remote: Remote, name: str, start: int, patience: "RetryPolicy")
                 if chunk:
                     start += len(chunk)
                     yield chunk
-                    patience.news(len(chunk))
+                    patience.progress(len(chunk))
             return
         except RetryableError as reason:
             patience.pause(reason)
@@ -154,8 +157,11 @@ class RetryPolicy:
         if not self._bytes:
             self._began = time.monotonic()
 
-    def news(self, count: int, ours: bool = True) -> None:
-        """So many new bytes came: all is forgiven if they are worth the time. Raises Away if not, and it is `ours`."""
+    def progress(self, count: int, ours: bool = True) -> None:
+        """Reset the retry timer where `count` new bytes are worth the time they took.
+
+        Raises ServerUnavailable where they are not, and the read is `ours`.
+        """
         now = time.monotonic()
         self._bytes += count
         if self._bytes and self._bytes >= min(_WORTH, _SLOWEST * (now - self._since)):
@@ -176,7 +182,7 @@ class RetryPolicy:
             say_once(f"waiting for {self._remote.url(self._name)}: {what} in {now - self._since:.0f} s")
 
     def pause(self, reason: RetryableError) -> None:
-        """Wait for the next try. Raises Away or Closed."""
+        """Wait for the next try. Raises ServerUnavailable or Cancelled."""
         now = time.monotonic()
         nobody_asked = self._tries == 0 and self._since - self._remote.last_failure > self._seconds
         if self._remote.silent_since is None or nobody_asked:
@@ -257,7 +263,7 @@ class _Http(Remote):
 
 
 def _body(url: str, response: http.client.HTTPResponse, start: int) -> Iterator[bytes]:
-    """The body from byte `start` of the file on. Raises Temporary, and NotThere for an answer without a file."""
+    """The body from byte `start` of the file on. Raises RetryableError, and NotThere for an answer without a file."""
     skip, left = start, response.length  # a server may send the whole file all the same
     if response.status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())

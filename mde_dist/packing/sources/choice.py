@@ -20,18 +20,18 @@ class SourceOptions:
     depth_map: DepthMap | None = None
     """Depth map to read where there are two; None = the layout's own."""
 
-    def given(self, split: str) -> DepthScale | None:
+    def override(self, split: str) -> DepthScale | None:
         return self.scales.get(split) or self.scales.get("")
 
     def scale(self, split: str, declared: DepthScale) -> DepthScale:
-        return self.given(split) or declared
+        return self.override(split) or declared
 
-    def only(self, kind: str, layout: str) -> None:
+    def require_kind(self, kind: str, layout: str) -> None:
         """Refuse the other kind for a layout that has one. Raises UserError."""
         if self.depth_map and self.depth_map != kind:
             raise UserError(f"--depth-map {self.depth_map}: {layout} has {kind} depth only; leave the option out")
 
-    def none(self, layout: str) -> None:
+    def forbid_kind(self, layout: str) -> None:
         """For a layout that does not say what its depth is. Raises UserError."""
         if self.depth_map:
             raise UserError(

@@ -27,7 +27,7 @@ def densedepth(tree: Tree, choice: SourceOptions) -> Source | None:
     for split, declared in (("train", DENSEDEPTH_8BIT), ("test", MILLIMETRES)):
         listed = find_list(base, [f"data/nyu2_{split}.csv"], [""], choice.lists.get(split))
         if listed:
-            choice.only("filled", "densedepth")
+            choice.require_kind("filled", "densedepth")
             listed = locate_list(base, listed, [""])
             notes += listed.notes(split)
             pairs = pairs_of(listed, listed.base, str(PurePosixPath(listed.base, "data")))

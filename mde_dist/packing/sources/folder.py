@@ -31,7 +31,7 @@ def folder(tree: Tree, choice: SourceOptions) -> Source | None:
             continue
         if not within_it & {"images", "depth"} or not {"images", "depth"} <= set(whole_folders(tree, base)):
             continue
-        choice.none("a plain folder")
+        choice.forbid_kind("a plain folder")
         within = f"{base}/" if base else ""
         names = [name for name in tree.files(f"{within}images") if _is_image(name)]
         names.sort(key=natural_order)
@@ -42,7 +42,7 @@ def folder(tree: Tree, choice: SourceOptions) -> Source | None:
         if hidden:
             hidden_path = tree.root / within / "images" / hidden[0]
             notes.append(f"{split}: {len(hidden):,} hidden images, such as {hidden_path}, were left out")
-        scale = choice.given(split) or _guess(tree, [row[1] for row in rows], split)
+        scale = choice.override(split) or _guess(tree, [row[1] for row in rows], split)
         pairs = pairs_of(FileList(tree.root / base, rows), "", f"{within}images")
         splits[split] = Split(pairs, scale)
     if not splits:

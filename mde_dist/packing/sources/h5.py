@@ -38,7 +38,7 @@ def h5(tree: Tree, choice: SourceOptions) -> Source | None:
     if not lists:
         return _tars(tree, choice)
     import_h5py()
-    choice.none("h5")
+    choice.forbid_kind("h5")
     splits, notes = {}, [_VAL] if "test" in lists else []
     for split, listed in lists.items():
         listed = locate_list(tree, listed, _BASES)
@@ -144,7 +144,7 @@ def _tars(tree: Tree, choice: SourceOptions) -> Source | None:
     else:
         return None
     import_h5py()
-    choice.none("h5")
+    choice.forbid_kind("h5")
     found: dict[str, list[tuple[PurePosixPath, Member]]] = {}
     for tar in tars:
         name = PurePosixPath(tar).name.split("-")[0]

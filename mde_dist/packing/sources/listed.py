@@ -84,7 +84,7 @@ def _source(kind: _Kind, tree: Tree, lists: Mapping[str, FileList], choice: Sour
         return None
     two = {split for split, listed in lists.items() if _has_filled(listed)}
     if not two:
-        choice.none(f"{kind.name} with these lists")
+        choice.forbid_kind(f"{kind.name} with these lists")
     splits, notes = {}, []
     for split, listed in lists.items():
         listed = locate_list(tree, listed, kind.bases_of(split))

@@ -66,14 +66,14 @@ class AblationResult:
     """Statistics of all rows that have a finished training, in their order."""
 
     protocol: Protocol
-    mark: dict[str, Any]
+    fingerprint: dict[str, Any]
     """The fingerprint that all have."""
     figures: dict[str, RowStatistics]
 
 
 def gather(table: Table) -> AblationResult | None:
     """None where nothing is finished. Raises UserError where two trainings were scored on something else."""
-    mark: dict[str, Any] | None = None
+    fingerprint: dict[str, Any] | None = None
     figures: dict[str, RowStatistics] = {}
     for row, runs in table.rows.items():
         scored: dict[int, np.ndarray] = {}
@@ -82,20 +82,20 @@ def gather(table: Table) -> AblationResult | None:
                 continue
             name = training.config.evaluate.protocol
             record = read_record(training.scores)
-            if mark is not None and record["fingerprints"].get(name) != mark:
+            if fingerprint is not None and record["fingerprints"].get(name) != fingerprint:
                 raise UserError(
                     f"{training.name} cannot be compared with the rows before: "
-                    f"{why_not(mark, record['fingerprints'].get(name))}"
+                    f"{why_not(fingerprint, record['fingerprints'].get(name))}"
                 )
             images = load_rows(record, name)
-            if mark is None:
-                mark, known = record["fingerprints"][name], images
+            if fingerprint is None:
+                fingerprint, known = record["fingerprints"][name], images
             check_same_images(known, images, ("the rows before", training.name))
             scored[seed] = _in_order(images)
         if scored:
             protocol = PROTOCOLS[name]
             figures[row] = figures_of(row, scored, protocol, cost([runs[seed] for seed in scored]))
-    return AblationResult(protocol, mark, figures) if mark is not None else None
+    return AblationResult(protocol, fingerprint, figures) if fingerprint is not None else None
 
 
 def figures_of(row: str, scored: Mapping[int, np.ndarray], protocol: Protocol, cost: dict[str, float]) -> RowStatistics:

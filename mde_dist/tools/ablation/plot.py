@@ -38,10 +38,9 @@ def draw(path: Path, found: AblationResult, reference: str) -> None:
             axis.tick_params(labelsize=8, length=2)
         axes[0].set_yticks(positions, [literal(row.row) for row in rows])
         axes[0].set_ylim(len(rows) - 0.5, -0.5)
-        title = (
-            f"{found.protocol.name}, {found.mark['images']} images: mean over seeds with its 95% interval over images; "
-        )
-        figure.suptitle(f"{title}small: single seeds", fontsize=10, y=1 - 0.12 / height)
+        title = f"{found.protocol.name}, {found.fingerprint['images']} images: mean over seeds"
+        title += " with its 95% interval over images; small: single seeds"
+        figure.suptitle(title, fontsize=10, y=1 - 0.12 / height)
 
 
 def _draw_metric(axis: "Axes", found: AblationResult, metric: str, reference: str) -> None:

@@ -13,7 +13,7 @@ from mde_dist.evaluation.metrics import HIGHER_IS_BETTER
 from mde_dist.evaluation.results import short_hash
 from mde_dist.tools.ablation.numbers import SEED, AblationResult, RowStatistics, hardware_summary
 from mde_dist.tools.ablation.plot import draw
-from mde_dist.tools.ablation.table import Table, in_words
+from mde_dist.tools.ablation.table import Table, describe_changes
 from mde_dist.training.config import as_json
 from mde_dist.utils.console import open_console, say
 from mde_dist.utils.io import write_atomic, writing
@@ -67,7 +67,7 @@ def markdown(found: AblationResult, table: Table, failed: Mapping[str, str]) -> 
     if changed:
         yield f"\nWhat the rows change against {plain(table.reference)}:\n"
         for row, changes in changed.items():
-            yield f"- {plain(row)}: {', '.join(map(code, in_words(changes)))}"
+            yield f"- {plain(row)}: {', '.join(map(code, describe_changes(changes)))}"
 
 
 def as_record(found: AblationResult, table: Table, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def as_record(found: AblationResult, table: Table, failed: Mapping[str, str]) ->
     metrics = found.protocol.metrics
     return {
         **{"format": FORMAT, "version": VERSION, "made_by": f"mde_dist {__version__}"},
-        **{"fingerprint": found.mark, "reference": table.reference, "failed": dict(failed)},
+        **{"fingerprint": found.fingerprint, "reference": table.reference, "failed": dict(failed)},
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "over": "images"},
         "rows": {
             row: {
@@ -142,10 +142,10 @@ def _compared(figures: RowStatistics, reference: RowStatistics | None, metric: s
 
 def _notes(found: AblationResult, table: Table) -> list[str]:
     config = next(iter(table.rows[table.reference].values())).config
-    images = found.mark["images"]
+    images = found.fingerprint["images"]
     seeds = {len(figures.seeds) for figures in found.figures.values()}
     return [
-        f"protocol {found.protocol.name}, {images} images, fingerprint {short_hash(found.mark)}, "
+        f"protocol {found.protocol.name}, {images} images, fingerprint {short_hash(found.fingerprint)}, "
         f"mde_dist {__version__}; "
         f"each training was scored once, at its end, after {config.train.total_samples:,} samples in the first row",
         f"in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples of the images (seed {SEED}), of the mean over "

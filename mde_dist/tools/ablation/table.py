@@ -90,7 +90,7 @@ class Table:
         return {n: _plain(value) for n, value in other.items() if n not in _BESIDE and first[n] != value}
 
 
-def in_words(changes: Mapping[str, Any]) -> list[str]:
+def describe_changes(changes: Mapping[str, Any]) -> list[str]:
     return [f"{name} = {_shown(value)}" for name, value in changes.items()]
 
 

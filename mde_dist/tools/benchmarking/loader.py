@@ -23,7 +23,7 @@ from mde_dist.tools.benchmarking.harness import (
     train_config,
 )
 from mde_dist.tools.benchmarking.reading import Figures, decode_only, load, read_only
-from mde_dist.tools.diagnostics.panel import in_words
+from mde_dist.tools.diagnostics.panel import format_bytes
 from mde_dist.training.config import Config
 from mde_dist.training.setup import make_sample
 
@@ -77,7 +77,7 @@ def measure(options: Options) -> Result:
         reads = disk_rows(found["disk"])
         limit, advice = diagnose(config, shards, rows, reads)
     size, (height, width) = sum(shard.bytes for shard in shards.info.shards), shards.size
-    title = f"loader: {len(shards):,} pairs of {height}x{width}, {in_words(size)}, depth as {shards.manifest.codec}"
+    title = f"loader: {len(shards):,} pairs of {height}x{width}, {format_bytes(size)}, depth as {shards.manifest.codec}"
     tables = {
         "loader": Table(title, COLUMNS, rows),
         "disk": Table(f"reads alone, {counts[-1]} at a time", DISK_COLUMNS, reads),
@@ -125,7 +125,7 @@ def diagnose(
         size = sum(shard.bytes for shard in shards.info.shards)
         advice = "a local or faster disk (for shards of a server: --data.cache), or smaller shards"
         if size < free_memory() / 2:
-            advice = f"nothing for long runs: all {in_words(size)} stay in memory after the first epoch"
+            advice = f"nothing for long runs: all {format_bytes(size)} stay in memory after the first epoch"
         return f"the disk, {rates}; {waits}", advice
     tips, (height, width) = list[str](), config.data.size or shards.size
     if best["cores"] < rows[-1]["cores"]:

@@ -15,7 +15,7 @@ from mde_dist.data.manifest import NAME, command_for
 from mde_dist.data.shards import ShardDataset
 from mde_dist.distributed.signals import PreemptionHandler
 from mde_dist.packing.probe import linspace_indices
-from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, format_bytes
 from mde_dist.training.config import SAMPLE_SHARDS, Config
 from mde_dist.training.data_stream import training_order, training_stream
 from mde_dist.training.setup import open_splits
@@ -40,13 +40,13 @@ def check_shards(
     panel.begin("shards")
     splits: list[ShardDataset] = []
 
-    def look() -> list[str] | None:
+    def check() -> list[str] | None:
         if config.data.shards == SAMPLE_SHARDS and not Path(SAMPLE_SHARDS, NAME).is_file():
             return None
         splits.extend(open_splits(config, opened))
         return [split.manifest.sha256 for split in splits]
 
-    answers = panel.ask(look, "pack or copy the shards again", patience(config))
+    answers = panel.query_ranks(check, "pack or copy the shards again", patience(config))
     if panel.failed("shards", answers):
         return None
     missing = [rank for rank, answer in enumerate(answers) if answer.value is None]
@@ -68,7 +68,7 @@ def check_shards(
             "shards",
             "ok",
             f"{train.location}: {len(train):,} to train on, {len(held_out):,} to evaluate on, "
-            f"{len(train.info.shards) + len(held_out.info.shards)} shards of {in_words(size)} in all, "
+            f"{len(train.info.shards) + len(held_out.info.shards)} shards of {format_bytes(size)} in all, "
             f"{train.size[0]}x{train.size[1]}, manifest {train.manifest.sha256[:12]}"
             + (" on all ranks" if panel.world > 1 else ""),
         )
@@ -80,7 +80,7 @@ def check_samples(panel: RankSurvey, config: Config, splits: tuple[ShardDataset,
     """Read and decode some samples of every shard, as training will; the ranks of a node share them."""
     panel.begin("samples")
 
-    def look() -> dict[str, list]:
+    def check() -> dict[str, list]:
         damaged, read = [], 0
         for split, most in zip(splits, (_SAMPLED, _SAMPLED // 4), strict=True):
             image, depth = np.empty((*split.size, 3), np.uint8), np.empty(split.size, np.uint16)
@@ -96,7 +96,7 @@ def check_samples(panel: RankSurvey, config: Config, splits: tuple[ShardDataset,
         return {"damaged": damaged, "read": [read]}
 
     advice = f"see what is whole with: {command_for('verify', splits[0].location)}"
-    answers = panel.ask(look, advice, patience(config))
+    answers = panel.query_ranks(check, advice, patience(config))
     if panel.failed("samples", answers):
         return
     read = sum(answer.value["read"][0] for answer in answers)
@@ -153,7 +153,7 @@ def measure_loader(panel: RankSurvey, config: Config, shards: ShardDataset, samp
     panel.begin(f"loader, for {SECONDS:g} s")
     supply = Supply()
 
-    def look() -> float:
+    def check() -> float:
         stop = _Deadline(patience(config))
         with (
             contextlib.redirect_stdout(io.StringIO()),  # damage is told of in a row
@@ -170,7 +170,7 @@ def measure_loader(panel: RankSurvey, config: Config, shards: ShardDataset, samp
                 raise TimeoutError("no batch came in time") from None
             return images / (time.perf_counter() - start)
 
-    answers = panel.ask(look, f"see what is whole with: {command_for('verify', shards.location)}")
+    answers = panel.query_ranks(check, f"see what is whole with: {command_for('verify', shards.location)}")
     if not panel.failed("loader", answers):
         supply.speeds = [answer.value for answer in answers]
     return supply

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from mde_dist import __version__
 from mde_dist.distributed.environment import Ignored, missing_interface
 from mde_dist.distributed.process_group import clock_offsets
-from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, format_bytes
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.user import temporary_folder
 
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 def check_versions(panel: RankSurvey) -> None:
     """Ranks of several versions may hang, or train something else than one another."""
     panel.begin("versions")
-    answers = panel.ask(versions, "install the packages of mde_dist anew")
+    answers = panel.query_ranks(versions, "install the packages of mde_dist anew")
     if panel.failed("versions", answers):
         return
     tables: list[dict[str, str]] = [answer.value for answer in answers]
@@ -79,7 +79,7 @@ def check_versions(panel: RankSurvey) -> None:
 
 def check_minimums(panel: RankSurvey) -> None:
     """Add a row where packages are older than those that mde_dist is tested with: they may lack what it calls."""
-    answers = panel.ask(too_old, "install the packages of mde_dist anew")
+    answers = panel.query_ranks(too_old, "install the packages of mde_dist anew")
     if panel.failed("minimum versions", answers) or not any(answer.value for answer in answers):
         return
     found = {rank: ", ".join(answer.value.values()) for rank, answer in enumerate(answers) if answer.value}
@@ -111,13 +111,13 @@ def check_environment(panel: RankSurvey, ignored: Sequence[Ignored]) -> None:
     """
     panel.begin("environment")
 
-    def look() -> list[str]:
+    def check() -> list[str]:
         found = [f"{v} is not obeyed" for v in ignored if v.value != panel.accelerator.mixed_precision]
         read = [f"{name}={os.environ[name]} changes digits or speed" for name in _READ_BELOW if name in os.environ]
         missing = missing_interface(panel.accelerator.device.type == "cuda")  # with which several ranks would not start
         return found + read + ([missing] if missing else [])
 
-    answers = panel.ask(look, "")
+    answers = panel.query_ranks(check, "")
     texts = {rank: "\n".join(answer.value) for rank, answer in enumerate(answers) if answer.value}
     if texts:
         advice = "unset them where the launcher starts; they also come from the yaml of `accelerate config`"
@@ -145,7 +145,7 @@ def host_memory() -> int:
 def check_devices(panel: RankSurvey) -> None:
     """One slower device sets the pace of all; one that nobody uses helps nobody."""
     panel.begin("devices")
-    answers = panel.ask(lambda: _device(panel.accelerator.device), "see what nvidia-smi says")
+    answers = panel.query_ranks(lambda: _device(panel.accelerator.device), "see what nvidia-smi says")
     if panel.failed("devices", answers):
         return
     devices: list[dict[str, Any]] = [answer.value for answer in answers]
@@ -193,10 +193,10 @@ def check_open_files(panel: RankSurvey, shards_open: int) -> None:
     """`shards_open`: files of shards that a rank keeps open."""
     need = shards_open + _MARGIN + 2 * panel.world  # rank 0 has a line to every other one
 
-    def look() -> int:
+    def check() -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
-    answers = panel.ask(look, "ulimit -n")
+    answers = panel.query_ranks(check, "ulimit -n")
     if panel.failed("open files", answers):
         return
     limits = [answer.value if answer.value != resource.RLIM_INFINITY else 2**31 for answer in answers]
@@ -211,7 +211,7 @@ def check_open_files(panel: RankSurvey, shards_open: int) -> None:
 def check_scratch(panel: RankSurvey) -> None:
     """Room for files that do not stay: launchers of several ranks, compilers and pictures want it, and NCCL does."""
     panel.begin("scratch")
-    answers = panel.ask(lambda: look_at_scratch(torch.cuda.device_count()), "see what is mounted there")
+    answers = panel.query_ranks(lambda: look_at_scratch(torch.cuda.device_count()), "see what is mounted there")
     if panel.failed("scratch", answers):
         return
     found = {node: answers[node].value for node in dict.fromkeys(panel.nodes)}
@@ -237,7 +237,7 @@ def look_at_scratch(gpus: int) -> list[str]:
             file.write(bytes(1))
         about = os.statvfs(_SHARED)
         room = about.f_bavail * about.f_frsize
-        shared = f"{in_words(room)} free in {_SHARED}"
+        shared = f"{format_bytes(room)} free in {_SHARED}"
     except OSError as error:
         shared = f"{_SHARED} cannot be written ({error.strerror})"
     if gpus > 1 and room < _FOR_GPUS:

@@ -30,7 +30,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankAnswer:
     """Answer of one rank."""
 
     value: Any = None
@@ -69,16 +69,16 @@ class RankSurvey:
     def add(self, row: Row) -> None:
         self.rows.append(row)
 
-    def ask(self, look: Callable[[], Any], advice: str, limit: float | None = None) -> list[Answer]:
-        """Call `look` on each rank -> the answers by rank. `limit`: seconds after which a rank that has not answered
+    def query_ranks(self, check: Callable[[], Any], advice: str, limit: float | None = None) -> list[RankAnswer]:
+        """Call `check` on each rank -> the answers by rank. `limit`: seconds after which a rank that has not answered
         has failed.
 
         `advice` is for failures that bring none of their own.
         """
-        mine = _guarded(look, advice) if limit is None else _within(limit, look, advice)
-        return [Answer(**answer) for answer in gather_json(self.accelerator, asdict(mine))]
+        mine = _guarded(check, advice) if limit is None else _within(limit, check, advice)
+        return [RankAnswer(**answer) for answer in gather_json(self.accelerator, asdict(mine))]
 
-    def failed(self, check: str, answers: Sequence[Answer]) -> bool:
+    def failed(self, check: str, answers: Sequence[RankAnswer]) -> bool:
         """Add a row where some rank has failed; returns whether one has."""
         bad = {rank: answer for rank, answer in enumerate(answers) if answer.error}
         if bad:
@@ -101,7 +101,7 @@ class RankSurvey:
         return f"rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)} ({hosts})"
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as people read them; powers of ten, as disks are sold."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if size < 1000:
@@ -120,22 +120,22 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
-def _guarded(look: Callable[[], Any], advice: str) -> Answer:
+def _guarded(check: Callable[[], Any], advice: str) -> RankAnswer:
     try:
-        return Answer(look())
+        return RankAnswer(check())
     except (UserError, DamagedSample) as error:
         # messages end with what to do, behind the last semicolon
         what, mark, todo = str(error).rpartition("; ")
-        return Answer(error=what, advice=todo) if mark else Answer(error=todo, advice=advice)
+        return RankAnswer(error=what, advice=todo) if mark else RankAnswer(error=todo, advice=advice)
     except Exception as error:  # whatever it is, the others are waiting for an answer
-        return Answer(error=" ".join(f"{type(error).__name__}: {error}".split())[:400], advice=advice)
+        return RankAnswer(error=" ".join(f"{type(error).__name__}: {error}".split())[:400], advice=advice)
 
 
-def _within(seconds: float, look: Callable[[], Any], advice: str) -> Answer:
+def _within(seconds: float, check: Callable[[], Any], advice: str) -> RankAnswer:
     """In a thread, which is left behind where a read hangs in the system: nothing can call it back."""
-    answers: list[Answer] = []
-    thread = threading.Thread(target=lambda: answers.append(_guarded(look, advice)), name="look", daemon=True)
+    answers: list[RankAnswer] = []
+    thread = threading.Thread(target=lambda: answers.append(_guarded(check, advice)), name="look", daemon=True)
     thread.start()
     thread.join(seconds)
-    silent = Answer(error=f"no answer within {seconds:.0f} s", advice="see whether its disk or server is well")
+    silent = RankAnswer(error=f"no answer within {seconds:.0f} s", advice="see whether its disk or server is well")
     return answers[0] if answers else silent

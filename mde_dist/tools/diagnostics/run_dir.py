@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from mde_dist.data.shards import ShardDataset
-from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, format_bytes
 from mde_dist.training.config import ORDER, Config, as_json, resume_key, to_toml
 from mde_dist.training.run_dir import RunDirectory
 from mde_dist.utils.errors import UserError
@@ -22,14 +22,14 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
     panel.begin("run directory")
     notes: list[str] = []
 
-    def look() -> list:
+    def check() -> list:
         run = config.run
         if run.exists() and not run.is_dir():
             raise UserError(f"--run {run}: is not a directory; choose another")
         hashes = [split.manifest.sha256 for split in splits] if splits else ["", ""]
         # as one that writes it tells what is not whole; it is not entered, so it takes no lock
         this_run = resume_key(config, *hashes)
-        directory = RunDirectory(run, this_run, to_toml(config), writes=True, defaults=as_json(Config()) | {ORDER: 1})
+        directory = RunDirectory(run, this_run, to_toml(config), is_main=True, defaults=as_json(Config()) | {ORDER: 1})
         directory.refuse_foreign()
         holder = lock_holder(run / ".lock")
         if holder is not None:
@@ -43,7 +43,7 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
             directory.refuse_less(found, config.train.total_samples)
         return [found.state.samples_seen if found else 0, found is not None]
 
-    answers = panel.ask(look, "choose another --run", _LIMIT)
+    answers = panel.query_ranks(check, "choose another --run", _LIMIT)
     if panel.failed("run directory", answers):
         return None
     starts = {rank: f"begins at sample {answer.value[0]:,}" for rank, answer in enumerate(answers)}
@@ -61,7 +61,7 @@ def check_run(panel: RankSurvey, config: Config, splits: tuple[ShardDataset, Sha
     else:
         found = f"{config.run} is new" if not config.run.exists() else f"{config.run} has no checkpoint yet"
     advice = "look again once the shards are there" if result == "warn" else ""
-    if notes:  # of this rank's own look: the files are the same
+    if notes:  # of this rank's own check: the files are the same
         found, result, advice = f"{found}\n" + "\n".join(notes), "warn", "what is not whole is passed over"
     panel.add(Row("run directory", result, found, advice))  # type: ignore[arg-type]
     return start
@@ -95,9 +95,8 @@ def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool
     folders = [run if run.is_dir() else nearest(run)]
     if checkpoints.is_dir() and checkpoints.stat().st_dev != run.stat().st_dev:
         folders.append(checkpoints)  # on another disk, behind a link
-    (name,) = {answer.value for answer in panel.ask(lambda: secrets.token_hex(8) if panel.rank == 0 else None, "")} - {
-        None
-    }
+    answers = panel.query_ranks(lambda: secrets.token_hex(8) if panel.rank == 0 else None, "")
+    (name,) = {answer.value for answer in answers} - {None}
     probes = [folder / f".{name}.tmp" for folder in folders]  # names that training sweeps away
 
     def write() -> list:
@@ -109,9 +108,9 @@ def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool
         return [shutil.disk_usage(folders[-1]).free, size, list(dict.fromkeys(lacks))]
 
     try:
-        answers = panel.ask(write, "choose another --run", _LIMIT)
+        answers = panel.query_ranks(write, "choose another --run", _LIMIT)
         written = not refused and not any(answer.error for answer in answers)
-        seen = panel.ask(lambda: not written or all(probe.exists() for probe in probes), "", _LIMIT)
+        seen = panel.query_ranks(lambda: not written or all(probe.exists() for probe in probes), "", _LIMIT)
     finally:
         for probe in probes if panel.rank == 0 else ():
             with contextlib.suppress(OSError):  # as where it could not be written
@@ -121,10 +120,10 @@ def check_disk(panel: RankSurvey, config: Config, checkpoint: int, refused: bool
     free, there, lacks = answers[0].value
     keep = config.train.keep_checkpoints
     need = max(checkpoint, checkpoint * (keep + _SPARE) - there)  # what is there makes room as it goes
-    found = f"{in_words(free)} free at {folders[-1]}, {in_words(need)} needed: {keep} + {_SPARE} checkpoints of "
-    found += in_words(checkpoint)
+    found = f"{format_bytes(free)} free at {folders[-1]}, {format_bytes(need)} needed: "
+    found += f"{keep} + {_SPARE} checkpoints of {format_bytes(checkpoint)}"
     if there:
-        found += f", {in_words(there)} of them there"
+        found += f", {format_bytes(there)} of them there"
     found = "\n".join([found, *lacks])
     blind = [rank for rank, answer in enumerate(seen) if rank in panel.nodes and not answer.value]
     if free < need:
@@ -151,7 +150,7 @@ def check_cache(panel: RankSurvey, directory: Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
 
-    answers = panel.ask(write, "choose another --data.cache", _LIMIT)
+    answers = panel.query_ranks(write, "choose another --data.cache", _LIMIT)
     if panel.failed("cache", answers):
         return
     lacks = {rank: "\n".join(answer.value) for rank, answer in enumerate(answers) if answer.value}

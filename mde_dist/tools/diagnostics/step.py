@@ -14,7 +14,7 @@ from mde_dist.data.loader import Batch
 from mde_dist.distributed.process_group import time_all_reduce
 from mde_dist.models.flops import has_spread
 from mde_dist.tools.diagnostics.machine import host_memory
-from mde_dist.tools.diagnostics.panel import RankSurvey, Row, in_words
+from mde_dist.tools.diagnostics.panel import RankSurvey, Row, format_bytes
 from mde_dist.training.checkpoint import newest_record
 from mde_dist.training.config import Config
 from mde_dist.training.losses import valid_counts
@@ -34,7 +34,7 @@ def check_divides(panel: RankSurvey, config: Config) -> Config:
     """-> the config itself, or where its batch does not divide one whose batch does: for the checks to come."""
     panel.begin("batch")
     accumulate, batch = config.train.grad_accum_steps, config.train.batch_size
-    answers = panel.ask(lambda: check_batch(config, panel.world), "another --train.batch-size")
+    answers = panel.query_ranks(lambda: check_batch(config, panel.world), "another --train.batch-size")
     if panel.failed("batch", answers):
         parts = panel.world * accumulate
         return replace(config, train=replace(config.train, batch_size=max(1, batch // parts) * parts))
@@ -72,7 +72,7 @@ def measure_step(panel: RankSurvey, config: Config, size: tuple[int, int], batch
     """
     panel.begin("memory and step")
     accelerator, measured = panel.accelerator, Measured()
-    if panel.failed("views", panel.ask(lambda: [*view_size(size, config.augment)], "a smaller --augment.crop")):
+    if panel.failed("views", panel.query_ranks(lambda: [*view_size(size, config.augment)], "a smaller --augment.crop")):
         return measured
     parts = panel.world * config.train.grad_accum_steps
     part = config.train.batch_size // parts
@@ -101,10 +101,10 @@ def measure_step(panel: RankSurvey, config: Config, size: tuple[int, int], batch
         raise UserError(_too_large(config, panel.world, part, view_size(size, config.augment)))
 
     advice = "train with --debug, which shows where it comes from"
-    answers = panel.ask(build, advice)
+    answers = panel.query_ranks(build, advice)
     if not panel.failed("memory", answers):
         measured.parameters, measured.checkpoint = answers[0].value
-        answers = panel.ask(step, advice)
+        answers = panel.query_ranks(step, advice)
         if not panel.failed("memory", answers):
             measured.seconds = max(answer.value[0] for answer in answers)
             _judge_memory(panel, config, [answer.value for answer in answers])
@@ -188,9 +188,9 @@ def _judge_memory(panel: RankSurvey, config: Config, values: list[list[float]]) 
         values[rank][1] if cuda else sum(values[other][1] for other in panel.of_node(panel.nodes[rank]))
         for rank in range(panel.world)
     ]
-    totals = [answer.value for answer in panel.ask(lambda: total, "")]
+    totals = [answer.value for answer in panel.query_ranks(lambda: total, "")]
     seconds, peak = max(value[0] for value in values), max(value[1] for value in values)
-    found = f"a step fits: {seconds:.3g} s for {config.train.batch_size} images, {in_words(peak)} " + (
+    found = f"a step fits: {seconds:.3g} s for {config.train.batch_size} images, {format_bytes(peak)} " + (
         "of the device" if cuda else "resident"
     )
     slowest = max(range(panel.world), key=lambda rank: values[rank][0])
@@ -220,7 +220,7 @@ def check_network(panel: RankSurvey, measured: Measured) -> None:
     panel.begin("network")
     device = panel.accelerator.device
     tensors: list[torch.Tensor] = []
-    answers = panel.ask(
+    answers = panel.query_ranks(
         lambda: tensors.append(torch.zeros(measured.parameters, device=device)), "free some memory of the device"
     )
     if panel.failed("network", answers):
@@ -230,7 +230,7 @@ def check_network(panel: RankSurvey, measured: Measured) -> None:
     size = tensors[0].nbytes
     # what each rank sends and receives in a ring, which is what links are compared by
     rate = 2 * (panel.world - 1) / panel.world * size / measured.reduce / 1e9
-    found = f"gradient of {in_words(size)} in {measured.reduce * 1e3:.0f} ms ({rate:.2g} GB/s on the bus)"
+    found = f"gradient of {format_bytes(size)} in {measured.reduce * 1e3:.0f} ms ({rate:.2g} GB/s on the bus)"
     found += f", latency {latency * 1e6:.0f} µs"
     if measured.seconds is None:
         panel.add(Row("network", "ok", found))
