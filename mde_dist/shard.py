@@ -201,7 +201,7 @@ def check(config: ShardConfig) -> None:
 
 
 def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:
-    """What was packed, and the command to run next."""
+    """Print the packed splits, and the command to run next."""
     show_splits(console, manifest, output)
     for name, split in manifest.raw["splits"].items():
         if split["reencoded_images"]:

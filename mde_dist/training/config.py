@@ -260,7 +260,8 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def resume_key(config: Config, manifest: str, eval_manifest: str) -> dict[str, Any]:
-    """All that a run is a function of, hashes of its manifests included: no other run's checkpoint is resumed."""
+    """Everything that a run is a function of, hashes of its manifests included: no other run's checkpoint is
+    resumed."""
     values = {name: value for name, value in as_json(config).items() if name not in RESUMABLE_FIELDS}
     return values | {ORDER: ORDER_VERSION, "manifest": manifest, "eval_manifest": eval_manifest}
 

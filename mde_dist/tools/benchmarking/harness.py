@@ -101,7 +101,7 @@ class Column:
     """In the rows."""
     title: str
     form: str = ""
-    """Of its numbers, as for `format`: `,.0f`, `.1%`; None is shown as a dash."""
+    """Formats of its numbers, as for `format`: `,.0f`, `.1%`; None is shown as a dash."""
 
     def text(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
@@ -117,7 +117,7 @@ class Table:
     title: str
     columns: Sequence[Column]
     rows: list[dict[str, Any]]
-    """Of JSON's types; None where something could not be measured."""
+    """Values of JSON's types; None where something could not be measured."""
 
     def show(self) -> None:
         """Print it; to a file as wide as COLUMNS says, or wide enough for all columns."""
