@@ -22,11 +22,10 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from mde_dist.data.manifest import Manifest
 from mde_dist.packing.claim import refuse_full
 from mde_dist.packing.holdout import make_val_split
 from mde_dist.packing.inspect import Layout, given_lists, given_scales, open_checked
-from mde_dist.packing.maintenance import index_shards, say_stray, show_splits, training_command, verify_shards
+from mde_dist.packing.maintenance import index_shards, show_packed, verify_shards
 from mde_dist.packing.pack import PackConfig, pack, pack_part
 from mde_dist.packing.sources import DepthMap
 from mde_dist.utils.cli import Part, Size, option, parse, run_command, words_of
@@ -116,14 +115,14 @@ def look(config: ShardConfig) -> None:
     )
 
     dry_run(
-        config.source,
-        config.layout,
-        config.depth_scale,
-        config.list,
-        config.depth_map,
-        pack_options(config),
-        config.preview or PREVIEW,
-        packing_command(config),
+        root=config.source,
+        layout=config.layout,
+        depth_scale=config.depth_scale,
+        lists=config.list,
+        depth_map=config.depth_map,
+        options=pack_options(config),
+        preview=config.preview or PREVIEW,
+        then=packing_command(config),
     )
 
 
@@ -144,27 +143,27 @@ def pack_source(console: Console, config: ShardConfig, output: Path) -> None:
     if before.is_dir():
         say(f"note: {before} is what an earlier version left of a packing; nothing reads it, so remove it")
     started = time.monotonic()
-    options = (source, output, pack_options(config), config.workers)
+    options = pack_options(config)
     with progress_bar(console, "packing", "pairs") as progress:
         if config.part:
-            count = pack_part(*options, progress, config.part, probes)
+            count = pack_part(source, output, options, config.workers, progress, part=config.part, probes=probes)
         else:
-            manifest = pack(*options, progress, probes)
+            manifest = pack(source, output, options, config.workers, progress, probes=probes)
     if config.part:
         say(f"part {config.part[0]}/{config.part[1]} of {output}: {count} shards; without --part they are published")
         return
-    show(console, manifest, output, time.monotonic() - started)
+    show_packed(console, manifest, output, time.monotonic() - started)
 
 
 def pack_options(config: ShardConfig) -> PackConfig:
     return PackConfig(
-        config.size,
-        config.samples_per_shard,
-        config.depth_codec,
-        config.jpeg_quality,
-        config.limit,
-        config.skip_bad,
-        config.validation,
+        size=config.size,
+        samples_per_shard=config.samples_per_shard,
+        codec=config.depth_codec,
+        jpeg_quality=config.jpeg_quality,
+        limit=config.limit,
+        skip_bad=config.skip_bad,
+        validation=config.validation,
     )
 
 
@@ -198,23 +197,6 @@ def check(config: ShardConfig) -> None:
         raise UserError(f"--validation {config.validation:g}: must be a share between 0 and 1, such as 0.15")
     if config.output:
         refuse_full(config.output)
-
-
-def show(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:
-    """Print the packed splits, and the command to run next."""
-    show_splits(console, manifest, output)
-    for name, split in manifest.raw["splits"].items():
-        if split["reencoded_images"]:
-            why = "resized, turned, or no baseline JPEG before"
-            say(f"{name}: {split['reencoded_images']:,} images stored as new JPEG ({why})")
-        if split["turned_images"]:
-            say(f"{name}: {split['turned_images']:,} images turned as their EXIF data say; depth is taken as upright")
-        if split["skipped"]:
-            say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
-    say_stray(sum(split["stray_bytes"] for split in manifest.raw["splits"].values()))
-    pairs = sum(split.samples for split in manifest.splits.values())
-    say(f"{pairs:,} pairs in {seconds:.1f} s, {pairs / seconds:.0f} pairs/s")
-    say(training_command(output))
 
 
 if __name__ == "__main__":

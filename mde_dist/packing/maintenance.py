@@ -119,3 +119,20 @@ def show_splits(console: Console, manifest: Manifest, path: Path) -> None:
         holes = f"{split.depth['holes']:.1%}"
         table.add_row(name, f"{split.samples:,}", f"{len(split.shards):,}", f"{size:.1f}", metres, holes)
     console.print(table)
+
+
+def show_packed(console: Console, manifest: Manifest, output: Path, seconds: float) -> None:
+    """Print the packed splits, and the command to run next."""
+    show_splits(console, manifest, output)
+    for name, split in manifest.raw["splits"].items():
+        if split["reencoded_images"]:
+            why = "resized, turned, or no baseline JPEG before"
+            say(f"{name}: {split['reencoded_images']:,} images stored as new JPEG ({why})")
+        if split["turned_images"]:
+            say(f"{name}: {split['turned_images']:,} images turned as their EXIF data say; depth is taken as upright")
+        if split["skipped"]:
+            say(f"{name}: {len(split['skipped']):,} pairs skipped:", *split["skipped"][:10])
+    say_stray(sum(split["stray_bytes"] for split in manifest.raw["splits"].values()))
+    pairs = sum(split.samples for split in manifest.splits.values())
+    say(f"{pairs:,} pairs in {seconds:.1f} s, {pairs / seconds:.0f} pairs/s")
+    say(training_command(output))
