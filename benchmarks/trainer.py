@@ -31,7 +31,7 @@ SAVE_STEPS = 12  # from one save to the next
 
 
 def random_batch(images: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `data.augment.prepare` gives it: normalised images, channels innermost; metres, a tenth of them holes."""
+    """As `data.augmentation.prepare` gives it: normalised images, channels innermost; metres, a tenth of them holes."""
     draw = torch.Generator().manual_seed(0)
     image = torch.randn(images, 3, *size, generator=draw).contiguous(memory_format=torch.channels_last)
     depth = 0.5 + 9 * torch.rand(images, *size, generator=draw)

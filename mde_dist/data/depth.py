@@ -181,7 +181,7 @@ def resize_depth(depth: Any, size: tuple[int, int]) -> Any:
 
 
 def first_valid(depth: Any, steps: Iterable[tuple[Any, Any]]) -> Any:
-    """For each target the first of its candidates that is no hole. Works alike on NumPy arrays and torch tensors.
+    """Pick for each target the first of its candidates that is no hole. Works alike on NumPy arrays and torch tensors.
 
     `steps`: as `footprints` gives them, or the same as tensors on the depth's device.
     """
@@ -212,5 +212,5 @@ class _Footprints:
         self.steps = range(-reach, reach + 1)
 
     def at(self, step: int) -> np.ndarray:
-        """For each target cell the source cell `step` from its centre, held within its footprint."""
+        """Source cell for each target cell: `step` from its centre, held within its footprint."""
         return np.clip(self._centre + step, self._first, self._last)

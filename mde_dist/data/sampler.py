@@ -110,7 +110,7 @@ class _Window:
     """A stretch of an epoch, laid out."""
 
     first: int
-    """Its offset in the epoch."""
+    """Offset in the epoch."""
     samples: np.ndarray
     """int64, in their order."""
 

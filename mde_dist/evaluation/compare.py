@@ -58,7 +58,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> dict[str, list[Differen
 
 
 def why_not(fingerprint: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
-    """In what two fingerprints differ."""
+    """Reasons why two fingerprints differ."""
     if fingerprint is None or other is None:
         return "only one of them has the protocol"
     words = {

@@ -40,7 +40,7 @@ class PredictionSource:
     predict: Predict
     title: str
     about: dict[str, Any]
-    """Its description in the record."""
+    """Description of it in the record."""
 
 
 def open_images(

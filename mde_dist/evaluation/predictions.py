@@ -36,7 +36,7 @@ _CROPS = {
     ((480, 640), (427, 561)): "NYU's crop, rows 44:471 and columns 40:601",
     ((480, 640), (440, 592)): "DenseDepth's crop, rows 20:460 and columns 24:616",
 }
-"""By the size of the whole image and its own."""
+"""Name of a crop by the size of the whole image and its own."""
 _NAMED = "depth"  # the array of a .npz that holds others as well, as Depth Pro and Depth Anything 3 call it
 
 
@@ -46,7 +46,7 @@ class _Map:
 
     file: Path
     row: int | None = None
-    """Its index in a file that holds all maps."""
+    """Index in a file that holds all maps."""
 
 
 class Predictions:

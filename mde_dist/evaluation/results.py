@@ -33,7 +33,7 @@ from mde_dist.utils.io import write_atomic, writing
 
 FORMAT, VERSION = "mde_dist.evaluation", 1
 EVALUATIONS = "evaluations"
-"""In a run directory: last.json and best.json, the records of its last and of its best evaluation."""
+"""Folder of a run directory with last.json and best.json, the records of its last and of its best evaluation."""
 _LARGEST = 1 << 30  # bytes of a record that is read
 N_HASH_COLUMNS = 4
 """Columns of `digest_measure`."""
@@ -225,7 +225,7 @@ def check_same_images(
 
 
 def show(record: Mapping[str, Any], title: str) -> None:
-    """One table per protocol: what was scored beside predicting without looking."""
+    """One table per protocol: the scores beside the constant baselines."""
     for name, fingerprint in record["fingerprints"].items():
         protocol = PROTOCOLS[name]
         columns = {who: results[name] for who, results in record["results"].items()}

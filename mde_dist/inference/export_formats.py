@@ -19,7 +19,8 @@ from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic
 
 OLDEST_TORCH = "2.9"
-"""Its exporters do what is asked of them here; 2.5 writes its programs as pickle, and no ONNX of this model."""
+"""Oldest torch whose exporters do everything asked of them here; 2.5 writes its programs as pickle, and no ONNX of this
+model."""
 OPSET = 18
 """Operator set of ONNX; runtimes know it since 2023."""
 Run = Callable[[torch.Tensor], torch.Tensor]

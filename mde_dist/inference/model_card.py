@@ -1,6 +1,6 @@
 """The model card: README.md beside a model.safetensors, in the form that the Hugging Face hub shows.
 
-Everything in it comes from the weights and from the run that made them; what is not at hand is left out. What files say
+Everything in it comes from the weights and from the run that made them; whatever cannot be read is left out. What files say
 is shown as `markdown.py` has it, and by the hub's own library in the front matter, so that it cannot become markup.
 """
 

@@ -28,7 +28,7 @@ class Scores:
     protocol: str
     images: int
     fingerprint: str
-    """In twelve letters, see `results.short`."""
+    """Hash in twelve letters, see `results.short_hash`."""
     location: str
     split: str
     manifest: str | None

@@ -74,7 +74,7 @@ class Results:
         return height, width
 
     def cameras(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
-        """In words which cameras point clouds of images of these sizes were made with."""
+        """Text that says with which cameras point clouds of images of these sizes were made."""
         if self.camera is None:
             return sorted({f"the camera taken is {default_intrinsics(*size)[1]}" for size in sizes})
         shown = [f"{height}x{width}" for height, width in sorted(sizes)]

@@ -19,7 +19,7 @@ class VideoFrame:
     """A frame of a video."""
 
     number: int
-    """From 0, counting all frames."""
+    """Number from 0, counting all frames."""
     image: np.ndarray
     """RGB uint8 (height, width, 3), upright."""
 

@@ -124,7 +124,8 @@ def load_model(metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor])
 
 
 def _architecture(config: Mapping[str, Any]) -> ModelConfig:
-    """From the flat config of a model.safetensors, which may be older than some fields. Raises ValueError."""
+    """Read the model's config from the flat one of a model.safetensors, which may be older than some fields. Raises
+    ValueError."""
     values = {item.name: config.get(f"model.{item.name}", item.default) for item in fields(ModelConfig)}
     values |= {"encoder": config["model.encoder"], "weights": "none"}
     for name in config:

@@ -33,7 +33,7 @@ class Start:
     """Tensors of the file that the model has no place for."""
 
     def record(self) -> dict[str, Any]:
-        """For metrics.jsonl: the file, and how many tensors of each part are its."""
+        """Record for metrics.jsonl: the file, and how many tensors of each part come from it."""
         return {"source": self.source, "sha256": self.sha256, "tensors": {p: n for p, (n, _) in self.taken.items()}}
 
     def describe(self) -> str:

@@ -20,15 +20,15 @@ class ValSplit:
     """Split `val` that was made from whole rooms of `train`."""
 
     source: Source
-    """With the split `val` behind `train`; the pairs of both are in the order of the data set."""
+    """Source with the split `val` behind `train`; the pairs of both are in the order of the data set."""
     share: float
     rooms: tuple[str, ...]
-    """Those that went to `val`, sorted."""
+    """Rooms that went to `val`, sorted."""
     of: int
     """Rooms in all."""
 
     def record(self) -> dict[str, object]:
-        """For the manifest."""
+        """Record for the manifest."""
         return {"of": TRAIN, "share": self.share, "places": list(self.rooms)}
 
     def describe(self) -> list[str]:

@@ -19,7 +19,7 @@ from mde_dist.utils.locks import locked
 
 QUARANTINE = "quarantine"
 LOCK = ".lock"
-"""In the directory, while it is repaired or indexed."""
+"""Lock file in the directory while it is repaired or indexed."""
 REVISION = re.compile(r"-r(\d+)$")
 """End of the name of a repaired tar."""
 

@@ -23,7 +23,7 @@ class ValidationReport:
     problems: list[str] = field(default_factory=list)
     """One line each."""
     reports: dict[str, list[Report]] = field(default_factory=dict)
-    """By split, in the order of the manifest."""
+    """Reports by split, in the order of the manifest."""
     broken: set[str] = field(default_factory=set)
     """Splits with problems."""
 

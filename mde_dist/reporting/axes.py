@@ -24,7 +24,7 @@ class Axis:
 
 
 def linear(low: float, high: float, most: int = 5, percent: bool = False) -> Axis:
-    """From `low` to `high`; a range without extent is given some."""
+    """Linear axis from `low` to `high`; a range without extent is given some."""
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         low, high = (0.0, 1.0) if low == high == 0 else (low - abs(low) * 0.1, high + abs(high) * 0.1)
     locator = load_matplotlib().ticker.MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10])
@@ -59,7 +59,7 @@ def _percent(value: float) -> str:
 
 
 def value_axis(chart: Chart) -> Axis:
-    """From the least to the greatest that there is to show, with some room."""
+    """Range from the least to the greatest value to show, with some room."""
     points = [point for curve in chart.curves for point in curve.points]
     values = [point.low for point in points] + [point.high for point in points]
     values += [value for _, value in chart.references]

@@ -32,7 +32,7 @@ class Curve:
     """Curve of one run in a chart."""
 
     run: int
-    """Its index among the runs of the page, which decides its colour."""
+    """Index among the runs of the page, which decides its colour."""
     name: str
     stretches: Sequence[Sequence[Point]]
     """Points that a line joins; between two stretches there is none."""
@@ -245,7 +245,7 @@ def restarts(index: int, run: Run, over: Literal["samples", "time"]) -> list[Res
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units."""
+    """Format a duration in the two largest units."""
     whole = round(seconds)
     for unit, size, below, least in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:

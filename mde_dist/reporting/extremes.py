@@ -54,10 +54,10 @@ class BestWorst:
 @dataclass(frozen=True)
 class ScoredImage:
     sample: int
-    """Its number in the split."""
+    """Index in the split."""
     key: str
     scores: Mapping[str, float]
-    """By metric."""
+    """Scores by metric."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Prediction:
 
 
 def extremes(run: Run) -> BestWorst:
-    """Raises UserError where shards or weights are not at hand, or not those of the evaluation."""
+    """Raises UserError where shards or weights cannot be read, or not those of the evaluation."""
     if run.record is None or run.protocol is None:
         raise UserError("no image was evaluated yet")
     best, worst = ranked(run.record, run.protocol)
@@ -97,7 +97,8 @@ def extremes(run: Run) -> BestWorst:
 
 
 def _predictor(run: Run) -> tuple[Predictor, int | None]:
-    """Its published weights, or those of its newest whole checkpoint, and the samples they saw. Raises UserError."""
+    """Predictor with the published weights of a run, or those of its newest whole checkpoint, and the samples they saw.
+    Raises UserError."""
     published = run.path / MODEL
     path, metadata, tensors = open_model(None, published) if run.finished else open_model(run.path, None)
     learned = run.total if run.finished else read_state_file(path.parent).get("samples_seen")

@@ -56,9 +56,9 @@ class Run:
     """`section.field` -> value as config.toml writes it."""
     toml: str
     steps: Sequence[Line]
-    """By samples seen, each number of samples once."""
+    """Lines by samples seen, each number of samples once."""
     evaluations: Sequence[Line]
-    """Likewise; all of one protocol."""
+    """Lines by samples seen, each once; all of one protocol."""
     baselines: Sequence[Line]
     protocol: str | None
     """Protocol of the evaluations."""
@@ -193,7 +193,7 @@ def parse_records(records: Sequence[Mapping[str, Any]]) -> tuple[list[Start], li
 
 
 def dedupe(lines: Iterator[Line]) -> list[Line]:
-    """By samples seen; what was written last counts."""
+    """Sort lines by samples seen; of several at one number the last one written counts."""
     found = {line.samples: line for line in lines}
     return [found[samples] for samples in sorted(found)]
 

@@ -78,7 +78,7 @@ def charts_of(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
 
 
 def collect(runs: Sequence[Run]) -> Report:
-    """Read and predict what is at hand."""
+    """Collect the content of the page: read the runs, and predict where shards and weights can be read."""
     members = groups_of(runs)
     speed = speed_charts(list(enumerate(runs)))
     report = Report(

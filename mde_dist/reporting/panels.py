@@ -41,7 +41,8 @@ class Scale:
 
 
 def scale_of(truths: np.ndarray, predictions: Sequence[np.ndarray]) -> Scale:
-    """From nearly all depths, and nearly all errors of `predictions`; each like `truths` (count, h, w), metres."""
+    """Scale from nearly all depths, and nearly all errors of `predictions`; each like `truths` (count, h, w),
+    metres."""
     valid = truths > 0
     if not valid.any():
         return Scale(0.0, 10.0, 1.0)

@@ -58,7 +58,7 @@ class Plot:
     summary: str
     """Summary of the plot in words."""
     data: Mapping[str, Any]
-    """For the script that tells the values under the pointer."""
+    """Data for the script that tells the values under the pointer."""
 
 
 def plot(chart: Chart) -> Plot:

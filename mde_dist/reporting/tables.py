@@ -158,7 +158,7 @@ class Score:
 
 
 def scores(runs: Sequence[RunPoint]) -> list[Score]:
-    """The last and the best evaluation of each run, predicting without looking, and the blog's figures."""
+    """The last and the best evaluation of each run, the constant baselines, and the blog's figures."""
     rows = []
     for index, run in runs:
         if run.last is not None and run.best is not None:
@@ -247,7 +247,7 @@ class Scene:
 class Scenes:
     runs: Sequence[RunPoint]
     rows: Sequence[Scene]
-    """From the worst to the best one."""
+    """Scenes from the worst to the best one."""
     most: float
     """The greatest of all values."""
     left_out: int

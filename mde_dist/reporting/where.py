@@ -28,7 +28,7 @@ class Breakdown:
 
 
 def breakdown_of(run: Run) -> Breakdown | None:
-    """None where the last evaluation does not say it."""
+    """Read the breakdown of a run's last evaluation; None where it has none."""
     try:
         found = run.record["where"][run.protocol] if run.record else None
         return _read(found) if found else None

@@ -24,7 +24,7 @@ class AsyncCheckpointWriter:
         self._crash: BaseException | None = None
 
     def submit(self, label: object, copy: Callable[[], T], write: Callable[[T], object]) -> None:
-        """Once the job before is done, take a copy, and write it while the caller goes on.
+        """Take a copy once the job before is done, and write it while the caller goes on.
 
         What was last written, or is being written, under the same label is left as it is.
         """

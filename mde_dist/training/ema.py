@@ -34,7 +34,7 @@ class Ema:
 
 
 def _numbers(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Its weights and statistics, and what it counts: the tensors themselves, for state_dict makes a new one of each,
-    which takes a GPU's host as long as many a kernel."""
+    """Weights and statistics of a model, and its counters: the tensors themselves, for state_dict makes a new one of
+    each, which takes a GPU's host as long as many a kernel."""
     tensors = [*model.parameters(), *model.buffers()]
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]

@@ -140,7 +140,7 @@ class RunDirectory:
             )
 
     def mark_preempted(self, text: str) -> None:
-        """For job scripts: this run wants to be continued."""
+        """Leave a sign for job scripts: this run wants to be continued."""
         if self._is_main:
             with writing(self.path / PREEMPTED, "the checkpoint stands; the same command goes on from it"):
                 write_atomic(self.path / PREEMPTED, text + "\n")

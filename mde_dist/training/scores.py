@@ -1,4 +1,4 @@
-"""A small table: last and best evaluation of a run, predicting without looking, and the blog's figures."""
+"""A small table: last and best evaluation of a run, the constant baselines, and the blog's figures."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

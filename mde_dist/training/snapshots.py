@@ -99,7 +99,7 @@ class ValidationSnapshots:
     target: np.ndarray
     """float32 (count, height, width) metres, 0 = hole."""
     predictions: dict[int, np.ndarray]
-    """By samples seen: float32 (count, height, width) metres."""
+    """Predictions by samples seen: float32 (count, height, width) metres."""
 
 
 def write_snapshots(
@@ -131,7 +131,7 @@ def _kept(folder: Path, keys: Sequence[str], image: np.ndarray) -> bool:
 
 
 def read_snapshots(run: Path) -> ValidationSnapshots | None:
-    """None where the run has none. Raises UserError where it is broken."""
+    """Read the snapshots of a run; None where it has none. Raises UserError where they are broken."""
     folder = run / FOLDER
     if not (folder / "keys.json").is_file():
         return None

@@ -11,14 +11,14 @@ class State:
     """Saved with every checkpoint, as JSON."""
 
     samples_seen: int = 0
-    """Place in the stream: samples of all finished steps, over all ranks."""
+    """Position in the stream: samples of all finished steps, over all ranks."""
     step: int = 0
     evaluated: int = 0
     """samples_seen at the last evaluation."""
     replaced: int = 0
-    """Samples so far that were damaged, so that another one took their place."""
+    """Samples so far that were damaged, and replaced by others."""
     skipped: int = 0
-    """Batches so far that were not learned from, because loss or gradient was not finite."""
+    """Batches so far that were skipped because loss or gradient was not finite."""
     best: dict[str, Any] = field(default_factory=dict)
     """`abs_rel`, `samples` and `step` of the best evaluation."""
 

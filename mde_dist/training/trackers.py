@@ -17,7 +17,7 @@ from mde_dist.utils.errors import UserError
 
 PROJECT = "mde_dist"
 FOLDER = "trackers"
-"""In the run directory: what trackers write there."""
+"""Folder of a run directory that trackers write to."""
 
 
 class Trackers:

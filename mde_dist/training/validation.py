@@ -35,7 +35,7 @@ class Validation:
     """float64 (images, columns) of `metrics.score`."""
     breakdown: torch.Tensor
     baselines: dict[str, Summary]
-    """By name; empty but at the first evaluation of a run."""
+    """Scores of the constant baselines by name; empty but at the first evaluation of a run."""
     chosen: list[int]
     """Images of which predictions are kept."""
     maps: tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -4,7 +4,7 @@ import re
 
 
 def plain(value: object, most: int = 200) -> str:
-    """In one line of at most `most` characters, without line breaks and control characters."""
+    """Format a value in one line of at most `most` characters, without line breaks and control characters."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return shown if len(shown) <= most else shown[: most - 1] + "…"
 

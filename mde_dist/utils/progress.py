@@ -124,7 +124,7 @@ class _Column:
 
     text: Callable[[Bar], str]
     width: int
-    """So many characters at least, so that the bar does not change its length all the time."""
+    """Least number of characters, so that the bar does not change its length all the time."""
     least: int
     """Width of a terminal that has room for it."""
 

@@ -153,7 +153,7 @@ class RetryPolicy:
         self._say_after = _SAY_AFTER if aloud else float("inf")
 
     def begin(self) -> None:
-        """From now on it is we who read; others may have read before."""
+        """Start the clock of this reader; others may have read before."""
         if not self._bytes:
             self._began = time.monotonic()
 

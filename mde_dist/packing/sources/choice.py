@@ -12,9 +12,9 @@ from mde_dist.utils.errors import UserError
 @dataclass(frozen=True)
 class SourceOptions:
     layout: str | None = None
-    """None = recognise it."""
+    """Layout of the source; None = recognise it."""
     scales: Mapping[str, DepthScale] = field(default_factory=dict)
-    """By split, "" for all: they overrule what a layout declares."""
+    """Scales by split, "" for all: they overrule what a layout declares."""
     lists: Mapping[str, Path] = field(default_factory=dict)
     """Files of --list, by split."""
     depth_map: DepthMap | None = None
@@ -32,7 +32,7 @@ class SourceOptions:
             raise UserError(f"--depth-map {self.depth_map}: {layout} has {kind} depth only; leave the option out")
 
     def forbid_kind(self, layout: str) -> None:
-        """For a layout that does not say what its depth is. Raises UserError."""
+        """Refuse the choice for a layout that does not say what its depth is. Raises UserError."""
         if self.depth_map:
             raise UserError(
                 f"--depth-map {self.depth_map}: {layout} has one depth map for each image; leave the option out"

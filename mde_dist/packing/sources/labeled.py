@@ -28,7 +28,7 @@ class Entry(Pair):
     """A pair that is an entry of arrays; `image` and `depth` are MAT/ARRAY/INDEX."""
 
     index: int
-    """From 0."""
+    """Number from 0."""
 
 
 def labeled(tree: Tree, choice: SourceOptions, name: str = NAME) -> Source | None:

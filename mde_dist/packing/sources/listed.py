@@ -25,7 +25,7 @@ class _Kind:
     names: tuple[str, ...]
     """Names of list files, `{}` for the split."""
     folders: tuple[str, ...]
-    """In which they may lie."""
+    """Folders in which they may lie."""
     bases: Mapping[str, Sequence[str]]
     """Folders from which a split's paths may start; the first one where no file is found."""
 

@@ -72,7 +72,8 @@ class AblationResult:
 
 
 def gather(table: Table) -> AblationResult | None:
-    """None where nothing is finished. Raises UserError where two trainings were scored on something else."""
+    """Collect the statistics of all rows; None where nothing is finished. Raises UserError where two trainings were
+    scored on something else."""
     fingerprint: dict[str, Any] | None = None
     figures: dict[str, RowStatistics] = {}
     for row, runs in table.rows.items():

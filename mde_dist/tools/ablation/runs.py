@@ -46,7 +46,7 @@ class Work:
     jobs: int
     """Trainings side by side."""
     running: dict[int, tuple[Training, subprocess.Popen[bytes]]] = field(default_factory=dict)
-    """By slot, 0..jobs-1: a slot has GPUs of its own, as long as there are some."""
+    """Running trainings by slot, 0..jobs-1: a slot has GPUs of its own, as long as there are some."""
     locks: dict[int, ExitStack] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     """Name of a training -> why."""
@@ -143,7 +143,7 @@ def _start(work: Work, training: Training, slot: int) -> subprocess.Popen[bytes]
 
 
 def gpus_of(slot: int, processes: int) -> list[str]:
-    """By the names that this process knows them by; where there are too few, slots share them."""
+    """GPUs of a slot, by the names that this process knows them by; where there are too few, slots share them."""
     there = torch.cuda.device_count()
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(number) for number in range(there)]

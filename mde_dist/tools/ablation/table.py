@@ -72,7 +72,7 @@ class Training:
 @dataclass(frozen=True)
 class Table:
     rows: dict[str, dict[int, Training]]
-    """In the file's order, the reference first; by seed, the same ones in each row."""
+    """Trainings by row, in the file's order, the reference first; then by seed, the same ones in each row."""
 
     @property
     def trainings(self) -> list[Training]:

@@ -21,7 +21,7 @@ from mde_dist.training.data_stream import training_order, training_stream
 from mde_dist.training.setup import open_splits
 
 SECONDS = 3.0
-"""For which batches are taken from the stream."""
+"""Seconds for which batches are taken from the stream."""
 _SAMPLED = 64  # training samples that are read per node; of the split to evaluate on a quarter of that
 _NAMED = 5
 _REMOTE_SHARDS = 2  # of a server's shards only so many are looked at: whole files are fetched for it

@@ -132,7 +132,7 @@ def _guarded(check: Callable[[], Any], advice: str) -> RankAnswer:
 
 
 def _within(seconds: float, check: Callable[[], Any], advice: str) -> RankAnswer:
-    """In a thread, which is left behind where a read hangs in the system: nothing can call it back."""
+    """Call it in a thread, which is left behind where a read hangs in the system: nothing can call it back."""
     answers: list[RankAnswer] = []
     thread = threading.Thread(target=lambda: answers.append(_guarded(check, advice)), name="look", daemon=True)
     thread.start()

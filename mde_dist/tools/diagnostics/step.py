@@ -24,7 +24,7 @@ from mde_dist.training.throughput import peak_memory
 from mde_dist.utils.errors import UserError
 
 SECONDS = 3.0
-"""For which steps are measured; at least one is."""
+"""Seconds for which steps are measured; at least one is."""
 _LONG = 10.0  # seconds of a first step after which no second one is waited for
 _FULL = 0.92  # share of a memory above which little is left for what comes later
 _REDUCE_SHARE = 0.3  # of the time of a step
