@@ -18,7 +18,7 @@ _POLL = 0.1  # seconds between two looks at the flag
 
 
 class PreemptionHandler:
-    """Raised by a signal to this process or (see peers.py) to another rank."""
+    """Flag that a signal to this process or (see heartbeat.py) to another rank raises."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -47,8 +47,11 @@ class PreemptionHandler:
 
     @contextmanager
     def _wakeup_thread(self) -> Iterator[None]:
-        """Note signals at once. Python runs a handler in the main thread only when that comes back from native code,
-        and a collective that waits for another rank comes back when the other rank does; that one waits for us."""
+        """Note signals at once, in a thread that a wake-up descriptor tells of them.
+
+        Python runs a handler in the main thread only after native code returns. A collective returns only when the
+        other ranks take part, and they may be waiting for this one.
+        """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

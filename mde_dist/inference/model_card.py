@@ -1,7 +1,7 @@
 """The model card: README.md beside a model.safetensors, in the form that the Hugging Face hub shows.
 
-Everything in it comes from the weights and from the run that made them; whatever cannot be read is left out. What files say
-is shown as `markdown.py` has it, and by the hub's own library in the front matter, so that it cannot become markup.
+Everything in it comes from the weights and from the run that made them; whatever cannot be read is left out. Text from
+files is escaped by `markdown.py`, and by the hub's own library in the front matter, so that it cannot become markup.
 """
 
 import re
