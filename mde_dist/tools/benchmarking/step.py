@@ -4,8 +4,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +38,8 @@ from mde_dist.training.throughput import peak_flops
 from mde_dist.utils.cli import option
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import writing
+
+T = TypeVar("T")
 
 _GAIN = 1.03  # from which on a choice is worth naming
 _BATCHES = (8, 64, 256)  # on a GPU, where none are given
@@ -109,13 +112,8 @@ def measure(options: Options) -> Result:
         seen, name = view_size(size, config.augment), device_name(device)
         variants = {variant.what: variant for variant in choose_variants(options, config, device)}
         for variant in variants.values():
-            within_memory(variant, device, lambda variant: set_up(variant, accelerator, size, stored))
-        cases = {
-            what: lambda seconds, variant=variant: within_memory(
-                variant, device, lambda variant: step_seconds(variant.step, seconds, device)
-            )
-            for what, variant in variants.items()
-        }
+            within_memory(variant, device, partial(set_up, variant, accelerator, size, stored))
+        cases = {what: partial(step_seconds, variant, device) for what, variant in variants.items()}
         times = interleave(cases, options.rounds, options.seconds)
         base, flops = next(iter(variants.values())), training_flops(config.model, seen)
         rows = [
@@ -151,10 +149,10 @@ def choose_variants(options: Options, config: Config, device: torch.device) -> l
     return variants
 
 
-def within_memory(variant: Variant, device: torch.device, action: Callable[[Variant], Any]) -> Any:
+def within_memory(variant: Variant, device: torch.device, action: Callable[[], T]) -> T | None:
     """Result of the action; None where the device has, or had before, too little memory for it."""
     try:
-        return action(variant) if variant.fits else None
+        return action() if variant.fits else None
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -190,14 +188,16 @@ def build_step(
     config, device, parts = variant.config, accelerator.device, variant.config.train.grad_accum_steps
     batch = noise(config.train.batch_size // parts, stored, device)
 
-    def make_views() -> list[Any]:
-        return [prepare(batch, size, config.augment, config.train.seed) for _ in range(parts)]
+    def make_views(count: int = parts) -> Any:
+        for _ in range(count):
+            view = prepare(batch, size, config.augment, config.train.seed)
+        return view
 
     if variant.views_only:
         return make_views
     train_module = TrainModule(config, accelerator, size)
     train_module.wrap()
-    views = make_views()[:1] * parts
+    views = [make_views(1)] * parts
     global_counts = parts * valid_counts(views[0][1])
 
     def precision() -> torch.autocast:
@@ -210,21 +210,24 @@ def build_step(
     return step
 
 
-def step_seconds(step: Callable[[], object] | None, budget: float, device: torch.device) -> float:
-    """Seconds of a step, the mean of as many as fit into the budget, at least one; the device is waited for."""
-    assert step is not None
+def step_seconds(variant: Variant, device: torch.device, budget: float) -> float | None:
+    """Seconds of a step, the mean of as many as fit into the budget, at least one; None where memory is too small."""
+    step = variant.step
 
     def block(steps: int) -> float:
         wait_for(device)
         start = time.perf_counter()
         for _ in range(steps):
-            step()
+            step()  # type: ignore[misc]  # it fits
         wait_for(device)
         return (time.perf_counter() - start) / steps
 
-    once = block(1)
-    steps = int((budget - once) / once)
-    return block(steps) if steps >= 1 else once
+    def mean_of_many() -> float:
+        once = block(1)
+        steps = int((budget - once) / once)
+        return block(steps) if steps >= 1 else once
+
+    return within_memory(variant, device, mean_of_many)
 
 
 def variant_row(variant: Variant, times: Sequence[float | None], flops: int, peak: float | None) -> dict[str, Any]:
