@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import tarfile
 import threading
@@ -95,6 +96,22 @@ def test_the_decoding_threads_of_a_measurement_stay_on_its_cores(room_shards):
     with on_cores([core]):
         assert os.sched_getaffinity(0) == {core}
     assert os.sched_getaffinity(0) == before
+
+
+def test_damaged_shards_are_one_line(room_shards, tmp_path):
+    copy = Path(shutil.copytree(room_shards, tmp_path / "shards"))
+    for path in copy.glob("train-*.tar"):
+        data = bytearray(path.read_bytes())
+        data[700:800] = bytes(100)  # of the first member
+        path.write_bytes(data)
+    with open_split(copy, "train") as shards:
+        for case in (
+            reading.read_only(read_config([]), shards, 2),
+            partial(reading.decode_only, read_config([]), shards),
+        ):
+            with pytest.raises(UserError, match=r"^damaged sample: .*--verify") as error:
+                case(5)
+            assert "\n" not in str(error.value)
 
 
 def test_cases_take_turns_and_every_second_round_goes_backwards():

@@ -9,6 +9,7 @@ import numpy as np
 
 from mde_dist.data import depth
 from mde_dist.data.shards import ShardDataset
+from mde_dist.tools.benchmarking.reading import read_pair
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.io import write_atomic, writing
 
@@ -33,7 +34,7 @@ def take_pairs(shards: ShardDataset, place: str, split: str, pairs: int, work: P
             (folder / kind).mkdir(parents=True, exist_ok=True)
         millimetres = np.empty(shards.size, np.uint16)
         for sample in range(pairs):
-            encoded, jpeg = shards.read_encoded(sample)
+            encoded, jpeg = read_pair(shards, sample)
             size += len(encoded) + len(jpeg)
             depth.decode(encoded, shards.manifest.codec, millimetres)
             (folder / f"images/{sample:06}.jpg").write_bytes(jpeg)

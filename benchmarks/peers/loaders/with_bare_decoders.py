@@ -9,6 +9,7 @@ import numpy as np
 import with_mde_dist
 
 from mde_dist.data.shards import decode_pair, open_split
+from mde_dist.tools.benchmarking.reading import read_pair
 
 _IN_MEMORY = 64_000_000  # bytes that the loop goes round: more than a core's cache holds
 
@@ -18,7 +19,7 @@ def batches(out: Path, batch: int, workers: int) -> harness.Batches:
     with open_split(note["shards"], note["split"]) as shards:
         pairs, taken = list[tuple[memoryview, memoryview]](), 0
         for sample in np.random.default_rng(0).permutation(note["pairs"]):
-            pairs.append(shards.read_encoded(int(sample)))
+            pairs.append(read_pair(shards, int(sample)))
             taken += sum(map(len, pairs[-1]))
             if taken > _IN_MEMORY:
                 break

@@ -15,22 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from mde_dist.data.dataset import DamagedSample
 from mde_dist.data.loader import DataLoader
 from mde_dist.data.shards import ShardDataset, decode_pair
 from mde_dist.tools.benchmarking.harness import on_cores, wait_for
 from mde_dist.training.config import Config
 from mde_dist.training.data_stream import training_order
+from mde_dist.utils.errors import UserError
 
 Figures = dict[str, Any]
 
 _IN_MEMORY = 64_000_000  # bytes of payload that the bare loop goes round: more than a core's cache holds
 
 
+def read_pair(shards: ShardDataset, sample: int) -> tuple[memoryview, memoryview]:
+    """Payloads of a depth map and its image. Raises UserError where they are damaged."""
+    try:
+        return shards.read_encoded(sample)
+    except DamagedSample as error:
+        raise UserError(f"damaged sample: {error}; {shards.advice}") from None
+
+
 def decode_only(config: Config, shards: ShardDataset, core: int) -> Callable[[float], Figures]:
     """The bare decoders over bytes in memory, into one buffer, on one core -> rate, pair_bytes."""
     order, pairs, taken = training_order(config, shards), list[tuple[memoryview, memoryview]](), 0
     for position in range(len(shards)):
-        pairs.append(shards.read_encoded(int(order.at(np.array([position]))[1][0])))
+        pairs.append(read_pair(shards, int(order.at(np.array([position]))[1][0])))
         taken += sum(map(len, pairs[-1]))
         if taken > _IN_MEMORY:
             break
@@ -98,7 +108,7 @@ def read_only(config: Config, shards: ShardDataset, threads: int) -> Callable[[f
                 sample = next(rest, None)  # of a list's iterator, which threads may share
                 if sample is None:
                     break
-                sizes.append(sum(map(len, shards.read_encoded(sample))))
+                sizes.append(sum(map(len, read_pair(shards, sample))))
             return sizes
 
         with ThreadPoolExecutor(threads) as pool:
