@@ -20,6 +20,7 @@ from mde_dist.reporting.history import Run, read_run, read_runs, short_names
 from mde_dist.reporting.pages import collect, groups_of, render
 from mde_dist.reporting.panels import MOST_TIMES, films, times_of
 from mde_dist.reporting.plots import plot
+from mde_dist.reporting.report import write_report
 from mde_dist.reporting.tables import differing, headline, image_table, run_info, scene_table
 from mde_dist.reporting.where import breakdown_of
 from mde_dist.utils.errors import UserError
@@ -87,8 +88,8 @@ def page_of(runs: list[Path]) -> tuple[list[str], str]:
         ({"kind": "berhu"}, "m"),
         ({"kind": "log_l1"}, ""),
         ({"kind": "silog"}, ""),
-        ({"kind": "l1", "gradient": 0.5}, ""),
-        ({"kind": "mse", "gradient": 0.0}, "m²"),
+        ({"kind": "l1", "gradient_weight": 0.5}, ""),
+        ({"kind": "mse", "gradient_weight": 0.0}, "m²"),
     ],
 )
 def test_a_loss_has_the_unit_of_its_kind(made, loss, unit):
@@ -248,7 +249,7 @@ def test_an_old_run_has_no_times_no_panels_and_no_records(calm):
     shutil.rmtree(calm / "panels")
     shutil.rmtree(calm / "evaluations")
     said: list[str] = []
-    made = report.write_report(read_runs([calm]), tell=said.append)
+    made = write_report(read_runs([calm]), tell=said.append)
     assert [path.name for path in made] == ["report.html", "curves.png", "speed.png"]
     assert len(said) == 3 and "an older version" in said[2] and "last.json is not there" in said[0]
     run = read_run(calm, "calm")
