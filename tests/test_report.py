@@ -449,7 +449,7 @@ def test_scenes_are_means_of_their_images_from_the_worst_to_the_best(made, image
     run = replace(run, record={**run.record, "images": {**run.record["images"], "scenes": scenes}})
     found = scene_table([(0, run)])
     assert {scene.name: scene.images for scene in found.rows} == {"kitchen": 3, "bath": 4, "": 1}
-    assert found.predict_batch and not found.left_out
+    assert found.several and not found.left_out
     values = [scene.values[0] for scene in found.rows]
     assert values == sorted(values, reverse=True)
     table = image_table([(0, run)])

@@ -238,7 +238,7 @@ def test_a_missing_file_is_named_with_how_many_lack_one(
     assert not list(tmp_path.glob("*shards*"))
 
 
-@pytest.mark.parametrize("what", ["shards", "file", "hidden"])
+@pytest.mark.parametrize("what", ["shards", "file", "visible"])
 def test_an_output_that_is_not_empty_is_refused_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -248,7 +248,7 @@ def test_an_output_that_is_not_empty_is_refused_and_left_alone(
     elif what == "file":
         output.write_text("mine")
     else:
-        write(output / ".hidden", b"mine")
+        write(output / "notes.txt", b"mine")
     before = contents(tmp_path)
     said = refused_here(monkeypatch, capfd, "--source", root, "--output", output)
     assert f"--output {output} is there already" in said

@@ -13,7 +13,7 @@ from trees import SIZE, bts, densedepth, eight_bit, folder, h5, h5_bytes, jpeg_b
 
 from mde_dist.packing.inspect import given_lists, given_scales, open_checked
 from mde_dist.packing.sources import Pair
-from mde_dist.packing.sources.official import count_in_words, test_scene_leakage, test_scenes
+from mde_dist.packing.sources.official import count_in_words, scene_leakage, test_scenes
 from mde_dist.utils.errors import UserError
 
 NYUV2 = Path(os.environ.get("MDE_DIST_NYUV2", "/nonexistent"))
@@ -147,8 +147,8 @@ def test_official_test_scenes_in_training_are_counted_and_named(
 
 def test_leaks_are_those_of_the_table() -> None:
     pairs = [Pair(f"{i}", scene, "", "") for i, scene in enumerate(sorted(test_scenes()))]
-    assert test_scene_leakage(pairs) == (215, sorted(test_scenes()))
-    assert test_scene_leakage([Pair("a", "kitchen_0028b", "", ""), Pair("b", "official", "", "")]) == (0, [])
+    assert scene_leakage(pairs) == (215, sorted(test_scenes()))
+    assert scene_leakage([Pair("a", "kitchen_0028b", "", ""), Pair("b", "official", "", "")]) == (0, [])
 
 
 # --- counts in words ---

@@ -10,7 +10,7 @@ from typing import Literal
 from mde_dist.data.depth import DepthScale
 from mde_dist.packing.probe import INDOOR_METRES, USUAL_METRES, Probe, probe, unit_problems
 from mde_dist.packing.sources import DepthMap, Source, open_source
-from mde_dist.packing.sources.official import count_in_words, test_scene_leakage
+from mde_dist.packing.sources.official import count_in_words, scene_leakage
 from mde_dist.utils.console import say
 from mde_dist.utils.errors import UserError
 from mde_dist.utils.paths import local_path
@@ -78,7 +78,7 @@ def warnings(source: Source, probes: Mapping[str, Probe]) -> list[str]:
         if bad:
             found.append(f"{name}: {len(bad)} of the {probes[name].tried} pairs tried cannot be used: {bad[0]}")
         if name != "test":
-            count, scenes = test_scene_leakage(split.pairs)
+            count, scenes = scene_leakage(split.pairs)
             if count:
                 named = ", ".join(scenes[:_SHOWN]) + (" …" if len(scenes) > _SHOWN else "")
                 found.append(

@@ -39,7 +39,7 @@ def test_scenes() -> frozenset[str]:
 test_scenes.__test__ = False  # type: ignore[attr-defined]  # it is no test, whatever pytest makes of its name
 
 
-def test_scene_leakage(pairs: Iterable[Pair]) -> tuple[int, list[str]]:
+def scene_leakage(pairs: Iterable[Pair]) -> tuple[int, list[str]]:
     """Count the training pairs that show official test scenes -> their number, and the scenes, sorted."""
     scenes = test_scenes()
     found = [pair.scene for pair in pairs if pair.scene in scenes]
