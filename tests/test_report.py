@@ -456,4 +456,4 @@ def test_scenes_are_means_of_their_images_from_the_worst_to_the_best(made, image
     kitchen = [float(row[3]) for row in table.rows if row[1] == "kitchen"]
     assert next(s for s in found.rows if s.name == "kitchen").values[0] == pytest.approx(np.mean(kitchen), abs=1e-4)
     many = {**run.record, "images": {**run.record["images"], "scenes": images.scenes}}
-    assert not scene_table([(0, replace(run, record=many))]).predict_batch
+    assert not scene_table([(0, replace(run, record=many))]).several
