@@ -336,7 +336,7 @@ def test_what_cannot_be_is_one_line(
     root = tree(tmp_path / "tree")
     for share in ("0", "1", "-0.1", "15"):
         assert "must be a share between 0 and 1, such as 0.15" in attempt(root, share)
-    assert "validation = nan" in attempt(root, "nan")
+    assert "--validation nan" in attempt(root, "nan")
     assert "no room of the 4 would be left to train on" in attempt(root, 0.99)
     assert "the pairs of train are all of one room, basement_0001;" in attempt(bts(tmp_path / "one", train=1), 0.15)
     assert "the pairs of train name no scene" in attempt(folder(tmp_path / "plain"), 0.15)
