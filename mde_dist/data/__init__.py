@@ -1,1 +1,1 @@
-"""Dataset folder -> shards -> batches. Imports nothing of `learning` or `run`."""
+"""Shards -> batches: depth units, shard format, sampler, loader, augmentation, storage on servers."""
