@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # two epochs, and a batch straddles them
 SMALL = {
     "model.encoder": "tiny",
-    "train.total_samples": 60,
+    "train.total-samples": 60,
     "train.batch-size": 12,
     "train.evaluate-every": 24,
     "train.checkpoint-every": 12,

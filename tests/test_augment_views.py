@@ -270,7 +270,7 @@ def test_impossible_views_are_refused_in_one_line(flags, words):
 
 @pytest.mark.slow
 def test_training_on_windows_publishes_the_size_of_whole_images(room_shards, tmp_path):
-    options = {**small(data_shards=room_shards), "data.size": None, "train.total_samples": 12, "evaluate.limit": 2}
+    options = {**small(data_shards=room_shards), "data.size": None, "train.total-samples": 12, "evaluate.limit": 2}
     views = ["--augment.border", 0.05, "--augment.crop", "32x40", "--augment.zoom", 1.3, "--augment.cut-depth", 0.5]
     done = warm_run("train", *views, run=tmp_path / "run", before=without_pictures, **options)
     assert done.returncode == 0, done.stderr

@@ -141,7 +141,7 @@ def test_a_run_starts_from_the_whole_model_of_another_and_goes_on_without_its_fi
     (first,) = (r["start"] for r in records(started) if "start" in r)
     assert first["weights"]["sha256"] == sha256_of(trained / "model.safetensors")
     shutil.rmtree(trained)
-    done = warm_run("train", run=started, before=without_pictures, **options | {"train.total_samples": 24})
+    done = warm_run("train", run=started, before=without_pictures, **options | {"train.total-samples": 24})
     assert done.returncode == 0, done.stderr
     assert "resumed at sample 12" in done.stdout
 

@@ -191,7 +191,7 @@ class Trainer:
             raise
         for name, baseline in found.baselines.items():
             self.monitor.log(
-                samples=0,
+                samples=state.samples_seen,
                 baseline=name,
                 evaluation=baseline.protocol,
                 images=baseline.images,

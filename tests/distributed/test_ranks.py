@@ -37,7 +37,7 @@ def runs(undisturbed, room_shards, scratch):
     outcomes = {
         "2": run("train", processes=2, run=root / "2", **options),
         "3": warm_run("train", processes=3, run=root / "3", **options),
-        "2x3": warm_run("train", processes=2, run=root / "2x3", **options, **{"train.grad_accum_steps": 3}),
+        "2x3": warm_run("train", processes=2, run=root / "2x3", **options, **{"train.grad-accum-steps": 3}),
     }
     shapes = {"2": "6 per rank x 2 ranks", "3": "4 per rank x 3 ranks", "2x3": "2 per rank x 2 ranks"}
     for name, done in outcomes.items():
@@ -78,7 +78,7 @@ def test_numbers_of_the_host_may_travel_apart_from_those_of_the_device(runs, roo
 
 
 def test_gradients_that_travel_as_bf16_are_alike_on_all_ranks_and_nearly_those_of_fp32(runs, room_shards, tmp_path):
-    options = {"train.grad_comm_dtype": "bf16", "train.ddp-bucket-mb": 4}
+    options = {"train.grad-comm-dtype": "bf16", "train.ddp-bucket-mb": 4}
     done = warm_run("train", processes=2, run=tmp_path / "bf16", **small(data_shards=room_shards), **options)
     assert done.returncode == 0, done.stderr
     theirs, ours = (load_file(path / "model.safetensors") for path in (runs["2"], tmp_path / "bf16"))

@@ -83,7 +83,7 @@ def same(job, quiet):
 
 @pytest.mark.long
 def test_two_nodes_with_two_ranks_each_train_together(cluster, train, quiet):
-    job = train(ranks=2, **{"train.total_samples": 12 * 8})
+    job = train(ranks=2, **{"train.total-samples": 12 * 8})
     assert job.wait_for_end() == "COMPLETED", job.said()
     assert "3 per rank x 4 ranks" in job.said()
     assert cluster.restarts(job.number) == 0
@@ -137,7 +137,7 @@ def test_time_limits_in_mid_run_are_no_end(cluster, train):
 
     That a run which goes on learns what it would have learned is shown above.
     """
-    options = {"train.total_samples": 12 * 2000, "train.evaluate-every": 12 * 2000}
+    options = {"train.total-samples": 12 * 2000, "train.evaluate-every": 12 * 2000}
     job = train(["--nodes=1", "--time=1", "--signal=B:USR2@40"], ranks=1, **options)
     job.wait_for_restart(1)
     assert "stopped by a signal; back into the queue" in job.said()
@@ -176,7 +176,7 @@ def test_a_run_that_fails_on_its_own_is_not_tried_again(cluster, train, options,
 
 
 def test_the_number_of_restarts_has_a_limit(cluster, train):
-    job = train(["--nodes=1"], ranks=1, environment={"MAX_RESTARTS": "1"}, **{"train.total_samples": 12 * 1000})
+    job = train(["--nodes=1"], ranks=1, environment={"MAX_RESTARTS": "1"}, **{"train.total-samples": 12 * 1000})
     # the first one comes before anything is trained, while the script still reads its options
     cluster.wait(lambda: cluster.runs("mde_dist.config", job.number), 60)
     cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
@@ -190,7 +190,7 @@ def test_the_number_of_restarts_has_a_limit(cluster, train):
 
 
 def test_what_a_user_cancels_does_not_come_back(cluster, train):
-    job = train(["--nodes=1"], ranks=1, **{"train.total_samples": 12 * 1000})
+    job = train(["--nodes=1"], ranks=1, **{"train.total-samples": 12 * 1000})
     job.wait_for_step(4)
     cluster.client("scancel", str(job.number))
     assert job.wait_for_end(60) == "CANCELLED"
@@ -200,7 +200,7 @@ def test_what_a_user_cancels_does_not_come_back(cluster, train):
 
 
 def test_a_job_that_slurm_does_not_take_back_says_so(cluster, train):
-    job = train(["--nodes=1", "--no-requeue"], ranks=1, **{"train.total_samples": 12 * 1000})
+    job = train(["--nodes=1", "--no-requeue"], ranks=1, **{"train.total-samples": 12 * 1000})
     job.wait_for_step(4)
     cluster.client("scancel", "--signal=USR2", "--batch", str(job.number))
     assert job.wait_for_end(60) == "FAILED"
