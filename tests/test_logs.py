@@ -33,10 +33,10 @@ def test_rank_0_shows_and_notes_what_it_says(tmp_path, capsys):
 def test_other_ranks_note_only_and_native_code_too(tmp_path):
     done = run(
         """
-        with rank_log(Path(sys.argv[1]), 1, 2):
+        with redirect_to_rank_log(Path(sys.argv[1]), 1, 2):
             print("hello")
             os.write(2, b"from native code\\n")
-            alarm("last words", terminal=True)
+            emergency_print("last words", terminal=True)
         print("after", flush=True)
         """,
         tmp_path,
@@ -50,7 +50,7 @@ def test_a_mistake_of_the_user_is_noted_and_left_to_the_terminal(tmp_path, rank)
     code = """
         from mde_dist.utils.errors import UserError
         try:
-            with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
+            with redirect_to_rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
                 raise UserError("no such thing")
         except UserError as error:
             print(error, file=sys.stderr)
@@ -61,7 +61,7 @@ def test_a_mistake_of_the_user_is_noted_and_left_to_the_terminal(tmp_path, rank)
 
 
 def test_the_traceback_of_another_rank_is_in_its_log_alone(tmp_path):
-    code = "with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2): 1 / 0"
+    code = "with redirect_to_rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2): 1 / 0"
     done = run(code, tmp_path, 1)
     assert (done.returncode, done.stderr) == (1, "")
     assert log_path(tmp_path, 1).read_text().count("ZeroDivisionError") == 1
@@ -71,7 +71,7 @@ def test_the_traceback_of_another_rank_is_in_its_log_alone(tmp_path):
 
 
 def test_a_crash_in_native_code_says_where(tmp_path):
-    done = run("with rank_log(Path(sys.argv[1]), 1, 2): os.abort()", tmp_path)
+    done = run("with redirect_to_rank_log(Path(sys.argv[1]), 1, 2): os.abort()", tmp_path)
     assert done.returncode == -6
     assert "Fatal Python error: Aborted" in log_path(tmp_path, 1).read_text()
 
@@ -82,7 +82,7 @@ def test_a_log_on_a_full_disk_is_done_without(tmp_path, rank):
     log_path(tmp_path, rank).symlink_to("/dev/full")
     done = run(
         """
-        with rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
+        with redirect_to_rank_log(Path(sys.argv[1]), int(sys.argv[2]), 2):
             print("x" * 100_000)
         print("after")
         """,
@@ -105,8 +105,8 @@ def test_last_words_on_a_terminal_stand_below_what_is_drawn_and_give_the_cursor_
         os.environ["TERM"] = "xterm"
         screen, terminal = os.openpty()
         os.dup2(terminal, 2)
-        with rank_log(Path(sys.argv[1]), 0, 1):
-            alarm("last words", terminal=True)
+        with redirect_to_rank_log(Path(sys.argv[1]), 0, 1):
+            emergency_print("last words", terminal=True)
         said = b""
         while not said.endswith(b"words\\r\\n"):  # a terminal passes on what it got in pieces
             said += os.read(screen, 1000)
