@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -77,3 +78,13 @@ def nyuv2() -> Path:
 def no_proxy():
     """The servers of the tests are on this machine."""
     os.environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+@pytest.fixture
+def path_on_disk(tmp_path: Path) -> Iterator[Path]:
+    """A temporary folder that does not lie in /dev/shm, for tests that take /dev/shm away."""
+    if not tmp_path.is_relative_to("/dev/shm"):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)

@@ -36,14 +36,14 @@ with open("made", "w+") as file:
 """
 
 
-def test_calls_fail_below_the_path_and_nowhere_else(tmp_path):
+def test_calls_fail_below_the_path_and_nowhere_else(path_on_disk):
     def codes(folder: str, *rules: str) -> list[int]:
-        (tmp_path / folder).mkdir()
-        command = [sys.executable, "-c", CALLS, str(tmp_path / folder)]
+        (path_on_disk / folder).mkdir()
+        command = [sys.executable, "-c", CALLS, str(path_on_disk / folder)]
         done = subprocess.run(command, env=environment(**gaps(*rules)), capture_output=True, text=True, check=True)
         return [int(code) for code in done.stdout.split()]
 
-    at = tmp_path / "with a gap"
+    at = path_on_disk / "with a gap"
     rules = [f"{gap}:{at}" for gap in ("fsync-dir:EINVAL", "flock:ENOLCK", "fcntl:EIO", "symlink:EPERM", "link:EPERM")]
     rules += [f"open-write:EROFS:{at}/named", "open:ENOENT:/dev/shm"]
     got = codes("with a gap", *rules)

@@ -47,13 +47,13 @@ def test_what_a_job_raises_is_raised_and_a_worker_that_is_killed_is_no_silence()
 
 
 @pytest.mark.parametrize("error", ["ENOENT", "EROFS", "ENOSPC"])
-def test_workers_need_neither_shared_memory_nor_a_folder_for_sockets(tmp_path, error):
+def test_workers_need_neither_shared_memory_nor_a_folder_for_sockets(path_on_disk, error):
     """Sockets need a short path, a folder that can be written, and a file system that takes them."""
-    long = tmp_path / ("folder" * 20)
+    long = path_on_disk / ("folder" * 20)
     long.mkdir()
-    (tmp_path / "jobs.py").write_text(JOBS)
+    (path_on_disk / "jobs.py").write_text(JOBS)
     env = environment(TMPDIR=str(long), **gaps(f"open:{error}:/dev/shm"))
     done = subprocess.run(
-        [sys.executable, "jobs.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "jobs.py"], cwd=path_on_disk, env=env, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == str([f"a/{n}" for n in range(5)]) + "\n", done.stderr
