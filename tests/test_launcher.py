@@ -46,7 +46,7 @@ except ChildProcessError:
 """
 STORE = """
 import time
-from mde_dist.run import launcher
+from mde_dist.distributed import launcher
 launcher._NO_STORE = 0.2
 with launcher.watched_launcher() as joined:
     if {joined}:

@@ -21,4 +21,5 @@ def test_every_dependency_states_one_minimum_wherever_it_is_named():
             assert bound.operator == ">=", f"{group}: {need}"
             stated.setdefault(need.name, set()).add(bound.version)
     assert stated.pop("torch") == {"2.5", OLDEST_TORCH}  # to train, and to export
+    assert stated.pop("torchvision") == {"0.20", "0.24"}  # of these torches
     assert {name for name, bounds in stated.items() if len(bounds) > 1} == set()

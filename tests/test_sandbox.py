@@ -36,10 +36,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_every_command_works_in_a_container_without_a_writable_root(tmp_path, launched):
+def test_every_command_works_in_a_container_without_a_writable_root(path_on_disk, launched):
     """Only pictures need a folder for temporary files."""
     skip_without()
-    work = tmp_path / "work"
+    work = path_on_disk / "work"
     tree = folder(work / "tree", count=6, size=(48, 64))
     shape = "--cpu --num_machines 1 --num_processes 1 --num_cpu_threads_per_process 1 --mixed_precision no"
     launcher = ["accelerate.commands.launch", *shape.split(), "--dynamo_backend", "no", "-m"]
@@ -63,8 +63,8 @@ def test_every_command_works_in_a_container_without_a_writable_root(tmp_path, la
     assert (
         len(done.stderr.splitlines()) == 4 and "--shm-size" in done.stderr
     )  # name; what a node of 8 GPUs has and lacks
-    packed(tree, tmp_path / "alone", PackConfig(samples_per_shard=2))
-    assert contents(work / "shards") == contents(tmp_path / "alone")
+    packed(tree, path_on_disk / "alone", PackConfig(samples_per_shard=2))
+    assert contents(work / "shards") == contents(path_on_disk / "alone")
     (scratch,) = (line for line in out[1].splitlines() if line.startswith("│ scratch"))
     assert "warn" in scratch and "TMPDIR" in scratch and "/dev/shm" in scratch
     assert "after that: matplotlib cannot be loaded" in out[2] and "TMPDIR" in out[2]

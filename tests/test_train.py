@@ -257,7 +257,7 @@ def test_debug_shows_the_traceback_of_a_mistake(tmp_path):
         ({"train.grad_accum_steps": 5}, ("train.batch_size = 12", "does not divide", "--train.batch-size 10")),
         ({"train.batch-size": 0}, ("train.batch_size = 0", "at least 1")),
         ({"data.max-bad-fraction": 2}, ("data.max_bad_fraction", "0 to 1")),
-        ({"optim.lr": "nan"}, ("optim.lr", "at least 0")),
+        ({"optim.lr": "nan"}, ("optim.lr", "must be 0")),
         ({"optim.lr": "fast"}, ("optim.lr", "fast")),
         ({"data.size": "240"}, ("HEIGHTxWIDTH",)),
         ({"data.train-split": "trian"}, ("trian", "train, test")),

@@ -114,8 +114,8 @@ def _interrupted_later() -> Iterator[None]:
         if in_main:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if heard:
-        signal.raise_signal(signal.SIGINT)
+        if heard:  # also where the server of processes, which may have been about to start, has ended by it
+            signal.raise_signal(signal.SIGINT)
 
 
 def _give(worker: Connection, job: tuple[Any, ...]) -> None:

@@ -113,12 +113,12 @@ def test_the_baselines_do_not_depend_on_the_ranks(runs):
 def test_the_held_out_images_are_kept_with_what_the_model_predicts_for_them(runs, name):
     shown, other = read_snapshots(runs[name]), read_snapshots(runs["1"])
     assert shown.keys == other.keys and len(shown.keys) == 6
-    assert (shown.image == other.image).all() and (shown.truth == other.truth).all()
+    assert (shown.image == other.image).all() and (shown.target == other.target).all()
     assert sorted(shown.predictions) == [24, 48, 60]
     model = load_model(*read_model(runs[name] / "model.safetensors")).eval()
     image = torch.from_numpy(shown.image).permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
-        expected = resize_to(model(normalise(resize_image(image, (32, 32)))), torch.from_numpy(shown.truth))
+        expected = resize_to(model(normalise(resize_image(image, (32, 32)))), torch.from_numpy(shown.target))
     assert np.abs(shown.predictions[60] - expected.numpy()).max() < 2e-3
 
 
