@@ -132,6 +132,7 @@ def test_a_job_that_is_stopped_three_ways_comes_back_each_time(cluster, train, q
     assert [int(number) for number in re.findall(r"start (\d), ", job.said())] == [1, 2, 3, 4]
 
 
+@pytest.mark.long
 def test_time_limits_in_mid_run_are_no_end(cluster, train):
     """SLURM itself tells it to make room, at any time from its start to most of a minute later; training takes longer.
 
