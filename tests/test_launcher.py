@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from commands import environment
-from warm import free_port
 
 RANK = """
 import os, time
@@ -101,10 +101,13 @@ def test_ranks_end_whether_their_launcher_is_killed_before_or_after_they_can_loo
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_rendezvous_whose_host_is_dead_is_waited_for_until_joined_only(joined):
-    store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env = environment(MDE_DIST_PARENT=str(os.getpid()), **store)
-    program = STORE.format(joined=joined, seconds=2 if joined else 60)
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=50)
+    with socket.socket() as held:  # bound and not listening: it refuses, and no other process can take the port
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = environment(MDE_DIST_PARENT=str(os.getpid()), **store)
+        program = STORE.format(joined=joined, seconds=2 if joined else 60)
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=50)
     assert done.returncode == (0 if joined else -signal.SIGTERM)
     assert ("127.0.0.1" in done.stderr) != joined
 
