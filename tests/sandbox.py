@@ -46,7 +46,7 @@ def sandboxed(work: Path, shm: str = "64k") -> list[str]:
 
 
 def bare_environment(**changes: str) -> dict[str, str]:
-    """What a container gives to a user without a name: no home, and a temporary directory that is not there."""
+    """Environment of a user without a name in a container: no home, and a temporary directory that is not there."""
     kept = {name: value for name, value in environment().items() if not name.startswith(_NOT_KEPT)}
     return kept | {"TMPDIR": "/nonexistent", "PYTHONPATH": str(_ROOT)} | changes
 

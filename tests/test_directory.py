@@ -56,7 +56,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize("link", ["run", "run/checkpoints"])
 def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path, link):
-    """Where its checkpoints lie behind a link that leads nowhere, it would begin anew."""
+    """A run whose checkpoints lie behind a link that leads nowhere would begin anew."""
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to(tmp_path / "disk/run")
     with (

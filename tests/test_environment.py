@@ -102,7 +102,7 @@ def test_what_says_nothing_that_can_be_understood_is_one_line(monkeypatch, name,
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-"""What torchrun says to one of two ranks."""
+"""Variables that torchrun gives to one of two ranks."""
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ FILES = (".DS_Store", "Thumbs.db", "desktop.ini", "Icon\r")
 
 
 def leave_behind(root: Path) -> None:
-    """What systems and tools leave in and beside each folder and file of a tree."""
+    """Add the files that systems and tools leave in and beside each folder and file of a tree."""
     for place in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         files = [path for path in place.iterdir() if path.is_file()]
         for name in FILES:

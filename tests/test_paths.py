@@ -166,7 +166,7 @@ def test_a_job_script_is_told_the_run_directory_as_it_is(capsys: pytest.CaptureF
 
 
 def pasted(line: str, folder: Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    """What a line does that is pasted into a shell, in another folder."""
+    """Run a line as if it was pasted into a shell, in another folder."""
     script = f"{before}\n{line}"
     return subprocess.run(
         ["bash", "-c", script], cwd=folder, env=environment(), capture_output=True, text=True, check=False
